@@ -1,0 +1,33 @@
+"""hlora: fine-tune LLMs without catastrophic forgetting, by importance-regularised LoRA (HLoRA)."""
+
+from hlora.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "ArtifactError",
+    "ConfigError",
+    "DataError",
+    "HloraError",
+    "Importance",
+    "ImportancePenalty",
+    "ImportanceRecorder",
+    "protect",
+]
+
+_LAZY = {
+    "Importance": "hlora.importance",
+    "ImportancePenalty": "hlora.penalty",
+    "ImportanceRecorder": "hlora.recorder",
+    "protect": "hlora.trainer",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs PyTorch on first use, so that `hlora --help` answers at once."""
+    from importlib import import_module
+
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hlora' has no attribute {name!r}")

@@ -1,0 +1,147 @@
+"""The one reader of PEFT's internals: every LoRA-adapted matrix of a model, or a named refusal."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from hlora.errors import AdapterError
+
+_BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedMatrix:
+    """θ = W₀ + scale·B·A of one linear layer. A and B are read from the module each time, as PEFT may replace them."""
+
+    name: str
+    """Module name in the base model, such as model.layers.3.self_attn.q_proj."""
+    module: Any
+    """PEFT's LoRA layer."""
+    adapter_name: str
+
+    @property
+    def A(self) -> nn.Parameter:  # (r, d_in)
+        return self.module.lora_A[self.adapter_name].weight
+
+    @property
+    def B(self) -> nn.Parameter:  # (d_out, r)
+        return self.module.lora_B[self.adapter_name].weight
+
+    @property
+    def scale(self) -> float:
+        """PEFT's scaling: alpha/r, or alpha/√r for rsLoRA."""
+        return float(self.module.scaling[self.adapter_name])
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the transformer block, None outside of one."""
+        return layer_number(self.name)
+
+    def base_sample(self) -> Tensor:
+        """Up to 16 evenly spaced values of W₀, float32 on the CPU; empty for a quantised base."""
+        weight = self.module.get_base_layer().weight
+        if not weight.is_floating_point() or weight.is_meta:
+            return torch.empty(0)
+        flat = weight.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(_BASE_SAMPLE, flat.numel())).long()
+        return flat[index.to(flat.device)].float().cpu()
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in a dotted module name: model.layers.3.self_attn.q_proj → 3."""
+    match = re.search(r"\.(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
+
+
+def adapted_matrices(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    unprotected: Literal["refuse", "warn"] = "refuse",
+) -> list[AdaptedMatrix]:
+    """Every matrix that LoRA adapts in `model`, in module order.
+
+    adapter_name: the adapter to read; by default the one active adapter.
+    unprotected: what to do about trained parts that importance cannot cover (DoRA, LoRA on embeddings or
+    convolutions, biases, modules_to_save): refuse with their names, or warn with their names.
+
+    Raises AdapterError without LoRA, with an unknown or ambiguous adapter name, and on refusal.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layers. Wrap it first: "
+            "model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[...]))"
+        )
+    adapter = adapter_name or _active_adapter(layers)
+    known = sorted({name for module in layers.values() for name in _adapters_of(module)})
+    if adapter not in known:
+        raise AdapterError(f"no adapter {adapter!r} in this model; it has {', '.join(map(repr, known))}")
+
+    found, refused, covered = [], [], set()
+    for name, module in layers.items():
+        if adapter not in _adapters_of(module):
+            continue
+        reason = _why_not(module, adapter)
+        if reason:
+            refused.append(f"{_base_name(name)} ({reason})")
+            covered |= {id(parameter) for parameter in module.parameters()}
+        else:
+            found.append(AdaptedMatrix(_base_name(name), module, adapter))
+            covered |= {id(found[-1].A), id(found[-1].B)}
+    other_adapters = [f".{name}." for name in known if name != adapter]
+    for name, parameter in model.named_parameters():
+        trained = parameter.requires_grad and id(parameter) not in covered
+        if trained and not any(other in f"{name}." for other in other_adapters):
+            refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix)")
+    if refused:
+        shown = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
+        message = (
+            f"importance covers LoRA on linear layers; it cannot protect {shown}. "
+            "Leave them out of the LoraConfig, or pass unprotected='warn' to train them unprotected."
+        )
+        if unprotected == "refuse" or not found:
+            raise AdapterError(message)
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def _adapters_of(module: Any) -> set[str]:
+    return set(module.lora_A) | set(module.lora_embedding_A)
+
+
+def _active_adapter(layers: dict[str, Any]) -> str:
+    active = sorted({name for module in layers.values() for name in module.active_adapters})
+    if len(active) != 1:
+        raise AdapterError(
+            f"expected one active adapter, found {active or 'none'}. Name the one to use: adapter_name='...'"
+        )
+    return active[0]
+
+
+def _why_not(module: Any, adapter: str) -> str | None:
+    if adapter not in module.lora_A:
+        return "LoRA on an embedding"
+    A = module.lora_A[adapter]
+    if not isinstance(A, nn.Linear):
+        return f"LoRA on a {type(A).__name__}"
+    if adapter in module.lora_magnitude_vector:
+        return "DoRA magnitude"
+    if module.lora_variant.get(adapter) is not None:
+        return f"LoRA variant {getattr(module.lora_variant[adapter], '__name__', module.lora_variant[adapter])}"
+    if module.lora_bias.get(adapter):
+        return "lora_bias"
+    base = module.get_base_layer()
+    if not hasattr(base, "weight") or getattr(base.weight, "is_floating_point", bool)() and base.weight.dim() != 2:
+        return f"LoRA on a {type(base).__name__}"
+    return None
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")

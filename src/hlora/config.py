@@ -1,0 +1,262 @@
+"""The YAML as Pydantic models. Every field says what it is, its unit and where its default is from.
+
+The docstring below a field is its help: `hlora config` prints it as the comment of a starting YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hlora.errors import ConfigError
+
+EncodingName = Literal["float32", "bfloat16", "factored"]
+LayerWeights = Literal["softmax", "norm_share", "uniform"]
+PhiScale = Literal["relative", "paper"]
+TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
+Arm = Literal["lora_mu", "lora_nu_mu"]
+
+
+class _Section(BaseModel):
+    """Unknown fields are errors, and field docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    name: str
+    """Base model: a local directory or a hub name. `smollm2-135m` is the embedded default, fetched from the package index."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    gguf_file: str | None = None
+    """GGUF file inside `name`, when the weights are kept in that format."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights. auto: bfloat16 on an accelerator that has it, float32 on a CPU."""
+    device: str = "auto"
+    """auto: cuda, else mps, else cpu. Or a torch device such as cuda:1."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the model. Off unless you trust its author."""
+
+
+class LoraSettings(_Section):
+    rank: int = Field(8, ge=1)
+    """LoRA rank r (paper: 8)."""
+    alpha: float = Field(32, gt=0)
+    """LoRA alpha; the scale is alpha/r (paper: 32)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before A."""
+    target_modules: list[str] | str = ["q_proj", "v_proj"]
+    """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`."""
+    rslora: bool = False
+    """Scale by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
+
+
+class GeneralConfig(_Section):
+    source: Literal["files", "hub", "model"] = "files"
+    """Where the general text comes from: local files, a hub data set, or samples of the base model itself."""
+    paths: list[str] = []
+    """files: .txt, .jsonl or .parquet."""
+    dataset: str | None = None
+    """hub: name of the data set."""
+    subset: str | None = None
+    """hub: name of the configuration."""
+    split: str = "train"
+    """hub: split to read."""
+    column: str = "text"
+    """Column that holds the text (.jsonl, .parquet, hub)."""
+    max_documents: int | None = Field(None, ge=1)
+    """Read at most so many documents. Hub data sets are streamed up to it."""
+    samples: int = Field(256, ge=1)
+    """model: sequences to sample."""
+    sample_tokens: int = Field(128, ge=8)
+    """model: tokens in each sampled sequence."""
+    temperature: float = Field(1.0, gt=0)
+    """model: sampling temperature."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> GeneralConfig:
+        if self.source == "files" and not self.paths:
+            raise ValueError("source 'files' needs paths, a list of .txt, .jsonl or .parquet files")
+        if self.source == "hub" and not self.dataset:
+            raise ValueError("source 'hub' needs dataset, the name of a hub data set")
+        return self
+
+
+class DomainConfig(_Section):
+    task: TaskName
+    """sciq, piqa, medmcqa (hub field names), multiple_choice (question, choices, label) or rows (prompt/completion or messages)."""
+    train: str
+    """Training rows: a .jsonl, .parquet or .csv file, or a hub data set."""
+    test: str
+    """Rows to evaluate on, never trained on: a file, or a split of the same hub data set."""
+    subset: str | None = None
+    """Hub configuration of the data set."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Train on at most so many rows (seeded choice)."""
+
+
+class ImportanceConfig(_Section):
+    encoding: EncodingName = "factored"
+    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), or factored (row sums x column sums)."""
+    xi: float = Field(1e-3, gt=0)
+    """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
+
+
+class PenaltyConfig(_Section):
+    phi: float = Field(9.0, ge=0)
+    """Weight of the penalty, Eq. 16. With phi_scale relative: nats it costs to undo the general phase once."""
+    phi_scale: PhiScale = "relative"
+    """relative: importance is divided by what undoing the general phase would cost, so phi carries over between models. paper: as in Eq. 16."""
+    layer_weights: LayerWeights = "softmax"
+    """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance. uniform: no layer weights."""
+    group: Literal["matrix", "block"] = "matrix"
+    """What one layer weight covers: each adapted matrix, or each transformer block."""
+
+
+class TrainingConfig(_Section):
+    common: dict[str, Any] = {}
+    """Arguments of TRL's SFTConfig for both phases (learning_rate, max_length, ...)."""
+    record: dict[str, Any] = {}
+    """SFTConfig arguments for the general phase only."""
+    tune: dict[str, Any] = {}
+    """SFTConfig arguments for the domain phase only."""
+
+    @field_validator("common", "record", "tune")
+    @classmethod
+    def _names_are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        from trl import SFTConfig
+
+        valid = {field.name for field in dataclass_fields(SFTConfig)} - {"output_dir", "seed"}
+        for name in arguments:
+            if name not in valid:
+                raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{_nearest(name, valid)}")
+        return arguments
+
+
+class EvaluationConfig(_Section):
+    texts: dict[str, str] = {}
+    """General texts for perplexity, name to file. Use at least one unlike the general phase's text."""
+    max_tokens: int = Field(8192, ge=2)
+    """Tokens scored of each text."""
+    window: int = Field(512, ge=2)
+    """Context length of the sliding window, tokens."""
+    stride: int = Field(256, ge=1)
+    """Tokens scored by each window; the rest of it is context."""
+    accuracy: bool = True
+    """Score the domain by lm-evaluation-harness (multiple-choice tasks)."""
+    max_rows: int | None = Field(None, ge=1)
+    """Evaluate on at most so many domain rows (the first ones)."""
+    generate: int = Field(4, ge=0)
+    """Answers to generate, for exact match and for the report."""
+    max_new_tokens: int = Field(32, ge=1)
+    """Length limit of a generated answer, tokens."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences scored at once."""
+
+
+class RunConfig(_Section):
+    output: str
+    """Directory for everything the run writes."""
+    seed: int = 0
+    """Seed of adapters, data order and sampling."""
+    model: ModelConfig
+    """The base model."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter."""
+    general: GeneralConfig
+    """The general task: what the model should not forget."""
+    domain: DomainConfig
+    """The domain task: what the model should learn."""
+    importance: ImportanceConfig = ImportanceConfig()
+    """How importance is recorded."""
+    penalty: PenaltyConfig = PenaltyConfig()
+    """How it protects."""
+    training: TrainingConfig = TrainingConfig()
+    """Arguments handed to TRL."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured, before and after."""
+    baselines: list[Arm] = []
+    """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `section.field=value` overrides, validate.
+
+    Raises ConfigError with one line per wrong field: its path, what was expected, the nearest name.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
+    for override in overrides or []:
+        _set(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], origin: str = "config") -> RunConfig:
+    """Validate a mapping. Raises ConfigError (see load_config)."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {override!r}: expected field=value, such as penalty.phi=9")
+    *sections, name = path.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section")
+    try:
+        data[name] = _scalar(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
+
+
+def _scalar(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; everyone means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = _section(item["loc"][:-1])
+        valid = set(section.model_fields) if section else set()
+        return f"{path}: unknown field{_nearest(str(item['loc'][-1]), valid)}"
+    if item["type"] == "missing":
+        return f"{path}: required, but missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel] | None:
+    section: Any = RunConfig
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field else None
+    return section if hasattr(section, "model_fields") else None
+
+
+def _nearest(name: str, valid: set[str]) -> str:
+    close = get_close_matches(name, sorted(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid)[:12])}"

@@ -1,0 +1,77 @@
+"""Equations 7–16 of the paper in plain PyTorch: slow, obvious, any dtype. Everything else is tested against it.
+
+Notation: θ = W₀ + s·B·A, s the LoRA scale (alpha/r), ν the general task, μ the domain task, η the learning
+rate of the step, ω the path integral, Ω the consolidated importance, ξ its damping, φ the penalty's weight.
+docs/equations.md gives each equation's derivation, our reading of it and its test.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def movement(
+    A: Tensor,  # (r, d_in) before the step
+    B: Tensor,  # (d_out, r)
+    A_next: Tensor,  # (r, d_in) after the step
+    B_next: Tensor,  # (d_out, r)
+    scale: float,
+) -> Tensor:  # (d_out, d_in)
+    """How far one optimizer step moved the weight, Δθ = s(B⁺A⁺ − BA) (Eqs. 7–10, any optimizer)."""
+    return scale * (B_next @ A_next - B @ A)
+
+
+def effective_gradient(
+    A: Tensor,  # (r, d_in)
+    B: Tensor,  # (d_out, r)
+    grad_A: Tensor,  # (r, d_in)
+    grad_B: Tensor,  # (d_out, r)
+    lr: float,
+    scale: float,
+) -> Tensor:  # (d_out, d_in)
+    """g̃ = s(g^B A + B g^A − η g^B g^A) (Eq. 11). Under plain SGD, Δθ = −η g̃ exactly."""
+    return scale * (grad_B @ A + B @ grad_A - lr * grad_B @ grad_A)
+
+
+def path_integral(omega: Tensor, gradient: Tensor, delta: Tensor) -> Tensor:
+    """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12). All (d_out, d_in)."""
+    return omega - gradient * delta
+
+
+def consolidate(omega: Tensor, delta: Tensor, xi: float) -> Tensor:
+    """Ω = max(ω, 0) / (Δ² + ξ) (Eq. 13), Δ the whole phase's movement. All (d_out, d_in).
+
+    A negative ω would reward drift, hence the clamp (method.md, reading 2).
+    """
+    return omega.clamp(min=0) / (delta**2 + xi)
+
+
+def layer_penalty(importance: Tensor, theta: Tensor, theta_nu: Tensor) -> Tensor:
+    """L_reg,l = Σ_i Ω_i (θ_i − θ_i^ν)² (Eq. 14), a scalar."""
+    return (importance * (theta - theta_nu) ** 2).sum()
+
+
+def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
+    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,), summing to one (Eq. 15).
+
+    softmax: Eq. 15 as written; depends on the unit of Ω. norm_share: ‖Ω_l‖ / Σ ‖Ω_k‖, which does not.
+    uniform: 1/L, the ablation without layer weights.
+    """
+    if kind == "softmax":
+        return torch.softmax(norms, dim=0)
+    if kind == "norm_share":
+        return norms / norms.sum()
+    if kind == "uniform":
+        return torch.full_like(norms, 1 / len(norms))
+    raise ValueError(f"layer weights: expected softmax, norm_share or uniform, got {kind!r}")
+
+
+def regularisation(weights: Tensor, layer_penalties: Tensor) -> Tensor:
+    """L_reg = Σ_l c_l L_reg,l (Eq. 15), a scalar from two (L,) vectors."""
+    return (weights * layer_penalties).sum()
+
+
+def total_loss(task_loss: Tensor, regularisation_loss: Tensor, phi: float) -> Tensor:
+    """L = L_task + φ L_reg (Eq. 16)."""
+    return task_loss + phi * regularisation_loss

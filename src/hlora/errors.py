@@ -1,0 +1,31 @@
+"""What can go wrong, as one small tree.
+
+HloraError
+├── ConfigError    a field of the configuration is wrong or unknown
+├── DataError      a file, row or column cannot be used
+├── AdapterError   the model holds something that importance cannot protect
+└── ArtifactError  a saved importance is damaged or belongs to another model
+
+Each message says what was expected, what came and what to do next. The CLI prints it without a
+traceback and exits with status 2.
+"""
+
+
+class HloraError(Exception):
+    """Base of every error that hlora raises on purpose."""
+
+
+class ConfigError(HloraError):
+    """A configuration field is unknown, missing or out of range."""
+
+
+class DataError(HloraError):
+    """A data file, row or column cannot be used as asked."""
+
+
+class AdapterError(HloraError):
+    """The model's adapter is missing, or has parts that importance cannot protect."""
+
+
+class ArtifactError(HloraError):
+    """A saved importance is damaged, or does not fit the model it is put on."""

@@ -1,0 +1,145 @@
+"""φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16): a value to add to the loss, or its gradient once per optimizer step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hlora import encodings, equations, ops
+from hlora.adapters import adapted_matrices, layer_number
+from hlora.errors import ArtifactError
+from hlora.importance import Importance
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class ImportancePenalty:
+    """Holds the adapted weights of `model` to θ^ν, each element by its importance.
+
+    phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
+    Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and run length.
+    layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share or uniform.
+    group: one c_l for each adapted "matrix", or for each transformer "block".
+
+    coefficients: c_l by matrix name. Raises ArtifactError when the importance does not fit the model, or is
+    zero everywhere; warns when one coefficient exceeds 0.9, since then all else is free to drift.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        importance: Importance,
+        phi: float,
+        layer_weights: str = "softmax",
+        phi_scale: str = "relative",
+        group: str = "matrix",
+        adapter_name: str | None = None,
+    ) -> None:
+        if phi < 0:
+            raise ValueError(f"phi: expected a weight of at least 0, got {phi}")
+        if phi_scale not in ("relative", "paper"):
+            raise ValueError(f"phi_scale: expected relative or paper, got {phi_scale!r}")
+        self.phi = phi
+        self.matrices = adapted_matrices(model, adapter_name, unprotected="warn")
+        importance.check(self.matrices)
+        self.coefficients = layer_coefficients(importance, layer_weights, group)
+        cost = sum(self.coefficients[name] * m.undo_cost for name, m in importance.matrices.items())
+        if phi_scale == "relative" and not cost > 0:
+            raise ArtifactError(
+                "the importance is zero on everything that the general phase moved, so a relative phi has no "
+                "unit. Record more steps, or at a larger learning rate."
+            )
+        self._unit = cost if phi_scale == "relative" else 1.0
+        self._kept = {}
+        for matrix in self.matrices:
+            mine, device = importance.matrices[matrix.name], matrix.A.device
+            self._kept[matrix.name] = (
+                encodings.to_device(mine.omega, device),
+                mine.A.to(device),
+                mine.B.to(device),
+            )
+
+    def __call__(self) -> Tensor:
+        """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B."""
+        factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
+        return self.phi * _Regularisation.apply(self, *factors)
+
+    @torch.no_grad()
+    def regularisation_loss(self) -> Tensor:
+        """L_reg (Eq. 15) without φ and without gradients, a scalar."""
+        return self._evaluate()[0]
+
+    @torch.no_grad()
+    def add_gradients_(self) -> Tensor:
+        """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar."""
+        value, gradients = self._evaluate()
+        factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
+        for factor, gradient in zip(factors, gradients, strict=True):
+            if not factor.requires_grad:
+                continue
+            gradient = (self.phi * gradient).to(factor.dtype)
+            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+        return value
+
+    def callback(self) -> TrainerCallback:
+        """For Trainer and SFTTrainer: the exact Eq. 16 gradient once per optimizer step, before clipping."""
+        from hlora.trainer import PenaltyCallback
+
+        return PenaltyCallback(self)
+
+    def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
+        """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
+        values, gradients = [], []
+        for matrix in self.matrices:
+            omega, A_anchor, B_anchor = self._kept[matrix.name]
+            weight = self.coefficients[matrix.name] / self._unit
+            value, grad_A, grad_B = ops.penalty_with_gradients(
+                omega, matrix.A, matrix.B, A_anchor, B_anchor, matrix.scale
+            )
+            values.append(weight * value)
+            gradients += [grad_A.mul_(weight), grad_B.mul_(weight)]
+        return torch.stack([value.to(values[0].device) for value in values]).sum(), gradients
+
+
+class _Regularisation(torch.autograd.Function):
+    """L_reg with its closed-form gradients; no graph and no d×d tensor is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, penalty: ImportancePenalty, *factors: Tensor) -> Tensor:
+        value, gradients = penalty._evaluate()
+        ctx.save_for_backward(*(g.to(factor.dtype) for g, factor in zip(gradients, factors, strict=True)))
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *((upstream * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
+def layer_coefficients(importance: Importance, layer_weights: str = "softmax", group: str = "matrix") -> dict[str, float]:
+    """c_l of Eq. 15 by matrix name; with group "block", the coefficient of the block the matrix is in.
+
+    Warns when one coefficient exceeds 0.9. Raises ArtifactError when norm shares are asked of a zero importance.
+    """
+    if group not in ("matrix", "block"):
+        raise ValueError(f"group: expected matrix or block, got {group!r}")
+    groups = {name: name if group == "matrix" else f"block {layer_number(name)}" for name in importance.matrices}
+    squares: dict[str, float] = {}
+    for name, norm in importance.norms().items():
+        squares[groups[name]] = squares.get(groups[name], 0.0) + norm**2
+    norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
+    if layer_weights == "norm_share" and not norms.sum() > 0:
+        raise ArtifactError("the importance is zero everywhere, so it has no norm shares. Record more steps.")
+    weights = dict(zip(squares, equations.layer_weights(norms, layer_weights).tolist(), strict=True))
+    largest = max(weights, key=weights.__getitem__)
+    if weights[largest] > 0.9 and len(weights) > 1:
+        warnings.warn(
+            f"{largest} takes {weights[largest]:.3f} of the layer weights, so all other layers are free to drift. "
+            "Use layer_weights='norm_share', or a larger xi.",
+            stacklevel=2,
+        )
+    return {name: weights[groups[name]] for name in groups}

@@ -1,0 +1,219 @@
+"""Recording and penalty inside Trainer and SFTTrainer; `protect`, the two-line way in; the one place that trains.
+
+Trainer clips gradients before its first callback event, yet ω needs them unclipped and the penalty's gradient
+has to be clipped with the rest. So a callback takes the clipping over: it sets `max_grad_norm` to 0 for the run
+and clips by the same limit in the optimizer's own pre-step hook. Order of one step:
+
+    backward … → recorder captures → penalty adds its gradient → clip → optimizer steps → recorder integrates
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hlora.adapters import adapted_matrices
+from hlora.errors import AdapterError
+from hlora.importance import Importance
+from hlora.penalty import ImportancePenalty
+from hlora.recorder import ImportanceRecorder
+
+logger = logging.getLogger("hlora")
+
+
+class RecordingCallback(TrainerCallback):
+    """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`."""
+
+    def __init__(self, recorder: ImportanceRecorder) -> None:
+        self.recorder = recorder
+        self._detach: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._detach is not None:
+            self._detach()
+        self._detach = self.recorder.attach(kwargs["optimizer"])
+        _clip_after_callbacks(args, kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.recorder.capture_from(kwargs["optimizer"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.recorder.discard()  # left over only when a gradient scaler skipped the step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+        self._detach = None
+        _clip_as_before(args, kwargs["optimizer"])
+
+
+class PenaltyCallback(TrainerCallback):
+    """Adds the gradient of φ·L_reg (Eq. 16) once per optimizer step. Made by `penalty.callback()`.
+
+    Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg) and
+    total_loss, means over the same steps as `loss`, which stays the task's. Reporters that run before this
+    callback (TensorBoard, by Trainer's order) see them only if it was put first, as `protect` and `train` do.
+    """
+
+    def __init__(self, penalty: ImportancePenalty) -> None:
+        self.penalty = penalty
+        self._handle: Any = None
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        optimizer = _unwrapped(kwargs["optimizer"])
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        _clip_after_callbacks(args, optimizer)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._sum = self._sum + self.penalty.add_gradients_()
+        self._count += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self._count == 0:
+            return
+        value = float(self._sum) / self._count
+        self._sum, self._count = 0.0, 0
+        weighted = self.penalty.phi * value
+        losses = {
+            "regularisation_loss": value,
+            "weighted_regularisation_loss": weighted,
+            "total_loss": logs["loss"] + weighted,
+        }
+        logs.update(losses)
+        state.log_history[-1].update(losses)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._handle.remove()
+        self._handle = None
+        _clip_as_before(args, kwargs["optimizer"])
+
+
+def protect(
+    trainer: Trainer,
+    importance: Importance | str | Path,
+    phi: float,
+    layer_weights: str = "softmax",
+    phi_scale: str = "relative",
+    group: str = "matrix",
+    adapter_name: str | None = None,
+) -> ImportancePenalty:
+    """Protect what `importance` covers while `trainer` trains: the two-line way in for an existing script.
+
+    importance: an Importance, a directory or a hub repository. An untouched adapter (all B zero) is first set
+    to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is left as it is.
+    The remaining arguments are those of ImportancePenalty, which is returned.
+
+    Raises AdapterError when the trainer's model has no LoRA, ArtifactError when the importance does not fit it.
+    """
+    if not isinstance(importance, Importance):
+        importance = Importance.load(importance)
+    model = trainer.model
+    if model is None:
+        raise AdapterError("the trainer has no model yet; build it with model=, not model_init=")
+    untouched = all(not matrix.B.any() for matrix in adapted_matrices(model, adapter_name, unprotected="warn"))
+    if untouched:
+        importance.load_adapter_into(model, adapter_name)
+        logger.info("the adapter was untouched; it starts from the general adapter of the importance")
+    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name)
+    add_callback_first(trainer, penalty.callback())
+    return penalty
+
+
+def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Add a callback ahead of Trainer's reporters, so that what it adds to a log entry is reported."""
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    output: str | Path,
+    arguments: dict[str, Any],
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, Any]]:
+    """One SFTTrainer run; returns its log entries (loss in nats per token by step).
+
+    dataset: rows as TRL reads them (text, prompt/completion or messages). arguments: those of trl.SFTConfig.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    defaults: dict[str, Any] = {
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": ["tensorboard"],
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataset_num_proc": None,
+    }
+    config = SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
+    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    for callback in callbacks:
+        add_callback_first(trainer, callback)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:
+    """Take the clipping over from Trainer, into a pre-step hook that runs after all hooks registered so far.
+
+    Called by each callback in turn; the limit is taken from `args` once and the hook moves to the end.
+    """
+    optimizer = _unwrapped(optimizer)
+    limit, handle = getattr(optimizer, "_hlora_clip", (args.max_grad_norm, None))
+    if handle is not None:
+        handle.remove()
+
+    def clip(optimizer: Optimizer, hook_args: Any, hook_kwargs: Any) -> None:
+        if limit and limit > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    optimizer._hlora_clip = (limit, optimizer.register_step_pre_hook(clip))
+    args.max_grad_norm = 0.0
+
+
+def _clip_as_before(args: TrainingArguments, optimizer: Any) -> None:
+    optimizer = _unwrapped(optimizer)
+    if hasattr(optimizer, "_hlora_clip"):
+        args.max_grad_norm, handle = optimizer._hlora_clip
+        handle.remove()
+        del optimizer._hlora_clip
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that Accelerate wraps, whose hooks run in the real step."""
+    return getattr(optimizer, "optimizer", optimizer)
