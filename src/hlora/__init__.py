@@ -1,6 +1,14 @@
 """hlora: fine-tune LLMs without catastrophic forgetting, by importance-regularised LoRA (HLoRA)."""
 
+from typing import TYPE_CHECKING
+
 from hlora.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
+
+if TYPE_CHECKING:
+    from hlora.importance import Importance
+    from hlora.penalty import ImportancePenalty
+    from hlora.recorder import ImportanceRecorder
+    from hlora.trainer import protect
 
 __version__ = "0.1.0"
 

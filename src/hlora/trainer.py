@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.adapters import adapted_matrices
 from hlora.errors import AdapterError
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
+from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
 
 logger = logging.getLogger("hlora")
@@ -177,11 +178,12 @@ def train(
         "gradient_checkpointing": False,
         "bf16": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataset_num_proc": None,
+        "disable_tqdm": True,
     }
     config = SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
-    for callback in callbacks:
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place
+    for callback in (ProgressLine(Path(output).name), *callbacks):
         add_callback_first(trainer, callback)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
