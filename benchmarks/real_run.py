@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from hlora.config import RunConfig, load_config
-from hlora.evaluation import evaluate
+from hlora.files import write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora
-from hlora.pipeline import Job, baseline_phase, tune_phase, write_text
+from hlora.pipeline import Job, baseline_phase, measure, tune_phase
 from hlora.recorder import ImportanceRecorder
 from hlora.trainer import train
 
 ARMS = ("base", "after_nu", "lora_mu", "lora_nu_mu", "hlora_float32", "hlora_factored")
+LABELS = ("Base", "after ν", "LoRA(μ)", "LoRA(ν+μ)", "HLoRA float32", "HLoRA factored")
 
 
 def record(config: RunConfig) -> None:
@@ -36,33 +37,34 @@ def record(config: RunConfig) -> None:
     arguments = {"packing": True, **config.training.common, **config.training.record}
     callbacks = [recorder.callback() for recorder in recorders.values()]
     started = time.perf_counter()
-    train(model, job.tokenizer, job.general(), job.output / "logs" / "record", arguments, config.seed, callbacks)
+    dataset = job.general.dataset()
+    train(model, job.tokenizer, dataset, job.output / "logs" / "record", arguments, config.seed, callbacks)
     seconds = time.perf_counter() - started
     for encoding, recorder in recorders.items():
-        importance = recorder.consolidate(config.importance.xi)
+        importance = recorder.consolidate(config.importance.xi, job.general.facts)
         importance.provenance["seconds_of_general_phase"] = seconds
         importance.save(job.output / f"importance-{encoding}")
 
 
-def arm(config: RunConfig, name: str) -> dict[str, Any]:
-    job = Job.open(config)
+def arm(job: Job, name: str) -> dict[str, Any]:
     started = time.perf_counter()
-    importance = None
+    size = 0
     model: Any = job.base
     if name == "lora_mu":
-        model, _ = baseline_phase(job, job.domain(), None)
+        model, _ = baseline_phase(job, None)
     elif name == "after_nu":
-        importance = Importance.load(job.output / "importance-float32")
-        model = attach_lora(job.base, config.lora, config.seed)
-        importance.load_adapter_into(model)
+        model = attach_lora(job.base, job.config.lora, job.config.seed)
+        Importance.load(job.output / "importance-float32").load_adapter_into(model)
     elif name == "lora_nu_mu":
-        model, _ = baseline_phase(job, job.domain(), Importance.load(job.output / "importance-float32"))
+        model, _ = baseline_phase(job, Importance.load(job.output / "importance-float32"))
     elif name.startswith("hlora_"):
         importance = Importance.load(job.output / f"importance-{name.removeprefix('hlora_')}")
-        model, _ = tune_phase(job, job.domain(), importance)
-    seconds = time.perf_counter() - started
-    facts = {"seconds": seconds, "importance_bytes": importance.nbytes() if name.startswith("hlora_") else 0}
-    return {**facts, **evaluate(model, job.tokenizer, config)}
+        size = importance.nbytes()
+        model, _ = tune_phase(job, importance)
+    result = {"seconds": time.perf_counter() - started, "importance_bytes": size, **measure(job, model)}
+    if model is not job.base:
+        model.unload()
+    return result
 
 
 def table(outputs: list[Path]) -> str:
@@ -74,7 +76,7 @@ def table(outputs: list[Path]) -> str:
         lines += [f"**{output.name}**", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for name, result in found.items():
             domain = result["domain"]
-            cells = [name, *(f"{result['texts'][t]['perplexity']:.2f}" for t in texts)]
+            cells = [LABELS[ARMS.index(name)], *(f"{result['texts'][t]['perplexity']:.2f}" for t in texts)]
             cells += [f"{domain['answer_nll']:.3f} ± {domain['answer_nll_stderr']:.3f}"]
             cells += [f"{100 * domain[m]:.1f} ± {100 * domain[m + '_stderr']:.1f}" for m in ("acc", "acc_norm")]
             cells += [f"{result['seconds']:.0f}", f"{result['importance_bytes']:,}"]
@@ -96,12 +98,12 @@ def main() -> None:
     if options.verb == "record":
         record(config)
         return
+    job = Job.open(config)
     for name in options.paths[1:] or ARMS:
-        file = Path(config.output) / f"{name}.json"
-        if file.is_file():
-            continue
-        write_text(file, json.dumps(arm(config, name), indent=1))
-        print(f"{name}: {file}", file=sys.stderr)
+        file = job.output / f"{name}.json"
+        if not file.is_file():
+            write_text(file, json.dumps(arm(job, name), indent=1))
+            print(f"{name}: {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ The docstring below a field is its help: `hlora config` prints it as the comment
 
 from __future__ import annotations
 
-from dataclasses import fields as dataclass_fields
+import json
+import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import wrap
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from hlora.errors import ConfigError
+
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 EncodingName = Literal["float32", "bfloat16", "factored"]
 LayerWeights = Literal["softmax", "norm_share", "uniform"]
@@ -25,12 +29,14 @@ Arm = Literal["lora_mu", "lora_nu_mu"]
 class _Section(BaseModel):
     """Unknown fields are errors, and field docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(_Section):
     name: str
-    """Base model: a local directory or a hub name. `smollm2-135m` is the embedded default, fetched from the package index."""
+    """Base model: a local directory or a hub name. `smollm2-135m`: the embedded default, from the package index."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
@@ -44,16 +50,24 @@ class ModelConfig(_Section):
 
 
 class LoraSettings(_Section):
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """LoRA rank r (paper: 8)."""
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(default=32, gt=0)
     """LoRA alpha; the scale is alpha/r (paper: 32)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before A."""
     target_modules: list[str] | str = ["q_proj", "v_proj"]
     """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`."""
     rslora: bool = False
     """Scale by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_or_one_pattern(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("expected a list of module names, or all-linear")
+        return value
 
 
 class GeneralConfig(_Section):
@@ -69,13 +83,13 @@ class GeneralConfig(_Section):
     """hub: split to read."""
     column: str = "text"
     """Column that holds the text (.jsonl, .parquet, hub)."""
-    max_documents: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(default=None, ge=1)
     """Read at most so many documents. Hub data sets are streamed up to it."""
-    samples: int = Field(256, ge=1)
+    samples: int = Field(default=256, ge=1)
     """model: sequences to sample."""
-    sample_tokens: int = Field(128, ge=8)
+    sample_tokens: int = Field(default=128, ge=8)
     """model: tokens in each sampled sequence."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """model: sampling temperature."""
 
     @model_validator(mode="after")
@@ -89,31 +103,37 @@ class GeneralConfig(_Section):
 
 class DomainConfig(_Section):
     task: TaskName
-    """sciq, piqa, medmcqa (hub field names), multiple_choice (question, choices, label) or rows (prompt/completion or messages)."""
+    """sciq, piqa, medmcqa (hub field names), multiple_choice (question, choices, label),
+    or rows (prompt/completion or messages)."""
     train: str
     """Training rows: a .jsonl, .parquet or .csv file, or a hub data set."""
+    train_split: str = "train"
+    """Split to train on, when `train` is a hub data set."""
     test: str
-    """Rows to evaluate on, never trained on: a file, or a split of the same hub data set."""
+    """Rows to evaluate on, never trained on: a file, or the name of a split of the same hub data set."""
     subset: str | None = None
     """Hub configuration of the data set."""
-    max_train_rows: int | None = Field(None, ge=1)
+    max_train_rows: int | None = Field(default=None, ge=1)
     """Train on at most so many rows (seeded choice)."""
 
 
 class ImportanceConfig(_Section):
     encoding: EncodingName = "factored"
-    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), or factored (row sums x column sums)."""
-    xi: float = Field(1e-3, gt=0)
+    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2),
+    or factored (row sums x column sums)."""
+    xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
 
 
 class PenaltyConfig(_Section):
-    phi: float = Field(9.0, ge=0)
+    phi: float = Field(default=9.0, ge=0)
     """Weight of the penalty, Eq. 16. With phi_scale relative: nats it costs to undo the general phase once."""
     phi_scale: PhiScale = "relative"
-    """relative: importance is divided by what undoing the general phase would cost, so phi carries over between models. paper: as in Eq. 16."""
+    """relative: importance is divided by what undoing the general phase would cost, so phi carries over between models.
+    paper: as in Eq. 16."""
     layer_weights: LayerWeights = "softmax"
-    """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance. uniform: no layer weights."""
+    """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance.
+    uniform: no layer weights."""
     group: Literal["matrix", "block"] = "matrix"
     """What one layer weight covers: each adapted matrix, or each transformer block."""
 
@@ -128,34 +148,41 @@ class TrainingConfig(_Section):
 
     @field_validator("common", "record", "tune")
     @classmethod
-    def _names_are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         from trl import SFTConfig
 
-        valid = {field.name for field in dataclass_fields(SFTConfig)} - {"output_dir", "seed"}
-        for name in arguments:
-            if name not in valid:
-                raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{_nearest(name, valid)}")
+        types = get_type_hints(SFTConfig)
+        for name in ("output_dir", "seed"):
+            del types[name]  # the run's own
+        for name, value in arguments.items():
+            if name not in types:
+                raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{_nearest(name, set(types))}")
+            try:
+                TypeAdapter(types[name]).validate_python(value)
+            except ValidationError:
+                expected = getattr(types[name], "__name__", str(types[name]))
+                raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {value!r}") from None
         return arguments
 
 
 class EvaluationConfig(_Section):
     texts: dict[str, str] = {}
     """General texts for perplexity, name to file. Use at least one unlike the general phase's text."""
-    max_tokens: int = Field(8192, ge=2)
+    max_tokens: int = Field(default=8192, ge=2)
     """Tokens scored of each text."""
-    window: int = Field(512, ge=2)
+    window: int = Field(default=512, ge=2)
     """Context length of the sliding window, tokens."""
-    stride: int = Field(256, ge=1)
+    stride: int = Field(default=256, ge=1)
     """Tokens scored by each window; the rest of it is context."""
     accuracy: bool = True
     """Score the domain by lm-evaluation-harness (multiple-choice tasks)."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Evaluate on at most so many domain rows (the first ones)."""
-    generate: int = Field(4, ge=0)
+    generate: int = Field(default=32, ge=0)
     """Answers to generate, for exact match and for the report."""
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
     """Length limit of a generated answer, tokens."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences scored at once."""
 
 
@@ -190,24 +217,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises ConfigError with one line per wrong field: its path, what was expected, the nearest name.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
+    return parse_config(data, str(path), overrides)
+
+
+def parse_config(data: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:
+    """Apply `section.field=value` overrides to a mapping and validate it. Raises ConfigError (see load_config)."""
     for override in overrides or []:
         _set(data, override)
-    return parse_config(data, str(path))
-
-
-def parse_config(data: dict[str, Any], origin: str = "config") -> RunConfig:
-    """Validate a mapping. Raises ConfigError (see load_config)."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
@@ -221,42 +248,84 @@ def _set(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override!r}: {section} is not a section")
     try:
-        data[name] = _scalar(yaml.safe_load(value))
+        data[name] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
 
 
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; everyone means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text, for it has no dot; everyone means the number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    **yaml.SafeLoader.yaml_implicit_resolvers,
+    **{
+        first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), ("tag:yaml.org,2002:float", _EXPONENT)]
+        for first in "-+0123456789."
+    },
+}
 
 
 def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+    """One line for one of Pydantic's errors: path of the field, what was expected, what came, the nearest name."""
     if item["type"] == "extra_forbidden":
-        section = _section(item["loc"][:-1])
-        valid = set(section.model_fields) if section else set()
-        return f"{path}: unknown field{_nearest(str(item['loc'][-1]), valid)}"
+        *sections, name = item["loc"]
+        model: Any = RunConfig
+        for section in sections:
+            model = model.model_fields[section].annotation
+        return f"{'.'.join(item['loc'])}: unknown field{_nearest(name, set(model.model_fields))}"
+    path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"{path}: required, but missing"
-    message = item["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-    return f"{path}: {message[0].lower()}{message[1:]}{given}"
-
-
-def _section(location: tuple[Any, ...]) -> type[BaseModel] | None:
-    section: Any = RunConfig
-    for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field else None
-    return section if hasattr(section, "model_fields") else None
+    if item["type"] == "literal_error":
+        expected = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        near = _did_you_mean(item["input"], expected)
+        return f"{path}: expected one of {', '.join(expected)}; got {item['input']!r}{near}"
+    if item["type"] == "model_type":
+        return f"{path}: expected a section of fields; got {item['input']!r}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    return f"{path}: {message}" + ("" if isinstance(item["input"], dict) else f"; got {item['input']!r}")
 
 
 def _nearest(name: str, valid: set[str]) -> str:
-    close = get_close_matches(name, sorted(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid)[:12])}"
+    return _did_you_mean(name, sorted(valid)) or f"; valid: {', '.join(sorted(valid)[:12])}"
+
+
+def _did_you_mean(name: Any, valid: list[str]) -> str:
+    close = get_close_matches(str(name), valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def starting_yaml() -> str:
+    """A commented configuration to start from: every field with its meaning, at its default."""
+    lines = ["# hlora configuration. Run it with: hlora run THIS_FILE", "# Paths are relative to where you run it."]
+    lines += _commented(RunConfig, {"output": "runs/mine", **_STARTING}, 0)
+    return "\n".join(lines) + "\n"
+
+
+_STARTING: dict[str, Any] = {
+    "model": {"name": "smollm2-135m"},
+    "general": {"paths": ["general.txt"]},
+    "domain": {"task": "rows", "train": "train.jsonl", "test": "test.jsonl"},
+    "training": {
+        "common": {"learning_rate": 8e-4, "lr_scheduler_type": "linear", "warmup_steps": 10},
+        "record": {"max_steps": 100, "per_device_train_batch_size": 8, "max_length": 512},
+        "tune": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "max_length": 1024},
+    },
+}
+
+
+def _commented(section: type[BaseModel], values: dict[str, Any], depth: int) -> list[str]:
+    lines: list[str] = []
+    for name, field in section.model_fields.items():
+        indent = "  " * depth
+        if depth == 0:
+            lines.append("")
+        lines += [f"{indent}# {line}" for line in wrap(field.description or "", 110 - len(indent))]
+        inner: Any = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += [f"{indent}{name}:", *_commented(inner, values.get(name, {}), depth + 1)]
+        else:
+            value = values[name] if name in values else field.get_default(call_default_factory=True)
+            lines.append(f"{indent}{name}: {json.dumps(value)}")  # JSON is YAML
+    return lines

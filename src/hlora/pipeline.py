@@ -10,19 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora import data, report
 from hlora.config import RunConfig
-from hlora.errors import DataError
+from hlora.errors import ConfigError, DataError
 from hlora.evaluation import evaluate
+from hlora.files import building, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
@@ -31,30 +33,7 @@ from hlora.trainer import train
 
 logger = logging.getLogger("hlora")
 
-
-@dataclass
-class Job:
-    """A configuration with its model loaded and its output directory made."""
-
-    config: RunConfig
-    base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    output: Path
-
-    @classmethod
-    def open(cls, config: RunConfig) -> Job:
-        data.check_texts_are_held_out(config)
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-        base, tokenizer = load_base(config.model)
-        return cls(config, base, tokenizer, output)
-
-    def general(self) -> Dataset:
-        return data.general_text(self.config.general, self.base, self.tokenizer, self.config.seed)
-
-    def domain(self) -> Dataset:
-        return data.domain_rows(self.config.domain, self.config.seed)
+History = list[dict[str, Any]]
 
 
 def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
@@ -65,77 +44,104 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
     """
     job = Job.open(config)
     results = _start(job, command)
-    arms, history, seconds = results["arms"], results["history"], results["seconds"]
-    arms["base"] = evaluate(job.base, job.tokenizer, config)
-    general, domain = job.general(), job.domain()
-    results["provenance"]["data"] = {"general": data.fingerprint(general), "domain": data.fingerprint(domain)}
+    _measure(job, results, "base", job.base)
 
-    with _timed(seconds, "record"):
-        importance, history["record"] = record_phase(job, general)
+    with _timed(results, "record"):
+        model, importance, results["history"]["record"] = record_phase(job)
     importance.save(job.output / "importance")
     results["importance"] = describe(importance, config)
+    _measure(job, results, "after_general", model)
+    model.unload()
 
-    with _timed(seconds, "tune"):
-        model, history["tune"] = tune_phase(job, domain, importance)
-    model.save_pretrained(job.output / "adapter")
-    arms["hlora"] = evaluate(model, job.tokenizer, config)
-    model = model.unload()
+    with _timed(results, "tune"):
+        model, results["history"]["tune"] = tune_phase(job, importance)
+    save_adapter(model, job.output / "adapter")
+    _measure(job, results, "hlora", model)
+    model.unload()
 
     for arm in config.baselines:
-        with _timed(seconds, arm):
-            model, history[arm] = baseline_phase(job, domain, importance if arm == "lora_nu_mu" else None)
-        arms[arm] = evaluate(model, job.tokenizer, config)
+        with _timed(results, arm):
+            model, results["history"][arm] = baseline_phase(job, importance if arm == "lora_nu_mu" else None)
+        _measure(job, results, arm, model)
         model.unload()
     return finish(job, results)
 
 
-def record_phase(job: Job, general: Dataset) -> tuple[Importance, list[dict[str, Any]]]:
-    """LoRA on general text with a recorder watching (Eqs. 7–13). The model is left as it was."""
+@dataclass
+class Job:
+    """A configuration, its base model and its output directory. Data are read when first asked for."""
+
+    config: RunConfig
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    output: Path
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Job:
+        """Check what can be checked before hours of training, load the model, make the output directory."""
+        output = Path(config.output)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(
+                f"output: {output} cannot be written ({error.strerror}). Name another directory."
+            ) from None
+        base, tokenizer = load_base(config.model)
+        job = cls(config, base, tokenizer, output)
+        job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
+        return job
+
+    @cached_property
+    def general(self) -> data.GeneralText:
+        cache = self.output / "general-samples.json"
+        settings = self.config
+        return data.general_text(settings.general, settings.evaluation, self.base, self.tokenizer, settings.seed, cache)
+
+    @cached_property
+    def domain(self) -> data.DomainRows:
+        return data.domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed)
+
+
+def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
+    """LoRA on general text with a recorder watching (Eqs. 7–13); returns the model at θ^ν, Ω and the losses."""
     config = job.config
     model = attach_lora(job.base, config.lora, config.seed)
     recorder = ImportanceRecorder(model, encoding=config.importance.encoding)
     arguments = {"packing": True, **config.training.common, **config.training.record}
-    history = train(
-        model, job.tokenizer, general, job.output / "logs" / "record", arguments, config.seed, [recorder.callback()]
-    )
-    described = {"source": config.general.source, "sha256": data.fingerprint(general)}
-    importance = recorder.consolidate(config.importance.xi, described)
-    model.unload()
-    return importance, history
+    logs = job.output / "logs" / "record"
+    history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, [recorder.callback()])
+    return model, recorder.consolidate(config.importance.xi, job.general.facts), history
 
 
-def tune_phase(job: Job, domain: Dataset, importance: Importance) -> tuple[Any, list[dict[str, Any]]]:
-    """LoRA on the domain from θ^ν under the penalty (Eqs. 14–16); returns the adapted model."""
+def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
+    """LoRA on the domain from θ^ν under the penalty (Eqs. 14–16); returns the tuned model and the losses."""
     config, options = job.config, job.config.penalty
     model = attach_lora(job.base, config.lora, config.seed)
     importance.load_adapter_into(model)
-    penalty = ImportancePenalty(
-        model, importance, options.phi, options.layer_weights, options.phi_scale, options.group
-    )
-    arguments = {**config.training.common, **config.training.tune}
-    history = train(
-        model, job.tokenizer, domain, job.output / "logs" / "tune", arguments, config.seed, [penalty.callback()]
-    )
-    return model, history
+    penalty = ImportancePenalty(model, importance, options.phi, options.layer_weights, options.phi_scale, options.group)
+    return model, _train_on_domain(job, model, "tune", penalty)
 
 
-def baseline_phase(
-    job: Job, domain: Dataset, start: Importance | None
-) -> tuple[Any, list[dict[str, Any]]]:
+def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:
     """The same domain phase without a penalty: from a fresh adapter, LoRA(μ), or from θ^ν, LoRA(ν+μ)."""
-    config = job.config
-    model = attach_lora(job.base, config.lora, config.seed)
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
     if start is not None:
         start.load_adapter_into(model)
-    logs = job.output / "logs" / ("lora_nu_mu" if start else "lora_mu")
-    arguments = {**config.training.common, **config.training.tune}
-    return model, train(model, job.tokenizer, domain, logs, arguments, config.seed)
+    return model, _train_on_domain(job, model, "lora_nu_mu" if start else "lora_mu", None)
+
+
+def _train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None) -> History:
+    arguments = {**job.config.training.common, **job.config.training.tune}
+    logs = job.output / "logs" / phase
+    callbacks = [penalty.callback()] if penalty else []
+    return train(model, job.tokenizer, job.domain.dataset(), logs, arguments, job.config.seed, callbacks)
 
 
 def record(config: RunConfig) -> Path:
     """The general phase alone; returns the importance directory."""
     job = Job.open(config)
-    importance, _ = record_phase(job, job.general())
+    _, importance, _ = record_phase(job)
     return importance.save(job.output / "importance")
 
 
@@ -143,36 +149,30 @@ def tune(config: RunConfig) -> Path:
     """The domain phase alone, from <output>/importance; returns the directory of the PEFT adapter."""
     importance = Importance.load(Path(config.output) / "importance")
     job = Job.open(config)
-    model, _ = tune_phase(job, job.domain(), importance)
-    model.save_pretrained(job.output / "adapter")
-    return job.output / "adapter"
+    model, _ = tune_phase(job, importance)
+    return save_adapter(model, job.output / "adapter")
 
 
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
     """Evaluate the base model and <output>/adapter, and write results.json and the report."""
-    from peft import PeftModel
-
     adapter = Path(config.output) / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise DataError(f"{adapter}: no adapter_model.safetensors. Make it with `hlora tune` or `hlora run` first.")
     job = Job.open(config)
     results = _start(job, command)
-    results["arms"]["base"] = evaluate(job.base, job.tokenizer, config)
+    _measure(job, results, "base", job.base)
     model = PeftModel.from_pretrained(job.base, str(adapter))
-    results["arms"]["hlora"] = evaluate(model, job.tokenizer, config)
+    _measure(job, results, "hlora", model)
     if (job.output / "importance").is_dir():
         results["importance"] = describe(Importance.load(job.output / "importance"), config)
     return finish(job, results)
 
 
-def demo_config(output: Path) -> RunConfig:
-    """The embedded default: SmolLM2-135M, Python's own documentation, questions on the chemical elements."""
-    from hlora import embedded
-
-    directory = output / "data"
-    directory.mkdir(parents=True, exist_ok=True)
-    embedded.demo_data(directory)
-    return embedded.demo_settings(output)
+def save_adapter(model: PeftModel, directory: Path) -> Path:
+    """Save the adapter as PEFT does, whole or not at all."""
+    with building(directory) as fresh:
+        model.save_pretrained(str(fresh))
+    return directory
 
 
 def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
@@ -190,26 +190,38 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with building.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    building.replace(path)
+def read_results(output: Path) -> dict[str, Any]:
+    """results.json of a run. Raises DataError when it is absent or damaged."""
+    try:
+        return json.loads((output / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{output}: no readable results.json ({error}). Make it with `hlora run` or `hlora evaluate`."
+        ) from None
+
+
+def measure(job: Job, model: Any) -> dict[str, Any]:
+    """Every measure of one model on the job's evaluation texts and test rows (see evaluation.evaluate)."""
+    return evaluate(model, job.tokenizer, job.general.evaluation, job.domain, job.config.evaluation)
+
+
+def _measure(job: Job, results: dict[str, Any], arm: str, model: Any) -> None:
+    logger.info("evaluating: %s", arm)
+    with _timed(results, f"evaluate {arm}"):
+        results["arms"][arm] = measure(job, model)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+def _timed(results: dict[str, Any], phase: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - started
+    results["seconds"][phase] = time.perf_counter() - started
 
 
 def _start(job: Job, command: str) -> dict[str, Any]:
     device = job.base.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    dtype = str(job.base.dtype).removeprefix("torch.")
     packages = ("hlora", "torch", "transformers", "peft", "trl", "datasets", "lm_eval")
     return {
         "arms": {},
@@ -219,11 +231,20 @@ def _start(job: Job, command: str) -> dict[str, Any]:
         "provenance": {
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "seed": job.config.seed,
-            "hardware": f"{hardware}, {os.cpu_count()} cores, {device.type}, {str(job.base.dtype).removeprefix('torch.')}",
+            "hardware": f"{hardware}, {os.cpu_count()} cores, {device.type}, {dtype}",
             "parameters": job.base.num_parameters(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "data": {},
+            "data": {"general": job.general.facts, "domain": job.domain.facts},
         },
         "config": job.config.model_dump(),
         "command": command,
     }
+
+
+def _processor() -> str:
+    """Name of the CPU; Linux keeps it in a file that `platform` does not read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,190 @@
+"""Does a relative φ carry over between ξ, run lengths, adapters and models, where a raw φ does not?
+
+    python benchmarks/phi_carries_over.py GENERAL.txt HELD_OUT.txt QUESTIONS.jsonl [--model DIR] [--output FILE]
+
+For each setting: one general phase (Ω factored), then the same domain phase unprotected, with φ_relative = 9, and with
+the raw φ of Eq. 16 that equals φ_relative = 9 in the first setting. Reported: the raw φ that φ_relative = 9 stands for,
+and the loss on held-out general text that comes back in each domain phase, nats per token and as a share of what
+comes back unprotected. A φ carries over if its share stays alike from row to row.
+
+The small Llama (2 layers of 64) is trained here, from scratch, on the first half of GENERAL: a model unlike SmolLM2 in
+size, depth and quality. Layer weights are norm shares, for the softmax of
+Eq. 15 changes with ξ by itself (method.md, reading 4).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hlora import Importance, ImportancePenalty, ImportanceRecorder
+from hlora.config import EvaluationConfig, ModelConfig
+from hlora.data import read_rows
+from hlora.evaluation import text_likelihood
+from hlora.files import write_text
+from hlora.models import load_base
+from hlora.tasks import read_example
+
+PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 4, 128
+
+
+@dataclass
+class Setting:
+    name: str
+    steps: int = 50
+    xi: float = 1e-3
+    rank: int = 8
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    small: bool = False
+
+
+SETTINGS = (
+    Setting("reference: 50 steps, ξ 1e-3, r 8, q v"),
+    Setting("ξ 1e-5", xi=1e-5),
+    Setting("25 steps", steps=25),
+    Setting("100 steps", steps=100),
+    Setting("r 16, q k v o", rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
+    Setting("small Llama", small=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("general", type=Path)
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("questions")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--domain-steps", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=Path("runs/phi_carries_over.json"))
+    options = parser.parse_args()
+
+    base, tokenizer = load_base(ModelConfig(name=options.model))
+    text = options.general.read_text(encoding="utf-8")
+    held_out = options.held_out.read_text(encoding="utf-8")
+    general = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    questions = [read_example("multiple_choice", row, options.questions) for row in read_rows(options.questions)[:2000]]
+    domain = [_tokens(tokenizer, example.prompt, f" {example.answer}{tokenizer.eos_token}") for example in questions]
+    small = _small_llama(base.config.vocab_size, general)
+    evaluation = EvaluationConfig(max_tokens=2048, window=TOKENS, stride=TOKENS - 1)
+
+    rows: list[dict[str, Any]] = []
+    raw = None
+    for setting in SETTINGS:
+        started = time.perf_counter()
+        model = get_peft_model(
+            copy.deepcopy(small) if setting.small else base,
+            LoraConfig(
+                r=setting.rank, lora_alpha=4 * setting.rank, target_modules=list(setting.targets), task_type="CAUSAL_LM"
+            ),
+        )
+        importance = record(model, general, setting)
+        after_general = text_likelihood(model, tokenizer, held_out, evaluation)["nll"]
+        unit = ImportancePenalty(model, importance, 1.0, "norm_share", "relative").unit
+        raw = PHI / unit if raw is None else raw
+        lost = {}
+        for arm, phi, scale in (("unprotected", 0.0, "paper"), ("relative", PHI, "relative"), ("raw", raw, "paper")):
+            importance.load_adapter_into(model)
+            tune(model, domain, ImportancePenalty(model, importance, phi, "norm_share", scale), options.domain_steps)
+            lost[arm] = text_likelihood(model, tokenizer, held_out, evaluation)["nll"] - after_general
+        model.unload()
+        rows.append({"setting": setting.name, "phi_relative_9_is_raw": PHI / unit, "lost": lost, "raw": raw})
+        print(f"{setting.name}: {time.perf_counter() - started:.0f} s, {lost}", file=sys.stderr)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.output, json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+def record(model: Any, tokens: Tensor, setting: Setting) -> Importance:
+    recorder = ImportanceRecorder(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for batch, _ in zip(batches(tokens), range(setting.steps), strict=False):
+        model(input_ids=batch, labels=batch).loss.backward()
+        with recorder.step(LR):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        optimizer.zero_grad()
+    return recorder.consolidate(setting.xi)
+
+
+def tune(model: Any, rows: list[tuple[list[int], int]], penalty: ImportancePenalty, steps: int) -> None:
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for _ in range(steps):
+        chosen = draw.sample(rows, 16)
+        width = max(len(ids) for ids, _ in chosen)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in chosen])
+        position = torch.arange(width)
+        scored = torch.stack([(position >= prompt) & (position < len(row)) for row, prompt in chosen])
+        loss = model(input_ids=ids, labels=ids.masked_fill(~scored, -100)).loss + penalty()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def batches(tokens: Tensor) -> Iterator[Tensor]:  # (ROWS, TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        starts = torch.randint(0, len(tokens) - TOKENS, (ROWS,), generator=generator)
+        yield torch.stack([tokens[start : start + TOKENS] for start in starts])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = [
+        "setting",
+        "raw φ of φ_relative 9",
+        "comes back unprotected, nats",
+        "with φ_relative 9",
+        "with raw φ of row 1",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        lost = row["lost"]
+        shares = [f"{lost[arm]:+.3f} ({100 * lost[arm] / lost['unprotected']:.0f} %)" for arm in ("relative", "raw")]
+        lines.append(
+            f"| {row['setting']} | {row['phi_relative_9_is_raw']:.3g} | {lost['unprotected']:+.3f} | "
+            + " | ".join(shares)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _tokens(tokenizer: Any, prompt: Any, answer: str) -> tuple[list[int], int]:
+    return tokenizer(prompt + answer)["input_ids"], len(tokenizer(prompt)["input_ids"])
+
+
+def _small_llama(vocabulary: int, tokens: Tensor) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch, _ in zip(batches(tokens[: len(tokens) // 2]), range(300), strict=False):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False).eval()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The commands: parse, call, print. No logic."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from hlora import __version__
+from hlora.errors import HloraError
+
+app = typer.Typer(
+    help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; `hlora config` prints one to start from.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set penalty.phi=9")
+]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Record importance on general text, tune on the domain under it, evaluate, report."""
+    from hlora import pipeline
+
+    _show(pipeline.run(_load(config, overrides), _command()))
+
+
+@app.command()
+def record(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The general phase alone: writes <output>/importance."""
+    from hlora import pipeline
+
+    console.print(f"importance: {pipeline.record(_load(config, overrides))}")
+
+
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The domain phase alone, under <output>/importance: writes <output>/adapter."""
+    from hlora import pipeline
+
+    console.print(f"adapter: {pipeline.tune(_load(config, overrides))}")
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Measure the base model and <output>/adapter; write results.json and report.html."""
+    from hlora import pipeline
+
+    _show(pipeline.evaluate_output(_load(config, overrides), _command()))
+
+
+@app.command()
+def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory of a run.")]) -> None:
+    """Make report.html again from <output>/results.json."""
+    from hlora.pipeline import read_results
+    from hlora.report import write_report
+
+    write_report(read_results(output), output / "report.html")
+    console.print(f"report: {output / 'report.html'}")
+
+
+@app.command()
+def inspect(
+    importance: Annotated[str, typer.Argument(metavar="IMPORTANCE", help="A directory or a hub repository.")],
+    figure: Annotated[Path, typer.Option(help="Where the heat map goes, as .png and .svg.")] = Path(
+        "importance-heatmap"
+    ),
+) -> None:
+    """What an importance holds: provenance, the norm of each layer, and their heat map (Fig. 7)."""
+    from hlora.figures import importance_heatmap, save
+    from hlora.importance import Importance
+
+    described = Importance.load(importance).describe()
+    norms = described.pop("layer_norms")
+    facts = Table("importance", importance, title="What was recorded")
+    for name, value in described.items():
+        facts.add_row(name, str(value))
+    console.print(facts)
+    table = Table("matrix", "norm", title="Importance norm of each matrix")
+    for name, norm in norms.items():
+        table.add_row(name, f"{norm:.4g}")
+    console.print(table)
+    save(importance_heatmap(norms), figure.with_suffix(""))
+    console.print(f"heat map: {figure.with_suffix('.png')}, {figure.with_suffix('.svg')}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for everything the demo writes.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole job on an embedded model and data: forgetting and its cure in one picture. About 7 minutes on a CPU."""
+    from hlora import embedded, pipeline
+    from hlora.config import parse_config
+
+    settings = parse_config(embedded.demo_config(output), "demo", overrides)
+    _show(pipeline.run(settings, _command()))
+
+
+@app.command("config")
+def print_config() -> None:
+    """Print a commented configuration to start from."""
+    from hlora.config import starting_yaml
+
+    print(starting_yaml(), end="")
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. An error of ours is one message on stderr and status 2, without a traceback."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)],
+    )
+    logging.getLogger("hlora").setLevel(logging.INFO)
+    # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
+    try:
+        app()
+    except HloraError as error:
+        print(f"hlora: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from hlora.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _command() -> str:
+    return shlex.join(["hlora", *sys.argv[1:]])
+
+
+def _show(results: dict[str, Any]) -> None:
+    from hlora.report import summary_table, verdict
+
+    console.print(summary_table(results))
+    found = verdict(results)
+    for sentence in (found.headline, found.kept, found.learned, *found.beside):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"report: {Path(results['config']['output']) / 'report.html'}")

@@ -1,0 +1,237 @@
+"""What is measured before and after: general ability as perplexity, the domain as answer likelihood and accuracy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from hlora.config import EvaluationConfig
+from hlora.data import DomainRows
+from hlora.errors import DataError
+from hlora.models import quiet
+from hlora.tasks import Example, write_harness_task
+
+_SHOWN = 8  # sample answers kept for the report
+_BLOCK = 64  # tokens of one paired difference between two models
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    domain: DomainRows,
+    settings: EvaluationConfig,
+) -> dict[str, Any]:
+    """All measures of one model, as plain values: `texts` (by name), `domain` and `samples`. See docs/quickstart.md.
+
+    The same texts, tokens and rows are scored whatever the model, so results before and after compare.
+    """
+    training = model.training
+    model.eval()
+    result: dict[str, Any] = {"texts": {}, "domain": {"rows": len(domain.test)}, "samples": []}
+    for name, text in texts.items():
+        result["texts"][name] = text_likelihood(model, tokenizer, text, settings)
+    answers = answer_nll(model, tokenizer, domain.test, settings.batch_size)
+    result["domain"] |= {**_mean("answer_nll", answers), "answer_nll_each": answers}
+    if settings.accuracy and domain.test[0].choices:
+        result["domain"] |= harness_accuracy(model, tokenizer, domain, settings.batch_size)
+    if settings.generate:
+        asked = domain.test[: settings.generate]
+        written = generate_answers(model, tokenizer, asked, settings)
+        matches = [float(_normal(a) == _normal(e.answer)) for a, e in zip(written, asked, strict=True)]
+        result["domain"] |= {"generated": len(asked), **_mean("exact_match", matches)}
+        result["samples"] = [
+            {"prompt": _text(tokenizer, example), "expected": example.answer, "answer": answer}
+            for answer, example in list(zip(written, asked, strict=True))[:_SHOWN]
+        ]
+    model.train(training)
+    return result
+
+
+def text_likelihood(
+    model: Any, tokenizer: PreTrainedTokenizerBase, text: str, settings: EvaluationConfig
+) -> dict[str, Any]:
+    """Perplexity (per token) and bits per byte of a text's first `max_tokens` tokens, by sliding window.
+
+    Each token is scored once, given up to window − 1 tokens before it and at least window − stride of them where the
+    text has as many. nll: nats per token, weighted by tokens, with its standard error; nll_each: its mean over each
+    64 tokens, to compare two models on the same text by paired differences.
+    """
+    # Four characters a token are typical; eight of each are always enough to fill the limit or take all of the text.
+    start = text[: 8 * settings.max_tokens]
+    tokens = tokenizer(start, return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
+    tokens = tokens[: settings.max_tokens]
+    if len(tokens) < 2:
+        raise DataError(f"evaluation.texts: a text of {len(tokens)} tokens has nothing to score; it needs at least 2")
+    losses = _sliding_window(model, tokens, settings.window, settings.stride, settings.batch_size)
+    nll = float(losses.mean())
+    scored = tokenizer.decode(tokens[1:])
+    return {
+        "perplexity": math.exp(min(nll, 700.0)),
+        "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, len(scored.encode("utf-8"))),
+        "nll": nll,
+        "nll_stderr": float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
+        "nll_each": [float(block.mean()) for block in losses.split(_BLOCK)],
+        "tokens": len(losses),
+        "bytes": len(scored.encode("utf-8")),
+    }
+
+
+def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_size: int) -> Tensor:  # (n − 1,)
+    """−log p of each token but the first, float64. All windows have one length, that of the text if it is short."""
+    window = min(window, len(tokens))
+    stride = max(1, min(stride, window - 1))
+    ends = [window, *range(window + stride, len(tokens) + 1, stride)]
+    if ends[-1] < len(tokens):
+        ends.append(len(tokens))
+    new = [window - 1] + [end - before for before, end in pairwise(ends)]  # scored by each window
+    losses = []
+    for start in track(range(0, len(ends), batch_size), description="perplexity", transient=True):
+        chosen = slice(start, start + batch_size)
+        batch = torch.stack([tokens[end - window : end] for end in ends[chosen]]).to(model.device)
+        keep = (
+            max(new[chosen]) + 1
+        )  # logits only where something is scored: the vocabulary makes them the largest tensor
+        logits = model(input_ids=batch, logits_to_keep=keep, use_cache=False).logits[:, -keep:-1]
+        targets = batch[:, 1:][:, -(keep - 1) :]
+        loss = cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").cpu().double()
+        losses += [row[-count:] for row, count in zip(loss, new[chosen], strict=True)]
+    return torch.cat(losses)
+
+
+def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int) -> list[float]:
+    """−log p(answer | prompt) of each example, in nats per answer, summed over the answer's tokens."""
+    encoded = [_encode(tokenizer, example) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    values = [0.0] * len(encoded)
+    for start in track(range(0, len(order), batch_size), description="answer likelihood", transient=True):
+        rows = order[start : start + batch_size]
+        ids = pad_sequence([encoded[i][0] for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+        lengths = torch.tensor([len(encoded[i][0]) for i in rows])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        logits = model(
+            input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False
+        ).logits
+        loss = (
+            cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:].to(model.device), reduction="none")
+            .cpu()
+            .double()
+        )
+        for row, i in zip(loss, rows, strict=True):
+            sequence, answer = encoded[i]
+            values[i] = float(row[len(sequence) - 1 - answer : len(sequence) - 1].sum())
+    return values
+
+
+def harness_accuracy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, domain: DomainRows, batch_size: int
+) -> dict[str, Any]:
+    """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows."""
+    with _harness_logs_quiet(), tempfile.TemporaryDirectory() as scratch:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch))
+        outcome = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[task],
+            task_manager=TaskManager(include_path=scratch, include_defaults=False),
+            bootstrap_iters=0,
+        )
+    samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
+    found: dict[str, Any] = {}
+    for metric in ("acc", "acc_norm"):
+        right = [float(sample[metric]) for sample in samples]
+        found |= {**_mean(metric, right), f"{metric}_each": right}
+    return found
+
+
+def generate_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: EvaluationConfig
+) -> list[str]:
+    """Greedy answers, cut at the first line end."""
+    prompts = [_text(tokenizer, example) for example in examples]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    answers: list[str] = []
+    for start in track(range(0, len(prompts), settings.batch_size), description="sample answers", transient=True):
+        batch = tokenizer(
+            prompts[start : start + settings.batch_size],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=isinstance(examples[0].prompt, str),
+        ).to(model.device)
+        written = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers += tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokenizer.padding_side = side
+    return [(answer.strip().splitlines() or [""])[0] for answer in answers]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    if isinstance(example.prompt, str):
+        return example.prompt
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "domain: rows of messages need a tokenizer with a chat template, and this model's has none. "
+            "Use prompt and completion columns instead."
+        )
+    return str(tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Tensor, int]:
+    """Tokens of prompt and answer, (n,), and how many of them are the answer's."""
+    text = _text(tokenizer, example)
+    special = isinstance(example.prompt, str)  # a chat template writes its own special tokens
+    whole = tokenizer(text + (" " if special else "") + example.answer, add_special_tokens=special)["input_ids"]
+    before = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return torch.tensor(whole), len(whole) - len(before)
+
+
+def _mean(name: str, values: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {name: statistics.fmean(values), f"{name}_stderr": spread / math.sqrt(len(values))}
+
+
+def _normal(answer: str) -> str:
+    """For exact match: case, outer spaces, a final full stop and the number of inner spaces do not matter."""
+    return " ".join(answer.casefold().strip().rstrip(".").split())
+
+
+@contextmanager
+def _harness_logs_quiet() -> Iterator[None]:
+    """lm-evaluation-harness and datasets report each step of theirs; only their warnings of substance stay."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with quiet():
+            yield
+    finally:
+        datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

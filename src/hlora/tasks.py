@@ -1,0 +1,165 @@
+"""Domain tasks: how a row becomes a prompt and an answer, for training, scoring and lm-evaluation-harness alike.
+
+Prompts are those of lm-evaluation-harness, and a model is trained on exactly the continuation that the harness scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hlora.errors import DataError
+
+Row = Mapping[str, Any]
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One domain row. `prompt` is text, or chat messages that the tokenizer's template renders."""
+
+    prompt: str | Messages
+    answer: str
+    """What the model should say, without the space that joins it to a text prompt."""
+    choices: tuple[str, ...] = ()
+    """The options, for a multiple-choice row; `answer` is one of them."""
+
+    def training_row(self) -> dict[str, Any]:
+        """As TRL reads it: loss on the completion only."""
+        if isinstance(self.prompt, str):
+            return {"prompt": self.prompt, "completion": f" {self.answer}"}
+        return {"prompt": self.prompt, "completion": [{"role": "assistant", "content": self.answer}]}
+
+
+def _sciq(row: Row) -> Example:
+    choices = (row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"])
+    return _choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
+
+
+def _piqa(row: Row) -> Example:
+    return _choose(f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), row["label"])
+
+
+def _medmcqa(row: Row) -> Example:
+    letters = "ABCD"
+    options = "".join(
+        f"{letter}. {row[key]}\n" for letter, key in zip(letters, ("opa", "opb", "opc", "opd"), strict=True)
+    )
+    return _choose(f"Question: {row['question']}\nChoices:\n{options}Answer:", tuple(letters), row["cop"])
+
+
+def _multiple_choice(row: Row) -> Example:
+    if not isinstance(row["choices"], list):  # text from a CSV would be taken for a list of its letters
+        raise ValueError(f"choices is {row['choices']!r}, expected a list")
+    choices = tuple(str(choice) if isinstance(choice, int | float) else choice for choice in row["choices"])
+    return _choose(f"Question: {row['question']}\nAnswer:", choices, row["label"])
+
+
+def _rows(row: Row) -> Example:
+    if "messages" in row:
+        *prompt, last = row["messages"]
+        if not prompt or last["role"] != "assistant":
+            raise ValueError("messages must end with an answer of the assistant to something")
+        answer = last["content"]
+    else:
+        prompt, answer = row["prompt"], row["completion"]
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt is {prompt!r}, expected text")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"the answer is {answer!r}, expected text")
+    return Example(prompt, answer.strip())
+
+
+def _choose(prompt: str, choices: tuple[str, ...], label: Any) -> Example:
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"the choices are {choices!r}, expected texts")
+    index = int(label)
+    if not 0 <= index < len(choices):
+        raise ValueError(f"label is {label!r}, expected 0 to {len(choices) - 1}")
+    return Example(prompt, choices[index], choices)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reader of rows and, for multiple choice, what its lm-evaluation-harness task says."""
+
+    read: Callable[[Row], Example]
+    columns: str
+    """The columns that a row needs, for error messages."""
+    harness: Mapping[str, Any] | None = None
+    """lm-evaluation-harness task: one of its own definitions to include, or a definition of ours."""
+    label: str | None = None
+    """Column with the index of the right choice; the harness finds no answer right where it holds "1" and not 1."""
+
+
+TASKS: dict[str, Task] = {
+    "sciq": Task(
+        _sciq,
+        "question, correct_answer, distractor1, distractor2, distractor3, support",
+        {"include": "sciq/sciq.yaml"},
+    ),
+    "piqa": Task(_piqa, "goal, sol1, sol2, label", {"include": "piqa/piqa.yaml"}, "label"),
+    "medmcqa": Task(_medmcqa, "question, opa, opb, opc, opd, cop", {"include": "medmcqa/medmcqa.yaml"}, "cop"),
+    "multiple_choice": Task(
+        _multiple_choice,
+        "question, choices (a list), label (index of the right choice)",
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "label",
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            ],
+        },
+        "label",
+    ),
+    "rows": Task(_rows, "prompt and completion, or messages"),
+}
+
+
+def read_example(task: str, row: Row, place: str) -> Example:
+    """The example in a row. Raises DataError that names the place, such as train.jsonl row 7, when it holds none."""
+    try:
+        return TASKS[task].read(row)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{place}: {problem}. Task {task!r} needs {TASKS[task].columns}; "
+            f"this row has {', '.join(row) or 'nothing'}."
+        ) from None
+
+
+def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -> str:
+    """Write rows and a task that scores them into a directory for `lm_eval.tasks.TaskManager`; returns the task's name.
+
+    Raises DataError for a task without choices.
+    """
+    import lm_eval.tasks
+
+    harness = TASKS[task].harness
+    if harness is None:
+        raise DataError(f"task {task!r} has no choices to score; accuracy needs a multiple-choice task")
+    definition = dict(harness)
+    if "include" in definition:
+        definition["include"] = str(Path(lm_eval.tasks.__file__).parent / definition["include"])
+    data = directory / "rows.jsonl"
+    label = TASKS[task].label
+    if label is not None:
+        rows = [{**row, label: int(row[label])} for row in rows]
+    data.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+    name = f"hlora_{task}"
+    definition |= {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(directory / "cache")},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+    }
+    (directory / "task.yaml").write_text(json.dumps(definition), encoding="utf-8")  # JSON is YAML
+    return name
