@@ -1,0 +1,188 @@
+"""The figures: right marks at the right places, and SVG that can share a page."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from hlora import figures
+
+NORMS = {f"model.layers.{i}.self_attn.{kind}": 10.0 ** (i - 1) for i in range(3) for kind in ("q_proj", "v_proj")}
+HISTORY = {
+    "record": [{"step": i, "loss": 4 - 0.1 * i} for i in range(1, 11)],
+    "tune": [
+        {
+            "step": i,
+            "loss": 3.0,
+            "regularisation_loss": 0.01,
+            "weighted_regularisation_loss": 0.5,
+            "total_loss": 3.5,
+        }
+        for i in range(1, 11)
+    ],
+    "lora_mu": [{"step": i, "loss": 2.5} for i in range(1, 11)],
+}
+
+
+def evaluation(nll: float, answer_nll: float, acc: float | None = None) -> dict[str, Any]:
+    domain = {"rows": 9, "answer_nll": answer_nll, "answer_nll_stderr": 0.1}
+    if acc is not None:
+        domain |= {"acc": acc, "acc_stderr": 0.02}
+    text = {"perplexity": math.exp(min(nll, 700)), "nll": nll, "nll_stderr": 0.01, "bits_per_byte": nll / 3}
+    return {"texts": {"wiki": text}, "domain": domain}
+
+
+def words(figure: Any) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def ids(svg: str) -> list[str]:
+    return re.findall(r'\bid="([^"]+)"', svg)
+
+
+def mesh(figure: Any) -> np.ma.MaskedArray:
+    """The heat map's cells, (kinds, layers)."""
+    return figure.axes[0].collections[0].get_array()
+
+
+def test_heat_map_has_kinds_as_rows_and_layers_as_columns():
+    figure = figures.importance_heatmap(NORMS)
+    np.testing.assert_allclose(mesh(figure), [[0.1, 1, 10], [0.1, 1, 10]])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["q_proj", "v_proj"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_heat_map_marks_zero_and_non_finite_norms_instead_of_colouring_them():
+    norms = {**NORMS, "model.layers.0.self_attn.q_proj": 0.0, "model.layers.1.self_attn.v_proj": math.nan}
+    figure = figures.importance_heatmap(norms)
+    assert mesh(figure).mask.tolist() == [[True, False, False], [False, True, False]]
+    assert sorted(words(figure)) == ["!", "0"]
+    figures.svg(figure)
+
+
+@pytest.mark.parametrize("norms", [{}, {"model.layers.0.q_proj": 0.0}, {"a.0.q": 1.0, "a.1.q": 1.0}])
+def test_heat_map_draws_without_any_range_of_norms(norms):
+    assert figures.svg(figures.importance_heatmap(norms)).startswith("<svg")
+
+
+def test_matrices_outside_the_layers_stand_in_a_column_of_their_own():
+    figure = figures.importance_heatmap({**NORMS, "lm_head": 5.0})
+    assert mesh(figure)[2, 3] == 5.0
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()][-1] == "other"
+
+
+def test_kinds_that_end_alike_keep_their_own_rows():
+    figure = figures.importance_heatmap({"encoder.layers.0.q_proj": 1.0, "decoder.layers.0.q_proj": 2.0})
+    np.testing.assert_allclose(mesh(figure), [[1.0], [2.0]])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["encoder.layers.*.q_proj", "decoder.layers.*.q_proj"]
+
+
+def test_loss_curves_give_each_phase_a_panel_and_the_penalty_its_own():
+    figure = figures.loss_curves(HISTORY)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "General phase",
+        "Domain phase, HLoRA",
+        "Domain phase, HLoRA: penalty",
+        "Domain phase, LoRA (domain only)",
+    ]
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert legends == [["task loss"], ["task loss", "total: task + penalty"], ["penalty φ·L_reg"], ["task loss"]]
+    smooth_total = figure.axes[1].lines[3].get_ydata()
+    np.testing.assert_allclose(smooth_total, 3.5)
+    assert figure.axes[1].get_ylim() == figure.axes[3].get_ylim()
+
+
+def test_loss_curves_leave_a_gap_where_a_loss_is_not_finite():
+    figure = figures.loss_curves({"record": [{"step": i, "loss": x} for i, x in enumerate((1.0, math.inf, 3.0))]})
+    raw = figure.axes[0].lines[0].get_ydata()
+    assert np.isnan(raw[1])
+    assert (raw[0], raw[2]) == (1.0, 3.0)
+    figures.svg(figure)
+
+
+def test_running_mean_is_centred_and_skips_what_is_not_finite():
+    values = np.arange(100.0)
+    values[50] = np.nan
+    smooth = figures._running_mean(values)
+    assert smooth[20] == pytest.approx(20)
+    assert smooth[50] == pytest.approx(50)
+
+
+def test_forgetting_picture_shows_rise_of_loss_and_answer_measures_of_every_arm():
+    arms = {
+        "base": evaluation(3.0, 5.0, 0.2),
+        "hlora": evaluation(2.9, 4.0, 0.3),
+        "mine": evaluation(3.2, 3.9, 0.31),
+    }
+    figure = figures.forgetting_picture(arms)
+    assert [axes.get_title(loc="left").split("? ")[1] for axes in figure.axes] == ["wiki", "answer NLL", "accuracy"]
+    shown = words(figure)
+    assert "−0.10 (−10%)" in shown
+    assert "+0.20 (+22%)" in shown
+    assert {"5.00", "4.00", "3.90", "20.0 %", "30.0 %", "31.0 %"} <= set(shown)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Base", "HLoRA", "mine"]
+
+
+def test_forgetting_picture_says_so_when_a_loss_is_not_finite():
+    arms = {"base": evaluation(3.0, 5.0), "hlora": evaluation(math.nan, math.inf)}
+    figure = figures.forgetting_picture(arms)
+    assert words(figure).count("not finite") == 2
+    figures.svg(figure)
+
+
+@pytest.mark.parametrize(
+    "arms", [{}, {"base": {}}, {"hlora": {"texts": {"a": {"nll": 1.0}}}}, {"base": evaluation(3, 5)}]
+)
+def test_forgetting_picture_draws_with_parts_missing(arms):
+    assert figures.svg(figures.forgetting_picture(arms)).startswith("<svg")
+
+
+def test_names_are_drawn_as_they_are_and_never_read_as_mathematics():
+    arms = {"base": evaluation(3.0, 5.0), "costs $5 and $x_$ \n\x00": evaluation(3.0, 5.0)}
+    figure = figures.forgetting_picture(arms)
+    figures.svg(figure)
+    assert figure.axes[0].get_yticklabels()[1].get_text() == "costs $5 and $x_$   "
+
+
+def test_change_uses_paired_differences_where_the_parts_are_listed():
+    base = {"nll": 3.0, "nll_stderr": 0.3, "nll_each": [1.0, 3.0, 5.0]}
+    arm = {"nll": 3.1, "nll_stderr": 0.4, "nll_each": [1.1, 3.1, 5.1]}
+    assert figures.change(base, arm, "nll").stderr == pytest.approx(0, abs=1e-9)
+    unpaired = figures.change(base, {**arm, "nll_each": [1.1]}, "nll")
+    assert unpaired.value == pytest.approx(0.1)
+    assert unpaired.stderr == pytest.approx(0.5)
+
+
+def test_svg_is_the_same_for_the_same_figure():
+    assert figures.svg(figures.loss_curves(HISTORY)) == figures.svg(figures.loss_curves(HISTORY))
+
+
+def test_svg_ids_of_two_figures_do_not_collide_and_each_reference_has_its_target():
+    one, other = figures.svg(figures.loss_curves(HISTORY)), figures.svg(figures.importance_heatmap(NORMS))
+    assert not set(ids(one)) & set(ids(other))
+    for svg in (one, other):
+        assert len(ids(svg)) == len(set(ids(svg)))
+        references = re.findall(r'(?:href="|url\()#([^")]+)', svg)
+        assert references
+        assert set(references) <= set(ids(svg))
+
+
+def test_svg_is_wellformed_and_names_no_outside_address():
+    svg = figures.svg(figures.importance_heatmap(NORMS))
+    ElementTree.fromstring(svg)
+    assert "http" not in svg
+
+
+def test_save_writes_png_and_svg_beside_each_other(tmp_path: Path):
+    png, vector = figures.save(figures.importance_heatmap(NORMS), tmp_path / "fig.7")
+    assert {path.name for path in tmp_path.iterdir()} == {"fig.7.png", "fig.7.svg"}
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(vector).getroot().tag.endswith("svg")
