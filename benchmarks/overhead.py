@@ -81,7 +81,15 @@ def main() -> None:
             optimizer.zero_grad()
 
     table = Table(title=f"{arguments.model}, 8x128 tokens, {arguments.rounds} rounds, {model.device}, {model.dtype}")
-    for heading in ("step", "encoding", "median s", "hlora ms", "share of plain step %", "spread %", "whole-step ratio"):
+    for heading in (
+        "step",
+        "encoding",
+        "median s",
+        "hlora ms",
+        "share of plain step %",
+        "spread %",
+        "whole-step ratio",
+    ):
         table.add_column(heading, justify="right")
     base_times = whole[("plain", "")]
     for key, times in whole.items():

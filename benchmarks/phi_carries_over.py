@@ -38,7 +38,7 @@ from hlora.files import write_text
 from hlora.models import load_base
 from hlora.tasks import read_example
 
-PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 4, 128
+PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 2, 128
 
 
 @dataclass
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("held_out", type=Path)
     parser.add_argument("questions")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--domain-steps", type=int, default=30)
+    parser.add_argument("--domain-steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("runs/phi_carries_over.json"))
     options = parser.parse_args()
 
@@ -179,7 +179,7 @@ def _small_llama(vocabulary: int, tokens: Tensor) -> LlamaForCausalLM:
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for batch, _ in zip(batches(tokens[: len(tokens) // 2]), range(300), strict=False):
+    for batch, _ in zip(batches(tokens[: len(tokens) // 2]), range(150), strict=False):
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

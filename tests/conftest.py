@@ -1,16 +1,20 @@
-"""A tiny random Llama with a byte-level tokenizer, built once a session and saved as a real model directory."""
+"""A tiny random Llama with a byte-level tokenizer, and ω as the equations say it, for the core's tests."""
 
 from __future__ import annotations
 
 import json
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hlora import equations
+from hlora.adapters import adapted_matrices
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -59,6 +63,59 @@ def peft_model(model_dir: str):
     return get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     )
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """16 rows of 12 token ids."""
+    return torch.randint(3, 384, (16, 12), generator=torch.Generator().manual_seed(2))
+
+
+def move_adapter(model: Any, seed: int = 0, deviation: float = 0.1) -> None:
+    """Give every LoRA factor random values, so that B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for matrix in adapted_matrices(model):
+            for factor in (matrix.A, matrix.B):
+                factor.copy_(deviation * torch.randn(factor.shape, generator=generator))
+
+
+class ReferenceOmega:
+    """ω of every matrix, dense in float64, by the equations: `before` and `after` each optimizer step."""
+
+    def __init__(self, model: Any) -> None:
+        self.matrices = adapted_matrices(model)
+        self.omega = {m.name: torch.zeros(m.B.shape[0], m.A.shape[1], dtype=torch.float64) for m in self.matrices}
+        self.gradients: dict[str, list[torch.Tensor]] = {m.name: [] for m in self.matrices}
+
+    def before(self, lr: float, gradient_scale: float = 1.0) -> None:
+        self.kept = {}
+        for m in self.matrices:
+            A, B, grad_A, grad_B = (t.detach().double() for t in (m.A, m.B, m.A.grad, m.B.grad))
+            gradient = equations.effective_gradient(A, B, gradient_scale * grad_A, gradient_scale * grad_B, lr, m.scale)
+            self.gradients[m.name].append(gradient)
+            self.kept[m.name] = (A.clone(), B.clone(), gradient)
+
+    def after(self) -> None:
+        for m in self.matrices:
+            A, B, gradient = self.kept[m.name]
+            delta = equations.movement(A, B, m.A.detach().double(), m.B.detach().double(), m.scale)
+            self.omega[m.name] = equations.path_integral(self.omega[m.name], gradient, delta)
+
+    def assert_matches(self, omega: dict[str, Any], tolerance: float = 1e-4) -> None:
+        """Within `tolerance` of the largest element; factored ones by their row and column sums."""
+        assert list(omega) == list(self.omega)
+        for name, expected in self.omega.items():
+            got = omega[name]
+            pairs = (
+                [(got, expected)]
+                if isinstance(got, torch.Tensor)
+                else zip(got, (expected.sum(1), expected.sum(0)), strict=True)
+            )
+            for mine, other in pairs:
+                assert other.abs().max() > 0
+                bound = tolerance * float(other.abs().max())
+                torch.testing.assert_close(mine.double(), other, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from hlora.errors import AdapterError
@@ -50,13 +50,14 @@ class AdaptedMatrix:
         if not weight.is_floating_point() or weight.is_meta:
             return torch.empty(0)
         flat = weight.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(_BASE_SAMPLE, flat.numel())).long()
+        # float64: in float32 the last index of a matrix above 2²⁴ elements rounds to one past the end.
+        index = torch.linspace(0, flat.numel() - 1, min(_BASE_SAMPLE, flat.numel()), dtype=torch.float64).long()
         return flat[index.to(flat.device)].float().cpu()
 
 
 def layer_number(name: str) -> int | None:
     """The first number in a dotted module name: model.layers.3.self_attn.q_proj → 3."""
-    match = re.search(r"\.(\d+)(?:\.|$)", name)
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(match.group(1)) if match else None
 
 
@@ -68,12 +69,13 @@ def adapted_matrices(
     """Every matrix that LoRA adapts in `model`, in module order.
 
     adapter_name: the adapter to read; by default the one active adapter.
-    unprotected: what to do about trained parts that importance cannot cover (DoRA, LoRA on embeddings or
-    convolutions, biases, modules_to_save): refuse with their names, or warn with their names.
+    unprotected: what to do about trained parts that importance cannot cover (DoRA, LoRA on embeddings,
+    convolutions or bare parameters, biases, modules_to_save, a second trained adapter): refuse with their
+    names, or warn with their names.
 
     Raises AdapterError without LoRA, with an unknown or ambiguous adapter name, and on refusal.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise AdapterError(
             f"{type(model).__name__} has no LoRA layers. Wrap it first: "
@@ -95,21 +97,30 @@ def adapted_matrices(
         else:
             found.append(AdaptedMatrix(_base_name(name), module, adapter))
             covered |= {id(found[-1].A), id(found[-1].B)}
-    other_adapters = [f".{name}." for name in known if name != adapter]
     for name, parameter in model.named_parameters():
-        trained = parameter.requires_grad and id(parameter) not in covered
-        if trained and not any(other in f"{name}." for other in other_adapters):
-            refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix)")
+        if parameter.requires_grad and id(parameter) not in covered:
+            refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix of adapter {adapter!r})")
     if refused:
         shown = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
         message = (
-            f"importance covers LoRA on linear layers; it cannot protect {shown}. "
-            "Leave them out of the LoraConfig, or pass unprotected='warn' to train them unprotected."
+            f"importance covers one adapter, LoRA on linear layers; it cannot protect {shown}. "
+            "Leave them out of the LoraConfig or freeze them, or pass unprotected='warn' to train them unprotected."
         )
         if unprotected == "refuse" or not found:
             raise AdapterError(message)
         warnings.warn(message, stacklevel=2)
     return found
+
+
+def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
+    """Raises AdapterError when `optimizer` trains none of `matrices`: it belongs to another model or adapter."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
+        raise AdapterError(
+            f"this optimizer does not train {matrices[0].name} or any other matrix of adapter "
+            f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
+            "built on (trainer.model, if the trainer made the adapter from a peft_config)."
+        )
 
 
 def _adapters_of(module: Any) -> set[str]:
@@ -128,17 +139,20 @@ def _active_adapter(layers: dict[str, Any]) -> str:
 def _why_not(module: Any, adapter: str) -> str | None:
     if adapter not in module.lora_A:
         return "LoRA on an embedding"
+    if isinstance(module, ParamWrapper):
+        return f"LoRA on the parameter {module.parameter_name}"
     A = module.lora_A[adapter]
     if not isinstance(A, nn.Linear):
         return f"LoRA on a {type(A).__name__}"
     if adapter in module.lora_magnitude_vector:
         return "DoRA magnitude"
     if module.lora_variant.get(adapter) is not None:
-        return f"LoRA variant {getattr(module.lora_variant[adapter], '__name__', module.lora_variant[adapter])}"
+        return f"LoRA variant {type(module.lora_variant[adapter]).__name__}"
     if module.lora_bias.get(adapter):
         return "lora_bias"
     base = module.get_base_layer()
-    if not hasattr(base, "weight") or getattr(base.weight, "is_floating_point", bool)() and base.weight.dim() != 2:
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or (weight.is_floating_point() and weight.dim() != 2):
         return f"LoRA on a {type(base).__name__}"
     return None
 

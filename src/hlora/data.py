@@ -178,7 +178,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         try:
             return [_csv_row(path, number, row) for number, row in enumerate(table, 1)]
         except csv.Error as error:
-            raise DataError(f"{path} line {table.line_num}: not CSV ({error})") from None
+            raise DataError(f"{path} line {table.reader.line_num}: not CSV ({error})") from None
     if suffix not in (".jsonl", ".json"):
         raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {suffix or 'no suffix'}")
     rows = []

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +81,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         for attribute in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(config, attribute):
                 delattr(config, attribute)
-        fresh = LlamaForCausalLM(config)
+        fresh = LlamaForCausalLM(config)  # type: ignore[arg-type]  # the file says which, and its hash is checked
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -96,7 +97,7 @@ def demo_config(output: Path) -> dict[str, Any]:
     _write_texts(directory)
     _write_questions(directory)
     fields = yaml.safe_load(DEMO_YAML.read_text(encoding="utf-8"))
-    return json.loads(json.dumps(fields).replace("runs/demo", output.as_posix()))
+    return json.loads(json.dumps(fields).replace("runs/demo", json.dumps(output.as_posix())[1:-1]))
 
 
 def _write_texts(directory: Path) -> None:
@@ -150,10 +151,10 @@ _FORMS = (  # question, what it names, what it asks for
 
 
 def _question(
-    elements: list[tuple[str, ...]], index: int, form: str, given: int, asked: int, draw: random.Random
+    elements: Sequence[tuple[str, ...]], index: int, form: str, given: int, asked: int, draw: random.Random
 ) -> dict[str, Any]:
-    others = draw.sample([i for i in range(len(elements)) if i != index], 3)
-    choices = [elements[i][asked] for i in [index, *others]]
-    answer = choices[0]
+    answer = elements[index][asked]
+    others = sorted({element[asked] for element in elements} - {answer})  # some elements have the same mass
+    choices = [answer, *draw.sample(others, 3)]
     draw.shuffle(choices)
     return {"question": form.format(elements[index][given]), "choices": choices, "label": choices.index(answer)}

@@ -27,8 +27,9 @@ class Factored(NamedTuple):
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Vectors u, v with u ⊗ v = row ⊗ column / total; zeros when the total is zero."""
-        total = (self.row.sum() * self.column.sum()).clamp(min=0).sqrt()
-        return self.row, torch.where(total > 0, self.column / total, torch.zeros_like(self.column))
+        # The mean of the two sums, which agree unless negatives were clamped: a product of them underflows at 1e-23.
+        total = (self.row.sum() + self.column.sum()) / 2
+        return self.row, torch.where(total == 0, torch.zeros_like(self.column), self.column / total)
 
 
 Encoded = Tensor | Factored

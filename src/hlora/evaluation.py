@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -72,24 +74,31 @@ def text_likelihood(
     text has as many. nll: nats per token, weighted by tokens, with its standard error; nll_each: its mean over each
     64 tokens, to compare two models on the same text by paired differences.
     """
-    # Four characters a token are typical; eight of each are always enough to fill the limit or take all of the text.
-    start = text[: 8 * settings.max_tokens]
-    tokens = tokenizer(start, return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
-    tokens = tokens[: settings.max_tokens]
+    tokens = _first_tokens(tokenizer, text, settings.max_tokens)
     if len(tokens) < 2:
         raise DataError(f"evaluation.texts: a text of {len(tokens)} tokens has nothing to score; it needs at least 2")
     losses = _sliding_window(model, tokens, settings.window, settings.stride, settings.batch_size)
     nll = float(losses.mean())
-    scored = tokenizer.decode(tokens[1:])
+    scored = len(str(tokenizer.decode(tokens[1:])).encode("utf-8"))
     return {
         "perplexity": math.exp(min(nll, 700.0)),
-        "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, len(scored.encode("utf-8"))),
+        "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, scored),
         "nll": nll,
         "nll_stderr": float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
         "nll_each": [float(block.mean()) for block in losses.split(_BLOCK)],
         "tokens": len(losses),
-        "bytes": len(scored.encode("utf-8")),
+        "bytes": scored,
     }
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> Tensor:  # (count,) or fewer
+    """Tokenises the start of the text only: eight characters a token (four are typical), more while that is too few."""
+    characters = 8 * count
+    while True:
+        tokens = tokenizer(text[:characters], return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
+        if len(tokens) > count or characters >= len(text):
+            return tokens[:count]
+        characters *= 2
 
 
 def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_size: int) -> Tensor:  # (n − 1,)
@@ -100,18 +109,25 @@ def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_
     if ends[-1] < len(tokens):
         ends.append(len(tokens))
     new = [window - 1] + [end - before for before, end in pairwise(ends)]  # scored by each window
+    can_keep = _takes(model, "logits_to_keep")
     losses = []
     for start in track(range(0, len(ends), batch_size), description="perplexity", transient=True):
         chosen = slice(start, start + batch_size)
         batch = torch.stack([tokens[end - window : end] for end in ends[chosen]]).to(model.device)
-        keep = (
-            max(new[chosen]) + 1
-        )  # logits only where something is scored: the vocabulary makes them the largest tensor
-        logits = model(input_ids=batch, logits_to_keep=keep, use_cache=False).logits[:, -keep:-1]
+        # Logits only where something is scored: the vocabulary makes them the largest tensor.
+        keep = max(new[chosen]) + 1
+        options = {"logits_to_keep": keep} if can_keep else {}
+        logits = model(input_ids=batch, use_cache=False, **options).logits[:, -keep:-1]
         targets = batch[:, 1:][:, -(keep - 1) :]
         loss = cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").cpu().double()
         losses += [row[-count:] for row, count in zip(loss, new[chosen], strict=True)]
     return torch.cat(losses)
+
+
+def _takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has the argument. PEFT's own takes anything and hands it on."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return argument in inspect.signature(base.forward).parameters
 
 
 def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int) -> list[float]:
@@ -153,6 +169,10 @@ def harness_accuracy(
             tasks=[task],
             task_manager=TaskManager(include_path=scratch, include_defaults=False),
             bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            fewshot_random_seed=None,
         )
     samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
     found: dict[str, Any] = {}
@@ -165,7 +185,7 @@ def harness_accuracy(
 def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: EvaluationConfig
 ) -> list[str]:
-    """Greedy answers, cut at the first line end."""
+    """Greedy answers, cut after as many lines as the expected answer has."""
     prompts = [_text(tokenizer, example) for example in examples]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     answers: list[str] = []
@@ -185,7 +205,10 @@ def generate_answers(
         )
         answers += tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     tokenizer.padding_side = side
-    return [(answer.strip().splitlines() or [""])[0] for answer in answers]
+    return [
+        "\n".join(answer.strip().splitlines()[: len(example.answer.splitlines())])
+        for answer, example in zip(answers, examples, strict=True)
+    ]
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -227,11 +250,13 @@ def _harness_logs_quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         with quiet():
             yield
     finally:
-        datasets.enable_progress_bars()
+        if bars:
+            datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

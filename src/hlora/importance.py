@@ -125,8 +125,12 @@ class Importance:
                 matrix.B.copy_(self.matrices[matrix.name].B)
 
     def save(self, directory: str | Path) -> Path:
-        """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place."""
+        """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place.
+
+        Replaces an importance that is there; raises ArtifactError when `directory` holds anything else.
+        """
         directory = Path(directory)
+        _refuse_foreign(directory)
         building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
@@ -145,7 +149,8 @@ class Importance:
         return directory
 
     def _write(self, directory: Path) -> None:
-        tensors, factors = {}, {}
+        tensors: dict[str, Tensor] = {}
+        factors: dict[str, Tensor] = {}
         for name, matrix in self.matrices.items():
             tensors |= {f"{name}.{part}": t for part, t in encodings.parts(matrix.omega).items()}
             tensors[f"{name}.base_sample"] = matrix.base_sample
@@ -167,11 +172,11 @@ class Importance:
 
     @classmethod
     def load(cls, source: str | Path) -> Importance:
-        """Read an artefact from a directory, or from a hub repository when no such directory exists.
+        """Read an artefact from a directory, or, given a string, from a hub repository when no such directory exists.
 
         Raises ArtifactError when it is absent, damaged or of a newer format.
         """
-        directory = _locate(str(source))
+        directory = _locate(source)
         try:
             document = json.loads((directory / "importance.json").read_text(encoding="utf-8"))
             if document.get("format") != FORMAT:
@@ -200,10 +205,22 @@ class Importance:
             ) from None
 
 
-def _locate(source: str) -> Path:
+def _refuse_foreign(directory: Path) -> None:
+    if not directory.exists():
+        return
+    found = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]
+    foreign = sorted(name for name in found if name not in _FILES)
+    if foreign:
+        raise ArtifactError(
+            f"{directory}: holds {foreign[0]}, which is not part of an importance and would be lost. "
+            "Save to a directory of its own."
+        )
+
+
+def _locate(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ArtifactError(f"{source}: no such directory. Record one with `hlora record CONFIG`.")
     from huggingface_hub import snapshot_download
 
@@ -235,7 +252,7 @@ def _same_names(first: Mapping[str, Any], second: Mapping[str, Any], one: str, o
 
 def _short(lora_config: Mapping[str, Any]) -> str:
     keys = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
-    shown = {k: _plain(v) if isinstance(v, set) else v for k, v in lora_config.items() if k in keys and v}
+    shown = {k: _plain(lora_config[k]) for k in keys if lora_config.get(k)}
     return ", ".join(f"{key}={value}" for key, value in shown.items()) or "not kept"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hlora import embedded
@@ -34,8 +35,13 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+        model, found = loaded
+        if found["missing_keys"]:  # Transformers makes them up at random and says so in a report
+            raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(config, name, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -47,6 +53,10 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """A fresh LoRA adapter (B = 0) on `base`, the same for the same seed. Raises ConfigError for unknown modules."""
+    if isinstance(settings.target_modules, list):
+        for target in settings.target_modules:  # PEFT refuses a list of which nothing matches, but not a part of it
+            if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
+                raise ConfigError(_no_such_module(base, f"no module {target!r}"))
     set_seed(seed)
     config = LoraConfig(
         r=settings.rank,
@@ -59,10 +69,7 @@ def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if hasattr(module, "weight")})
-        raise ConfigError(
-            f"lora.target_modules: {_first_line(error)}. Modules of this model: {', '.join(names)}"
-        ) from None
+        raise ConfigError(_no_such_module(base, _first_line(error))) from None
     assert isinstance(model, PeftModel)
     return model
 
@@ -95,13 +102,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def quiet() -> Iterator[None]:
     """Keep Transformers' own progress bars and load reports off the terminal."""
     level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _no_such_module(base: PreTrainedModel, problem: str) -> str:
+    names = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if hasattr(module, "weight")})
+    return f"lora.target_modules: {problem}. Modules of this model: {', '.join(names)}"
 
 
 def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16): a value to add to the loss, or its gradient once per optimizer step."""
+"""φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16): a value to add to the loss, or its gradient once a step."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,15 @@ class ImportancePenalty:
     """Holds the adapted weights of `model` to θ^ν, each element by its importance.
 
     phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
-    Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and run length.
+    Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and
+    run length.
     layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share or uniform.
     group: one c_l for each adapted "matrix", or for each transformer "block".
 
-    coefficients: c_l by matrix name. Raises ArtifactError when the importance does not fit the model, or is
-    zero everywhere; warns when one coefficient exceeds 0.9, since then all else is free to drift.
+    coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
+
+    Raises ArtifactError when the importance does not fit the model, or is zero everywhere; warns when one coefficient
+    exceeds 0.9, since then all else is free to drift.
     """
 
     def __init__(
@@ -39,8 +43,8 @@ class ImportancePenalty:
         group: str = "matrix",
         adapter_name: str | None = None,
     ) -> None:
-        if phi < 0:
-            raise ValueError(f"phi: expected a weight of at least 0, got {phi}")
+        if not 0 <= phi < math.inf:
+            raise ValueError(f"phi: expected a finite weight of at least 0, got {phi}")
         if phi_scale not in ("relative", "paper"):
             raise ValueError(f"phi_scale: expected relative or paper, got {phi_scale!r}")
         self.phi = phi
@@ -53,7 +57,7 @@ class ImportancePenalty:
                 "the importance is zero on everything that the general phase moved, so a relative phi has no "
                 "unit. Record more steps, or at a larger learning rate."
             )
-        self._unit = cost if phi_scale == "relative" else 1.0
+        self.unit = cost if phi_scale == "relative" else 1.0
         self._kept = {}
         for matrix in self.matrices:
             mine, device = importance.matrices[matrix.name], matrix.A.device
@@ -96,7 +100,7 @@ class ImportancePenalty:
         values, gradients = [], []
         for matrix in self.matrices:
             omega, A_anchor, B_anchor = self._kept[matrix.name]
-            weight = self.coefficients[matrix.name] / self._unit
+            weight = self.coefficients[matrix.name] / self.unit
             value, grad_A, grad_B = ops.penalty_with_gradients(
                 omega, matrix.A, matrix.B, A_anchor, B_anchor, matrix.scale
             )
@@ -111,23 +115,27 @@ class _Regularisation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: ImportancePenalty, *factors: Tensor) -> Tensor:
         value, gradients = penalty._evaluate()
-        ctx.save_for_backward(*(g.to(factor.dtype) for g, factor in zip(gradients, factors, strict=True)))
+        ctx.dtypes = [factor.dtype for factor in factors]
+        ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *((upstream * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (upstream * gradient for gradient in ctx.saved_tensors)  # rounded once, as in add_gradients_
+        return None, *(gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True))
 
 
-def layer_coefficients(importance: Importance, layer_weights: str = "softmax", group: str = "matrix") -> dict[str, float]:
+def layer_coefficients(
+    importance: Importance, layer_weights: str = "softmax", group: str = "matrix"
+) -> dict[str, float]:
     """c_l of Eq. 15 by matrix name; with group "block", the coefficient of the block the matrix is in.
 
     Warns when one coefficient exceeds 0.9. Raises ArtifactError when norm shares are asked of a zero importance.
     """
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
-    groups = {name: name if group == "matrix" else f"block {layer_number(name)}" for name in importance.matrices}
+    groups = {name: name if group == "matrix" else _block(name) for name in importance.matrices}
     squares: dict[str, float] = {}
     for name, norm in importance.norms().items():
         squares[groups[name]] = squares.get(groups[name], 0.0) + norm**2
@@ -143,3 +151,8 @@ def layer_coefficients(importance: Importance, layer_weights: str = "softmax", g
             stacklevel=2,
         )
     return {name: weights[groups[name]] for name in groups}
+
+
+def _block(name: str) -> str:
+    number = layer_number(name)
+    return "the part outside the blocks" if number is None else f"block {number}"

@@ -29,7 +29,7 @@ from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
 from hlora.recorder import ImportanceRecorder
-from hlora.trainer import train
+from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
 
@@ -87,6 +87,8 @@ class Job:
             raise ConfigError(
                 f"output: {output} cannot be written ({error.strerror}). Name another directory."
             ) from None
+        for arguments in (config.training.record, config.training.tune):
+            sft_arguments(output, {**config.training.common, **arguments}, config.seed)
         base, tokenizer = load_base(config.model)
         job = cls(config, base, tokenizer, output)
         job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase

@@ -32,9 +32,7 @@ class ProgressLine(TrainerCallback):
             self._progress.start()
             self._task = self._progress.add_task(self.phase, total=state.max_steps, losses="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=state.global_step)
 
@@ -55,5 +53,10 @@ class ProgressLine(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back; more than once does no harm."""
         if self._task is not None:
             self._progress.stop()
+            self._task = None

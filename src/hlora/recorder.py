@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hlora import encodings, ops
-from hlora.adapters import AdaptedMatrix, adapted_matrices
+from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by
 from hlora.encodings import Encoded
-from hlora.errors import ArtifactError
+from hlora.errors import AdapterError, ArtifactError
 from hlora.importance import Importance, ImportanceMatrix
 
 if TYPE_CHECKING:
@@ -47,10 +47,20 @@ class ImportanceRecorder:
         self.model = model
         self.encoding = encoding
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
+        if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
+            adapter = self.matrices[0].adapter_name
+            raise AdapterError(
+                f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
+                f"or make it the trained one: model.set_adapter({adapter!r})"
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything recorded and start from the adapter as it is now."""
         self.steps = 0
         self.skipped_steps = 0
         self._omega: dict[str, Encoded] = {
-            matrix.name: encodings.zeros(encoding, matrix.B.shape[0], matrix.A.shape[1], matrix.A.device)
+            matrix.name: encodings.zeros(self.encoding, matrix.B.shape[0], matrix.A.shape[1], matrix.A.device)
             for matrix in self.matrices
         }
         self._start = {matrix.name: _factors(matrix) for matrix in self.matrices}
@@ -76,10 +86,18 @@ class ImportanceRecorder:
         Learning rates come from the parameter groups. A step that a gradient scaler skips never reaches the
         hooks and is not counted. Clip inside `recorder.step` instead, or call `recorder.capture_from(optimizer)`
         before clipping: the hooks see gradients as they are when the optimizer steps.
+
+        Raises AdapterError when the optimizer has none of the recorded parameters.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the real one
+        check_trained_by(optimizer, self.matrices)
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
+                raise ValueError(
+                    "recorder.attach: optimizer.step(closure) computes its gradients after they are captured. "
+                    "Call backward before optimizer.step(), without a closure."
+                )
             if self._captured is None:
                 self.capture_from(optimizer)
 
@@ -115,10 +133,7 @@ class ImportanceRecorder:
         snapshots: dict[str, Snapshot] = {}
         for matrix in self.matrices:
             A, B = matrix.A, matrix.B
-            if isinstance(lr, Mapping):
-                rate = (lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5
-            else:
-                rate = lr
+            rate = (lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 if isinstance(lr, Mapping) else lr
             gradients = (_gradient(A) * gradient_scale, _gradient(B) * gradient_scale)
             snapshots[matrix.name] = (*_factors(matrix), *gradients, rate)
         self._captured = snapshots
@@ -199,12 +214,12 @@ class ImportanceRecorder:
                 "data": dict(data or {}),
             },
         )
-        self.__init__(self.model, self.encoding, self.matrices[0].adapter_name, "warn")  # type: ignore[misc]
+        self.reset()
         return importance
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: ω in its encoding, starting factors, counts. Tensors and plain values only."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, omega in self._omega.items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
@@ -246,4 +261,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _lora_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     if not isinstance(model, PeftModel) and not hasattr(model, "peft_config"):
         return {}
-    return model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, operator, index]
+    return model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]

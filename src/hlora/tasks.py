@@ -6,10 +6,13 @@ Prompts are those of lm-evaluation-harness, and a model is trained on exactly th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet
 
 from hlora.errors import DataError
 
@@ -88,7 +91,7 @@ class Task:
 
     read: Callable[[Row], Example]
     columns: str
-    """The columns that a row needs, for error messages."""
+    """The columns that a row needs, and what they hold where the name does not say it."""
     harness: Mapping[str, Any] | None = None
     """lm-evaluation-harness task: one of its own definitions to include, or a definition of ours."""
     label: str | None = None
@@ -133,6 +136,13 @@ def read_example(task: str, row: Row, place: str) -> Example:
         ) from None
 
 
+def _typed(task: Task, row: Row) -> dict[str, Any]:
+    """The columns that the task needs, all of them text but the label."""
+    needed = {name: row[name] for name in re.findall(r"\w+", task.columns) if name in row}
+    texts = {n: list(map(str, value)) if isinstance(value, list) else str(value) for n, value in needed.items()}
+    return texts | ({task.label: int(row[task.label])} if task.label else {})
+
+
 def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -> str:
     """Write rows and a task that scores them into a directory for `lm_eval.tasks.TaskManager`; returns the task's name.
 
@@ -146,15 +156,13 @@ def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -
     definition = dict(harness)
     if "include" in definition:
         definition["include"] = str(Path(lm_eval.tasks.__file__).parent / definition["include"])
-    data = directory / "rows.jsonl"
-    label = TASKS[task].label
-    if label is not None:
-        rows = [{**row, label: int(row[label])} for row in rows]
-    data.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+    # Parquet, for `datasets` would make a time stamp of each text that looks like one in JSON.
+    data = directory / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([_typed(TASKS[task], row) for row in rows]), data)
     name = f"hlora_{task}"
     definition |= {
         "task": name,
-        "dataset_path": "json",
+        "dataset_path": "parquet",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(directory / "cache")},
         "training_split": None,

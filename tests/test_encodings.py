@@ -1,0 +1,145 @@
+"""Encodings of ω and Ω: bytes, round trips, and what factoring and stochastic rounding keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hlora import encodings
+from hlora.encodings import ENCODINGS, Factored
+
+CPU = torch.device("cpu")
+
+
+def positive(d_out: int, d_in: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(d_out, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.01
+
+
+def factored(matrix: torch.Tensor) -> Factored:
+    return Factored(matrix.sum(1), matrix.sum(0))
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("float32", 4 * 15), ("bfloat16", 2 * 15), ("factored", 4 * 8)])
+def test_bytes_of_a_3_by_5_matrix(encoding: str, expected: int) -> None:
+    assert encodings.nbytes(encodings.zeros(encoding, 3, 5, CPU)) == expected
+
+
+def test_bytes_of_llama_are_those_of_the_docstring() -> None:
+    shapes = [(3072, 3072), (1024, 3072)] * 28
+    assert sum(4 * rows * columns for rows, columns in shapes) / 2**30 == pytest.approx(1.31, abs=0.005)
+    assert sum(4 * (rows + columns) for rows, columns in shapes) / 1e6 == pytest.approx(1.1, abs=0.1)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_zeros_are_zero_in_every_encoding(encoding: str) -> None:
+    zero = encodings.zeros(encoding, 3, 5, CPU)
+    dense = zero.dense() if isinstance(zero, Factored) else zero
+    assert dense.shape == (3, 5)
+    assert not dense.any()
+    assert float(encodings.norm(zero)) == 0.0
+
+
+def test_unknown_encoding_is_refused_with_the_valid_names() -> None:
+    with pytest.raises(ValueError, match="float32, bfloat16, factored, got 'int3'"):
+        encodings.zeros("int3", 3, 5, CPU)
+
+
+@given(d_out=st.integers(1, 9), d_in=st.integers(1, 9), seed=st.integers(0, 1000), unit=st.floats(1e-30, 1e10))
+@settings(max_examples=50, deadline=None)
+def test_factored_has_the_row_and_column_sums_of_the_dense(d_out: int, d_in: int, seed: int, unit: float) -> None:
+    matrix = unit * positive(d_out, d_in, seed)
+    dense = factored(matrix).dense()
+    torch.testing.assert_close(dense.sum(1), matrix.sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(dense.sum(0), matrix.sum(0), rtol=1e-12, atol=0)
+
+
+def test_factored_of_float32_values_far_below_one_does_not_vanish() -> None:
+    """1e-25 · 1e-25 is zero in float32: the total must not be taken from a product."""
+    matrix = (1e-25 * positive(4, 6)).float()
+    dense = factored(matrix).dense()
+    torch.testing.assert_close(dense.sum(1), matrix.sum(1), rtol=1e-5, atol=0)
+
+
+def test_factored_keeps_the_sign_of_a_negative_total() -> None:
+    matrix = -positive(4, 6)
+    torch.testing.assert_close(factored(matrix).dense().sum(), matrix.sum(), rtol=1e-12, atol=0)
+
+
+def test_factored_is_exact_for_a_rank_one_matrix() -> None:
+    matrix = torch.outer(positive(1, 5)[0], positive(1, 7, seed=1)[0])
+    torch.testing.assert_close(factored(matrix).dense(), matrix, rtol=1e-13, atol=0)
+
+
+def test_factored_with_a_zero_total_stands_for_zero() -> None:
+    zero = Factored(torch.zeros(3), torch.zeros(4))
+    assert torch.equal(zero.dense(), torch.zeros(3, 4))
+
+
+def test_norm_of_factored_is_the_norm_of_its_dense_form() -> None:
+    matrix = factored(positive(6, 4))
+    torch.testing.assert_close(encodings.norm(matrix), torch.linalg.matrix_norm(matrix.dense()), rtol=1e-13, atol=0)
+
+
+def test_norm_of_bfloat16_is_summed_in_float32() -> None:
+    matrix = torch.full((300, 300), 1.0, dtype=torch.bfloat16)
+    assert encodings.norm(matrix).dtype == torch.float32
+    assert float(encodings.norm(matrix)) == pytest.approx(300.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_parts_and_from_parts_are_inverse(encoding: str) -> None:
+    matrix = encodings.zeros(encoding, 3, 5, CPU)
+    for part in encodings.parts(matrix).values():
+        part.copy_(torch.rand(part.shape))
+    again = encodings.from_parts(encodings.parts(matrix))
+    assert type(again) is type(matrix)
+    for name, part in encodings.parts(matrix).items():
+        assert torch.equal(encodings.parts(again)[name], part)
+
+
+def test_sum_of_two_factored_matrices_has_the_row_and_column_sums_of_the_sum() -> None:
+    first, second = positive(3, 5), positive(3, 5, seed=1)
+    total = encodings.add(factored(first), factored(second))
+    torch.testing.assert_close(total, factored(first + second), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_of_two_dense_matrices_keeps_the_encoding(dtype: torch.dtype) -> None:
+    first, second = positive(3, 5).to(dtype), positive(3, 5, seed=1).to(dtype)
+    total = encodings.add(first, second)
+    assert isinstance(total, torch.Tensor)
+    assert total.dtype == dtype
+    assert torch.equal(total, (first.double() + second.double()).to(dtype))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_thousands_of_additions_below_one_bfloat16_unit_are_not_lost(sign: float) -> None:
+    """4000 additions of 1e-4 to 1: each is 1/78 of the unit 2⁻⁷, which rounding to nearest would drop."""
+    torch.manual_seed(0)
+    target = torch.full((2000,), sign, dtype=torch.bfloat16)
+    nearest = target.clone()
+    for _ in range(4000):
+        encodings.round_stochastically_(target, target.float() + sign * 1e-4)
+        nearest.copy_(nearest.float() + sign * 1e-4)
+    assert torch.equal(nearest, torch.full_like(nearest, sign))
+    # Mean 1.4. The random walk has a standard deviation of √(0.4·2⁻⁷) = 0.056 an element, 0.00125 over 2000.
+    assert float(target.float().mean()) == pytest.approx(sign * 1.4, abs=5 * 0.00125)
+
+
+def test_stochastic_rounding_is_unbiased_and_only_takes_the_two_neighbours() -> None:
+    torch.manual_seed(0)
+    value = 1 + 0.3 * 2**-7
+    target = torch.empty(100_000, dtype=torch.bfloat16)
+    encodings.round_stochastically_(target, torch.full((100_000,), value))
+    assert set(target.float().unique().tolist()) == {1.0, 1 + 2**-7}
+    share = float((target > 1).float().mean())
+    assert share == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 100_000) ** 0.5)
+
+
+def test_stochastic_rounding_leaves_what_bfloat16_can_hold() -> None:
+    value = torch.tensor([0.0, 1.0, -2.5, 2.0**-100, float("inf")])
+    target = torch.empty(5, dtype=torch.bfloat16)
+    encodings.round_stochastically_(target, value)
+    assert torch.equal(target.float(), value)

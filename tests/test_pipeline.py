@@ -1,0 +1,255 @@
+"""The whole job on a tiny Llama, through the command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hlora.cli import main
+from hlora.config import load_config
+from hlora.importance import Importance
+
+Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
+
+
+@pytest.fixture
+def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Runs the command line in this process."""
+
+    def invoke(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hlora", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return invoke
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Path:
+    fields = {
+        "output": str(tmp_path / "out"),
+        "model": {"name": model_dir, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "general": {"paths": [general_file]},
+        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
+        "training": {
+            "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "use_cpu": True},
+            "record": {"max_steps": 4, "max_length": 32},
+            "tune": {"max_steps": 4, "max_length": 64},
+        },
+        "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 4, "max_new_tokens": 4},
+        "baselines": ["lora_mu", "lora_nu_mu"],
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return path
+
+
+def results_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    status, out, err = hlora("run", config)
+    output = tmp_path / "out"
+    assert status == 0, err
+    assert str(output / "report.html").replace("\n", "") in out.replace("\n", "")
+
+    results = results_of(output)
+    assert set(results["arms"]) == {"base", "after_general", "hlora", "lora_mu", "lora_nu_mu"}
+    for arm in results["arms"].values():
+        (text,) = arm["texts"].values()
+        assert text["tokens"] == 199 and text["perplexity"] > 1 and text["bits_per_byte"] > 0
+        assert {"answer_nll", "acc", "acc_norm", "exact_match"} <= set(arm["domain"])
+    assert [entry["step"] for entry in results["history"]["tune"]] == [1, 2, 3, 4]
+    last = results["history"]["tune"][-1]
+    assert last["total_loss"] == pytest.approx(last["loss"] + last["weighted_regularisation_loss"])
+    assert results["provenance"]["data"]["domain"]["train_rows"] == 24
+    assert results["command"].startswith("hlora run")
+    assert load_config(output / "config.yaml") == load_config(config)
+    assert "<html" in (output / "report.html").read_text(encoding="utf-8")
+    for phase in ("record", "tune", "lora_mu", "lora_nu_mu"):
+        assert list((output / "logs" / phase).rglob("events.out.tfevents*")), f"no TensorBoard log of {phase}"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_adapter_of_a_run_works_in_plain_peft_and_differs_from_its_start(
+    hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
+) -> None:
+    assert hlora("run", config, "--set", "baselines=[]")[0] == 0
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_dir), str(tmp_path / "out" / "adapter")
+    )
+    start = Importance.load(tmp_path / "out" / "importance")
+    tuned = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    moved = [
+        (tuned[f"base_model.model.{name}.lora_B.weight"] - matrix.B).abs().max()
+        for name, matrix in start.matrices.items()
+    ]
+    assert min(moved) > 0
+    assert plain(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_record_tune_evaluate_alone_equal_run(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    steps, whole = tmp_path / "steps", tmp_path / "out"
+    for verb in ("record", "tune", "evaluate"):
+        assert hlora(verb, config, "--set", f"output={steps}")[0] == 0
+    assert hlora("run", config)[0] == 0
+    for file in ("adapter/adapter_model.safetensors", "importance/importance.safetensors"):
+        alone, together = load_file(steps / file), load_file(whole / file)
+        assert alone.keys() == together.keys()
+        assert all(torch.equal(alone[name], together[name]) for name in alone), file
+    mine, theirs = results_of(steps)["arms"]["hlora"], results_of(whole)["arms"]["hlora"]
+    assert mine["texts"] == theirs["texts"]
+    assert mine["domain"]["answer_nll"] == theirs["domain"]["answer_nll"]
+
+
+def test_strong_penalty_keeps_the_adapter_closer_to_the_general_one(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    distance = {}
+    for phi in (0, 1e4):
+        assert hlora("run", config, "--set", f"penalty.phi={phi}", "--set", "baselines=[]")[0] == 0
+        start = Importance.load(tmp_path / "out" / "importance").matrices
+        tuned = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+        distance[phi] = sum(
+            float(
+                torch.linalg.norm(
+                    tuned[f"base_model.model.{name}.lora_B.weight"] @ tuned[f"base_model.model.{name}.lora_A.weight"]
+                    - matrix.B @ matrix.A
+                )
+            )
+            for name, matrix in start.items()
+        )
+    assert distance[1e4] < 0.5 * distance[0]
+
+
+def test_report_is_remade_from_results(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    assert hlora("run", config, "--set", "baselines=[]")[0] == 0
+    report = tmp_path / "out" / "report.html"
+    written = report.read_text(encoding="utf-8")
+    report.unlink()
+    assert hlora("report", tmp_path / "out")[0] == 0
+    assert report.read_text(encoding="utf-8") == written
+
+
+def test_inspect_prints_norms_and_draws_the_heat_map(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    assert hlora("record", config)[0] == 0
+    status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
+    assert status == 0
+    assert "model.layers.1.self_attn.v_proj" in out and "factored" in out
+    assert (tmp_path / "map.png").stat().st_size > 1000 and (tmp_path / "map.svg").stat().st_size > 1000
+
+
+def test_general_text_can_be_the_models_own(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    own = ["general.source=model", "general.paths=[]", "general.samples=24", "general.sample_tokens=24"]
+    arguments = [part for field in own for part in ("--set", field)]
+    assert hlora("run", config, *arguments, "--set", "baselines=[]")[0] == 0
+    results = results_of(tmp_path / "out")
+    assert results["provenance"]["data"]["general"]["source"] == "model"
+    assert list(results["arms"]["base"]["texts"]) == ["general (held out)"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_prompt_and_completion_rows_train_without_choices(
+    hlora: Invoke, config: Path, tmp_path: Path, suffix: str
+) -> None:
+    import pandas
+
+    for name, numbers in (("a", range(12)), ("b", range(50, 54))):
+        frame = pandas.DataFrame(
+            {"prompt": [f"{n} plus one is" for n in numbers], "completion": [str(n) for n in numbers]}
+        )
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "csv":
+            frame.to_csv(path, index=False)
+        elif suffix == "parquet":
+            frame.to_parquet(path)
+        else:
+            frame.to_json(path, orient="records", lines=True)
+    fields = ["domain.task=rows", f"domain.train={tmp_path}/a.{suffix}", f"domain.test={tmp_path}/b.{suffix}"]
+    arguments = [part for field in fields for part in ("--set", field)]
+    status, _, err = hlora("run", config, *arguments, "--set", "baselines=[]")
+    assert status == 0, err
+    domain = results_of(tmp_path / "out")["arms"]["hlora"]["domain"]
+    assert "acc" not in domain and domain["rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["penalty.ph=1"], "penalty.ph: unknown field; did you mean 'phi'?"),
+        (["model.name=/nowhere"], "model.name: /nowhere could not be loaded"),
+        (["model.device=cuda:99"], "model.device"),
+        (["lora.target_modules=[nope]"], "lora.target_modules"),
+        (["general.paths=[missing.txt]"], "missing.txt: no such file"),
+        (["domain.train=missing.jsonl"], "missing.jsonl: no such file"),
+        (["domain.task=piqa"], "row 1: column 'goal' is missing"),
+        (["training.common.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["training.tune.lr_scheduler_type=nope"], "training"),
+        (["training.record.per_device_train_batch_size=many"], "training"),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_2(
+    hlora: Invoke, config: Path, tmp_path: Path, overrides: list[str], expected: str
+) -> None:
+    status, _, err = hlora("run", config, *(part for field in overrides for part in ("--set", field)))
+    assert status == 2
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "importance").exists()
+
+
+def test_wrong_test_row_is_reported_before_anything_is_trained(
+    hlora: Invoke, config: Path, tmp_path: Path, questions: tuple[str, str]
+) -> None:
+    with Path(questions[1]).open("a", encoding="utf-8") as file:
+        file.write('{"question": "?", "choices": ["a", "b"], "label": 2}\n')
+    status, _, err = hlora("run", config)
+    assert status == 2
+    assert "test.jsonl row 9: label is 2, expected 0 to 1" in err
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_tuning_under_an_importance_of_another_rank_names_the_first_matrix(hlora: Invoke, config: Path) -> None:
+    assert hlora("record", config)[0] == 0
+    status, _, err = hlora("tune", config, "--set", "lora.rank=2")
+    assert status == 2
+    assert "model.layers.0.self_attn.q_proj" in err and "r=4" in err
+
+
+def test_tune_without_an_importance_says_how_to_make_one(hlora: Invoke, config: Path) -> None:
+    status, _, err = hlora("tune", config)
+    assert status == 2 and "hlora record" in err
+
+
+def test_output_that_cannot_be_written_is_refused_at_once(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    status, _, err = hlora("run", config, "--set", f"output={tmp_path}/file/out")
+    assert status == 2 and "output:" in err
+
+
+def test_printed_configuration_is_valid(hlora: Invoke, tmp_path: Path) -> None:
+    status, out, _ = hlora("config")
+    path = tmp_path / "start.yaml"
+    path.write_text(out, encoding="utf-8")
+    assert status == 0
+    assert load_config(path).penalty.phi == 9
+
+
+def test_version_is_the_packages(hlora: Invoke) -> None:
+    from hlora import __version__
+
+    assert hlora("--version")[1].strip() == __version__
