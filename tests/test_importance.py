@@ -245,6 +245,25 @@ def test_a_crash_while_writing_leaves_the_old_importance(
     assert [path.name for path in tmp_path.iterdir()] == ["importance"]
 
 
+def test_a_failure_to_move_the_new_importance_into_place_puts_the_old_back(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = record(peft_model, token_ids)
+    old.save(tmp_path / "importance")
+    real = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            raise PermissionError("refused")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        record(peft_model, token_ids).save(tmp_path / "importance")
+    assert_same(Importance.load(tmp_path / "importance"), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["importance"]
+
+
 def test_saving_over_a_directory_of_other_files_is_refused_and_loses_nothing(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -158,7 +159,7 @@ def harness_accuracy(
     model: Any, tokenizer: PreTrainedTokenizerBase, domain: DomainRows, batch_size: int
 ) -> dict[str, Any]:
     """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows."""
-    with _harness_logs_quiet(), tempfile.TemporaryDirectory() as scratch:
+    with _harness_unnoticed(), tempfile.TemporaryDirectory() as scratch:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -242,10 +243,11 @@ def _normal(answer: str) -> str:
 
 
 @contextmanager
-def _harness_logs_quiet() -> Iterator[None]:
-    """lm-evaluation-harness and datasets report each step of theirs; only their warnings of substance stay."""
+def _harness_unnoticed() -> Iterator[None]:
+    """Without the step reports of lm-evaluation-harness and datasets, nor the random numbers that it names tasks by."""
     import datasets
 
+    state = random.getstate()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -256,6 +258,7 @@ def _harness_logs_quiet() -> Iterator[None]:
         with quiet():
             yield
     finally:
+        random.setstate(state)
         if bars:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):

@@ -142,7 +142,12 @@ class Importance:
             previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             if directory.exists():
                 directory.rename(previous)
-            building.rename(directory)
+            try:
+                building.rename(directory)
+            except BaseException:
+                if previous.exists():
+                    previous.rename(directory)
+                raise
             shutil.rmtree(previous, ignore_errors=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)
