@@ -66,6 +66,7 @@ def evaluate(
     return result
 
 
+@torch.no_grad()
 def text_likelihood(
     model: Any, tokenizer: PreTrainedTokenizerBase, text: str, settings: EvaluationConfig
 ) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def _takes(model: Any, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
+@torch.no_grad()
 def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int) -> list[float]:
     """−log p(answer | prompt) of each example, in nats per answer, summed over the answer's tokens."""
     encoded = [_encode(tokenizer, example) for example in examples]
