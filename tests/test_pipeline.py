@@ -253,3 +253,21 @@ def test_version_is_the_packages(hlora: Invoke) -> None:
     from hlora import __version__
 
     assert hlora("--version")[1].strip() == __version__
+
+
+def test_demo_runs_whole_and_names_the_report(hlora: Invoke, tmp_path: Path, model_dir: str) -> None:
+    smaller = [
+        f"model.name={model_dir}",
+        "training.record.max_steps=2",
+        "training.tune.max_steps=2",
+        "evaluation.max_tokens=128",
+        "evaluation.max_rows=8",
+        "evaluation.generate=2",
+    ]
+    output = tmp_path / "demo"
+    arguments = [part for field in smaller for part in ("--set", field)]
+    status, out, err = hlora("demo", "--output", output, *arguments)
+    assert status == 0, err
+    assert "report.html" in out and (output / "report.html").is_file()
+    assert set(results_of(output)["arms"]) == {"base", "after_general", "hlora", "lora_mu"}
+    assert set(results_of(output)["arms"]["hlora"]["texts"]) == {"Python documentation", "other prose"}

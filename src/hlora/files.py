@@ -37,7 +37,12 @@ def building(directory: Path) -> Iterator[Path]:
         previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
         if directory.exists():
             directory.rename(previous)
-        fresh.rename(directory)
+        try:
+            fresh.rename(directory)
+        except BaseException:
+            if previous.exists():
+                previous.rename(directory)
+            raise
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

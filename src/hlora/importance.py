@@ -8,8 +8,6 @@ adapter_model.safetensors, adapter_config.json   θ^ν, an ordinary PEFT adapter
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -26,6 +24,7 @@ from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
+from hlora.files import building
 
 FORMAT = 1
 _FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -131,26 +130,8 @@ class Importance:
         """
         directory = Path(directory)
         _refuse_foreign(directory)
-        building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        try:
-            self._write(building)
-            for file in building.iterdir():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-            if directory.exists():
-                directory.rename(previous)
-            try:
-                building.rename(directory)
-            except BaseException:
-                if previous.exists():
-                    previous.rename(directory)
-                raise
-            shutil.rmtree(previous, ignore_errors=True)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        with building(directory) as fresh:
+            self._write(fresh)
         return directory
 
     def _write(self, directory: Path) -> None:
