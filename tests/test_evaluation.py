@@ -425,7 +425,7 @@ def test_evaluation_leaves_mode_padding_side_random_state_and_weights_as_they_we
 ) -> None:
     peft_model.train(training)
     tokenizer.padding_side = "right"
-    torch.manual_seed(1)
+    torch.manual_seed(77)
     random.seed(2)
     np.random.seed(3)  # the legacy state is the one that the harness seeds
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
