@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
         ("a.csv", b'text\n"never closed', "line 2: not CSV"),
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
-        ("a.csv", b"text,label\na,b\n", "row 1: label, cop and choices are read as JSON"),
+        ("a.csv", b"text,label\na,b\n", "row 1: label, cop, choices, messages are read as JSON"),
         ("a.csv", b"prompt\na,b,c\n", "row 1: no text in column 'text'; it has prompt, (no name)"),
         ("a.pdf", b"x", "expected a .jsonl, .parquet or .csv file of rows, got .pdf"),
         ("a", b"x", "expected a .jsonl, .parquet or .csv file of rows, got no suffix"),
@@ -398,3 +399,12 @@ def test_general_text_of_the_fixture_is_read_whole(general_file: str) -> None:
     text = read_general(GeneralConfig(paths=[general_file]))
     words = " ".join([*text.train, *text.evaluation.values()]).split()
     assert words == GENERAL_TEXT.split()
+
+
+def test_messages_in_a_csv_are_read_as_json(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    path = tmp_path / "chat.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [json.dumps(messages)]])
+    assert read_rows(str(path)) == [{"messages": messages}]

@@ -29,6 +29,7 @@ logger = logging.getLogger("hlora")
 
 _DOCUMENT = 10_000  # characters of one training document cut from a .txt file, at paragraph ends
 _HELD_OUT = 0.1  # share of the general documents kept for evaluation when no evaluation text is named
+_JSON_CELLS = ("label", "cop", "choices", "messages")  # columns of a CSV
 _LONG_LINE = 80  # characters; a line this long that stands in an evaluation text is no coincidence
 
 
@@ -196,12 +197,12 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 
 def _csv_row(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """CSV knows text only: a label becomes a number, and choices are a JSON list."""
+    """CSV knows text only: a label becomes a number, and choices and messages are JSON lists."""
     try:
-        return {key: json.loads(cell) if key in ("label", "cop", "choices") else cell for key, cell in row.items()}
+        return {key: json.loads(cell) if key in _JSON_CELLS else cell for key, cell in row.items()}
     except (json.JSONDecodeError, TypeError):
         raise DataError(
-            f'{path} row {number}: label, cop and choices are read as JSON; expected 2 or ["a", "b"]'
+            f'{path} row {number}: {", ".join(_JSON_CELLS)} are read as JSON; expected 2 or ["a", "b"]'
         ) from None
 
 
