@@ -104,7 +104,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for everything the demo writes.")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on an embedded model and data: forgetting and its cure in one picture. About 7 minutes on a CPU."""
+    """The whole job on an embedded model and data: forgetting and its cure in one picture. About 5 minutes on a CPU."""
     from hlora import embedded, pipeline
     from hlora.config import parse_config
 
