@@ -96,7 +96,9 @@ def arm_label(arm: str) -> str:
 
 
 def phase_label(phase: str) -> str:
-    """What people read for a training phase: the general one, or the domain one of an arm."""
+    """What people read for a phase: the general one, the domain one of an arm, or an arm's evaluation."""
+    if phase.startswith("evaluate "):
+        return f"Evaluation, {arm_label(phase.removeprefix('evaluate '))}"
     return "General phase" if phase == "record" else f"Domain phase, {arm_label('hlora' if phase == 'tune' else phase)}"
 
 
@@ -268,14 +270,14 @@ def _text_panels(arms: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any])
                 label = f"{rise.value:+.2f} ({math.expm1(min(rise.value, 50)):+.0%})"
                 points[arm] = (rise.value, 2 * rise.stderr, label)
         if len(points) > 1:
-            title = f"Forgotten? {_printable(text, 16)}"
+            title = f"Forgotten?\n{_printable(text, 22)}"
             yield _Panel(title, "rise of loss, nats/token\n→ forgotten", 0.0, points, lower_is_better=True)
 
 
 def _domain_panels(arms: Mapping[str, Mapping[str, Any]]) -> Iterable[_Panel]:
     for measure, title, unit, factor, lower in (
-        ("answer_nll", "Learned? answer NLL", "nats per answer\n← learned", 1, True),
-        ("acc", "Learned? accuracy", "% of questions\n→ learned", 100, False),
+        ("answer_nll", "Learned?\nanswer NLL", "nats per answer\n← learned", 1, True),
+        ("acc", "Learned?\naccuracy", "% of questions\n→ learned", 100, False),
     ):
         points = {}
         for arm, evaluation in arms.items():
