@@ -123,7 +123,7 @@ def test_forgetting_picture_shows_rise_of_loss_and_answer_measures_of_every_arm(
         "mine": evaluation(3.2, 3.9, 0.31),
     }
     figure = figures.forgetting_picture(arms)
-    assert [axes.get_title(loc="left").split("? ")[1] for axes in figure.axes] == ["wiki", "answer NLL", "accuracy"]
+    assert [axes.get_title(loc="left").split("?\n")[1] for axes in figure.axes] == ["wiki", "answer NLL", "accuracy"]
     shown = words(figure)
     assert "−0.10 (−10%)" in shown
     assert "+0.20 (+22%)" in shown
