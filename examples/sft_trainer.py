@@ -1,6 +1,6 @@
 """HLoRA with TRL's SFTTrainer: an importance made once, then two lines in each script that tunes.
 
-python examples/sft_trainer.py                 # SmolLM2-135M, fetched once; about two minutes on two CPU cores
+python examples/sft_trainer.py                 # SmolLM2-135M, fetched once
 python examples/sft_trainer.py --model DIR --steps 100
 """
 

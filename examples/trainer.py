@@ -1,6 +1,6 @@
 """HLoRA with transformers.Trainer: one callback records, `hlora.protect` protects.
 
-python examples/trainer.py                     # SmolLM2-135M, fetched once; about two minutes on two CPU cores
+python examples/trainer.py                     # SmolLM2-135M, fetched once
 python examples/trainer.py --model DIR --steps 100
 """
 
