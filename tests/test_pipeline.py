@@ -45,7 +45,7 @@ def config(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[s
         "general": {"paths": [general_file]},
         "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
         "training": {
-            "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "use_cpu": True},
+            "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4},
             "record": {"max_steps": 4, "max_length": 32},
             "tune": {"max_steps": 4, "max_length": 64},
         },

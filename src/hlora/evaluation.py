@@ -121,8 +121,8 @@ def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_
         options = {"logits_to_keep": keep} if can_keep else {}
         logits = model(input_ids=batch, use_cache=False, **options).logits[:, -keep:-1]
         targets = batch[:, 1:][:, -(keep - 1) :]
-        loss = cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").cpu().double()
-        losses += [row[-count:] for row, count in zip(loss, new[chosen], strict=True)]
+        for row, target, count in zip(logits, targets, new[chosen], strict=True):  # one row in float32 at a time
+            losses.append(cross_entropy(row[-count:].float(), target[-count:], reduction="none").double().cpu())
     return torch.cat(losses)
 
 
@@ -146,14 +146,11 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         logits = model(
             input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False
         ).logits
-        loss = (
-            cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:].to(model.device), reduction="none")
-            .cpu()
-            .double()
-        )
-        for row, i in zip(loss, rows, strict=True):
+        for row, i in zip(logits, rows, strict=True):
             sequence, answer = encoded[i]
-            values[i] = float(row[len(sequence) - 1 - answer : len(sequence) - 1].sum())
+            scored = row[len(sequence) - 1 - answer : len(sequence) - 1].float()
+            target = sequence[len(sequence) - answer :].to(model.device)
+            values[i] = float(cross_entropy(scored, target, reduction="none").double().sum())
     return values
 
 

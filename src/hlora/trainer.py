@@ -200,7 +200,8 @@ def train(
     """
     from trl import SFTTrainer
 
-    config = sft_arguments(output, arguments, seed)
+    # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
+    config = sft_arguments(output, {"use_cpu": model.device.type == "cpu", **arguments}, seed)
     if len(dataset) < _QUICK:
         disable_progress_bars()
     try:
