@@ -122,7 +122,7 @@ def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_
         logits = model(input_ids=batch, use_cache=False, **options).logits[:, -keep:-1]
         targets = batch[:, 1:][:, -(keep - 1) :]
         for row, target, count in zip(logits, targets, new[chosen], strict=True):  # one row in float32 at a time
-            losses.append(cross_entropy(row[-count:].float(), target[-count:], reduction="none").double().cpu())
+            losses.append(cross_entropy(row[-count:].float(), target[-count:], reduction="none").cpu().double())
     return torch.cat(losses)
 
 
@@ -150,7 +150,7 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
             sequence, answer = encoded[i]
             scored = row[len(sequence) - 1 - answer : len(sequence) - 1].float()
             target = sequence[len(sequence) - answer :].to(model.device)
-            values[i] = float(cross_entropy(scored, target, reduction="none").double().sum())
+            values[i] = float(cross_entropy(scored, target, reduction="none").cpu().double().sum())
     return values
 
 
