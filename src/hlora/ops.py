@@ -42,7 +42,7 @@ def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
     for rows in _row_blocks(*omega.shape):
         change = (P[rows] @ Q).mul_(U[rows] @ V)
         if omega.dtype == torch.bfloat16:
-            round_stochastically_(omega[rows], omega[rows].float() - change)
+            round_stochastically_(omega[rows], change.neg_().add_(omega[rows]))
         else:
             omega[rows].sub_(change)
 
