@@ -21,7 +21,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig
-from hlora.errors import DataError
+from hlora.errors import DataError, first_line
 from hlora.files import write_text
 from hlora.tasks import Example, read_example
 
@@ -173,7 +173,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         try:
             return pyarrow.parquet.read_table(_existing(path)).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
+            raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     if suffix == ".csv":
         table = csv.DictReader(io.StringIO(_read_text(path)), restkey="(no name)", strict=True)
         try:
@@ -221,7 +221,7 @@ def _hub(name: str, subset: str | None, split: str, streaming: bool = False) -> 
         return load_dataset(name, subset, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds; to the user all mean the same
         raise DataError(
-            f"{name}: not a file here, nor a data set of the hub that can be read ({_first_line(error)}). "
+            f"{name}: not a file here, nor a data set of the hub that can be read ({first_line(error)}). "
             "Check the name, its subset and split, and the network, or give a local file."
         ) from None
 
@@ -308,10 +308,6 @@ def _existing(path: str) -> Path:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file (from {Path.cwd()})")
     return Path(path)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _sha256(parts: Iterable[str]) -> str:

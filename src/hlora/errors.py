@@ -29,3 +29,8 @@ class AdapterError(HloraError):
 
 class ArtifactError(HloraError):
     """A saved importance is damaged, or does not fit the model it is put on."""
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of another library's error, at most 200 characters, to quote in one of ours."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
-from hlora.errors import ConfigError
+from hlora.errors import ConfigError, first_line
 
 logger = logging.getLogger("hlora")
 
@@ -69,7 +69,7 @@ def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        raise ConfigError(_no_such_module(base, _first_line(error))) from None
+        raise ConfigError(_no_such_module(base, first_line(error))) from None
     assert isinstance(model, PeftModel)
     return model
 
@@ -84,7 +84,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"model.device: {name!r} cannot be used here ({_first_line(error)}). Try auto.") from None
+        raise ConfigError(f"model.device: {name!r} cannot be used here ({first_line(error)}). Try auto.") from None
     return device
 
 
@@ -125,8 +125,4 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
             remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
     else:
         remedy = "It is no directory here; as a hub name it needs the network, and a login if the model is gated"
-    return f"model.name: {config.name} could not be loaded ({_first_line(error)}). {remedy}."
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}."
