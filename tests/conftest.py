@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hlora import equations
 from hlora.adapters import adapted_matrices
+from hlora.importance import Importance
+from hlora.recorder import ImportanceRecorder
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -146,3 +149,19 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data sets in {SHARED_DATA}, which are not here")
     return SHARED_DATA
+
+
+def record(
+    model: PeftModel, rows: Tensor, encoding: str = "float32", steps: int = 3, xi: float = 1e-3, **options: Any
+) -> Importance:
+    """Importance after some AdamW steps on `rows`, four a step."""
+    torch.manual_seed(0)
+    recorder = ImportanceRecorder(model, encoding)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    recorder.attach(optimizer)
+    for step in range(steps):
+        part = rows[4 * (step % 4) :][:4]
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return recorder.consolidate(xi, **options)

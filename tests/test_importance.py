@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import move_adapter
+from conftest import move_adapter, record
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,19 +22,6 @@ from hlora.importance import Importance
 from hlora.recorder import ImportanceRecorder
 
 XI = 1e-3
-
-
-def record(model: PeftModel, rows: Tensor, encoding: str = "float32", steps: int = 3, **options: Any) -> Importance:
-    torch.manual_seed(0)
-    recorder = ImportanceRecorder(model, encoding)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    recorder.attach(optimizer)
-    for step in range(steps):
-        part = rows[4 * (step % 4) :][:4]
-        model(input_ids=part, labels=part).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return recorder.consolidate(XI, **options)
 
 
 def assert_same(first: Importance, second: Importance) -> None:

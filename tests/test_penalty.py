@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import move_adapter
+from conftest import move_adapter, record
 from peft import PeftModel
 from torch import Tensor
 
@@ -18,20 +18,6 @@ from hlora.encodings import ENCODINGS, Factored
 from hlora.errors import ArtifactError
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty, layer_coefficients
-from hlora.recorder import ImportanceRecorder
-
-
-def record(model: PeftModel, rows: Tensor, encoding: str = "float32", steps: int = 3, xi: float = 1e-3) -> Importance:
-    torch.manual_seed(0)
-    recorder = ImportanceRecorder(model, encoding)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    recorder.attach(optimizer)
-    for step in range(steps):
-        part = rows[4 * (step % 4) :][:4]
-        model(input_ids=part, labels=part).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return recorder.consolidate(xi)
 
 
 def dense(omega: encodings.Encoded) -> Tensor:
