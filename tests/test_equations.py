@@ -79,6 +79,39 @@ def test_importance_equals_lr_times_squared_effective_gradient_under_sgd(draw) -
     torch.testing.assert_close(omega, expected, rtol=1e-9, atol=0)
 
 
+def test_the_exact_gradient_is_that_of_autograd_on_the_dense_weight(draw) -> None:
+    theta, x, target = draw(D_OUT, D_IN).requires_grad_(), draw(11, D_IN), draw(11, D_OUT)
+    y = x @ theta.T
+    y.retain_grad()
+    (torch.tanh(y) - target).square().sum().backward()
+    assert theta.grad is not None
+    assert y.grad is not None
+    torch.testing.assert_close(equations.exact_gradient(x, y.grad), theta.grad, rtol=1e-13, atol=1e-13)
+
+
+def test_the_effective_gradient_is_to_first_order_the_exact_one_seen_through_the_factors(draw) -> None:
+    """g^B = s G Aᵀ and g^A = s Bᵀ G, by autograd; so g̃ = s²(G AᵀA + B Bᵀ G) − η s³ G Aᵀ Bᵀ G (reading 7)."""
+    A, B = draw(RANK, D_IN).requires_grad_(), draw(D_OUT, RANK).requires_grad_()
+    base, x, target = draw(D_OUT, D_IN), draw(11, D_IN), draw(11, D_OUT)
+    theta = base + SCALE * B @ A
+    theta.retain_grad()
+    (torch.tanh(x @ theta.T) - target).square().sum().backward()
+    G, grad_A, grad_B = theta.grad, A.grad, B.grad
+    assert G is not None
+    assert grad_A is not None
+    assert grad_B is not None
+    A, B = A.detach(), B.detach()
+    exactly = {"rtol": 1e-12, "atol": 1e-11}
+    torch.testing.assert_close(grad_B, SCALE * G @ A.T, **exactly)
+    torch.testing.assert_close(grad_A, SCALE * B.T @ G, **exactly)
+    first_order = SCALE**2 * (G @ A.T @ A + B @ B.T @ G)
+    second_order = SCALE**3 * G @ A.T @ B.T @ G
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, 0.0, SCALE)
+    torch.testing.assert_close(gradient, first_order, **exactly)
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, SCALE)
+    torch.testing.assert_close(gradient, first_order - LR * second_order, rtol=1e-12, atol=1e-10)
+
+
 def test_path_integral_subtracts_gradient_times_movement_elementwise(draw) -> None:
     omega, gradient, delta = draw(D_OUT, D_IN), draw(D_OUT, D_IN), draw(D_OUT, D_IN)
     after = equations.path_integral(omega, gradient, delta)
@@ -146,8 +179,13 @@ def test_norm_shares_do_not_depend_on_the_unit_of_importance_but_softmax_does() 
     assert equations.layer_weights(1000 * norms, "softmax").max() == 1.0
 
 
+def test_sum_gives_every_matrix_the_weight_one() -> None:
+    weights = equations.layer_weights(torch.tensor([0.06, 2.2, 400.0], dtype=torch.float64), "sum")
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_unknown_layer_weights_are_refused_with_the_valid_names() -> None:
-    with pytest.raises(ValueError, match=r"softmax, norm_share or uniform, got 'sofmax'"):
+    with pytest.raises(ValueError, match=r"softmax, norm_share, uniform or sum, got 'sofmax'"):
         equations.layer_weights(torch.ones(2), "sofmax")
 
 

@@ -34,8 +34,16 @@ def effective_gradient(
     return scale * (grad_B @ A + B @ grad_A - lr * grad_B @ grad_A)
 
 
+def exact_gradient(
+    x: Tensor,  # (tokens, d_in)
+    grad_y: Tensor,  # (tokens, d_out), ∂L/∂y of y = θx
+) -> Tensor:  # (d_out, d_in)
+    """G = ∂L/∂θ = Σ_t ∂L/∂y_t ⊗ x_t, which Eqs. 3–6 ask for. g^B = s G Aᵀ and g^A = s Bᵀ G (reading 7)."""
+    return torch.einsum("to,ti->oi", grad_y, x)
+
+
 def path_integral(omega: Tensor, gradient: Tensor, delta: Tensor) -> Tensor:
-    """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12). All (d_out, d_in)."""
+    """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12), or with G in the place of g̃. All (d_out, d_in)."""
     return omega - gradient * delta
 
 
@@ -53,10 +61,10 @@ def layer_penalty(importance: Tensor, theta: Tensor, theta_nu: Tensor) -> Tensor
 
 
 def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
-    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,), summing to one (Eq. 15).
+    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,), summing to one (Eq. 15) but for "sum".
 
     softmax: Eq. 15 as written; depends on the unit of Ω. norm_share: ‖Ω_l‖ / Σ ‖Ω_k‖, which does not.
-    uniform: 1/L, the ablation without layer weights.
+    uniform: 1/L, the ablation without layer weights. sum: all ones, the plain sum over all matrices, as EWC has it.
     """
     if kind == "softmax":
         return torch.softmax(norms, dim=0)
@@ -64,7 +72,9 @@ def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
         return norms / norms.sum()
     if kind == "uniform":
         return torch.full_like(norms, 1 / len(norms))
-    raise ValueError(f"layer weights: expected softmax, norm_share or uniform, got {kind!r}")
+    if kind == "sum":
+        return torch.ones_like(norms)
+    raise ValueError(f"layer weights: expected softmax, norm_share, uniform or sum, got {kind!r}")
 
 
 def regularisation(weights: Tensor, layer_penalties: Tensor) -> Tensor:

@@ -30,26 +30,35 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
     return scale * torch.cat([grad_B, B], 1), torch.cat([A - lr * grad_A, grad_A], 0)
 
 
-def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
-    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when it is factored."""
+def accumulate_(omega: Encoded, gradient: Pair | Tensor, delta: Pair) -> None:
+    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when it is factored.
+
+    gradient: g̃ as a pair, or the exact gradient G, dense (d_out, d_in), which is passed over once in any encoding.
+    """
     if isinstance(omega, Factored):
         row, column = product_sums(gradient, delta)
         omega.row.sub_(row)
         omega.column.sub_(column)
         return
-    (P, Q), (U, V) = gradient, delta
-    # One visible line for a fused kernel: `if omega.is_cuda: return kernels.accumulate_(omega, P, Q, U, V)`
+    U, V = delta
+    # One visible line for a fused kernel: `if omega.is_cuda: return kernels.accumulate_(omega, *gradient, U, V)`
     for rows in _row_blocks(*omega.shape):
-        change = (P[rows] @ Q).mul_(U[rows] @ V)
+        change = (U[rows] @ V).mul_(_rows(gradient, rows))
         if omega.dtype == torch.bfloat16:
             round_stochastically_(omega[rows], change.neg_().add_(omega[rows]))
         else:
             omega[rows].sub_(change)
 
 
-def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
-    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im."""
-    (P, Q), (U, V) = first, second
+def product_sums(first: Pair | Tensor, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
+    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im.
+
+    A dense G in place of PQ: Σ_j G_ij (UV)_ij = Σ_m (G Vᵀ)_im U_im.
+    """
+    U, V = second
+    if isinstance(first, Tensor):
+        return (first @ V.T).mul_(U).sum(1), (U.T @ first).mul_(V).sum(0)
+    P, Q = first
     return (P @ (Q @ V.T)).mul_(U).sum(1), ((U.T @ P) @ Q).mul_(V).sum(0)
 
 
@@ -126,6 +135,10 @@ def _penalty(
             grad_A.addmm_(B[rows].T, weighted)
             torch.mm(weighted, A.T, out=grad_B[rows])
     return value, grad_A, grad_B
+
+
+def _rows(matrix: Pair | Tensor, rows: slice) -> Tensor:
+    return matrix[rows] if isinstance(matrix, Tensor) else matrix[0][rows] @ matrix[1]
 
 
 def _row_blocks(d_out: int, d_in: int) -> Iterator[slice]:

@@ -24,7 +24,7 @@ class ImportancePenalty:
     phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
     Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and
     run length.
-    layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share or uniform.
+    layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share, uniform, or sum (all ones).
     group: one c_l for each adapted "matrix", or for each transformer "block".
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
@@ -144,7 +144,7 @@ def layer_coefficients(
         raise ArtifactError("the importance is zero everywhere, so it has no norm shares. Record more steps.")
     weights = dict(zip(squares, equations.layer_weights(norms, layer_weights).tolist(), strict=True))
     largest = max(weights, key=weights.__getitem__)
-    if weights[largest] > 0.9 and len(weights) > 1:
+    if weights[largest] > 0.9 and len(weights) > 1 and layer_weights != "sum":
         warnings.warn(
             f"{largest} takes {weights[largest]:.3f} of the layer weights, so all other layers are free to drift. "
             "Use layer_weights='norm_share', or a larger xi.",

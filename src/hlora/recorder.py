@@ -16,6 +16,7 @@ from hlora import encodings, ops
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
+from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
 
 if TYPE_CHECKING:
@@ -32,9 +33,13 @@ class ImportanceRecorder:
     over accumulation and before clipping; the callback sees to that by itself.
 
     encoding: float32, bfloat16 or factored (never dense). Starts from any adapter state, not only B = 0.
+    gradient: effective, g̃ of Eq. 11 from the factors' gradients (the paper's), or exact, G = ∂L/∂θ from hooks on
+    the LoRA layers (reading 7; see ExactGradient for its memory, a dense G per matrix while recording). The hooks
+    are there from the start, or `attach`, until detached or `close`; an optimizer step ends each sum of G.
     steps, skipped_steps: integrated, and left out because a gradient was not finite.
 
-    Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices).
+    Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
+    ValueError for an unknown encoding or gradient, ConfigError for exact in more than one process.
     """
 
     def __init__(
@@ -43,9 +48,13 @@ class ImportanceRecorder:
         encoding: str = "factored",
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
+        gradient: Literal["effective", "exact"] = "effective",
     ) -> None:
+        if gradient not in ("effective", "exact"):
+            raise ValueError(f"gradient: expected effective or exact, got {gradient!r}")
         self.model = model
         self.encoding = encoding
+        self.gradient = gradient
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
         if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
             adapter = self.matrices[0].adapter_name
@@ -53,7 +62,12 @@ class ImportanceRecorder:
                 f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
                 f"or make it the trained one: model.set_adapter({adapter!r})"
             )
+        self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
+        self._captured: dict[str, Snapshot] | None = None
+        self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
         self.reset()
+        if self._exact is not None:
+            self._exact.open()
 
     def reset(self) -> None:
         """Forget everything recorded and start from the adapter as it is now."""
@@ -64,7 +78,7 @@ class ImportanceRecorder:
             for matrix in self.matrices
         }
         self._start = {matrix.name: _factors(matrix) for matrix in self.matrices}
-        self._captured: dict[str, Snapshot] | None = None
+        self.discard()
 
     @contextmanager
     def step(self, lr: float) -> Iterator[None]:
@@ -76,12 +90,12 @@ class ImportanceRecorder:
         try:
             yield
         except BaseException:
-            self._captured = None
+            self.discard()
             raise
         self.integrate()
 
     def attach(self, optimizer: Any) -> Callable[[], None]:
-        """Record each step of `optimizer` through its own hooks; returns a function that detaches.
+        """Record each step of `optimizer` through its own hooks; returns a function that detaches (and closes).
 
         Learning rates come from the parameter groups. A step that a gradient scaler skips never reaches the
         hooks and is not counted. Clip inside `recorder.step` instead, or call `recorder.capture_from(optimizer)`
@@ -104,13 +118,24 @@ class ImportanceRecorder:
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.integrate()
 
+        if self._exact is not None:
+            self._exact.open()
         handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
         def detach() -> None:
             for handle in handles:
                 handle.remove()
+            self.close()
 
         return detach
+
+    def close(self) -> None:
+        """Take the hooks of the exact gradient off the model; the effective one has none. ω stays.
+
+        For recording with `recorder.step`, or as `contextlib.closing(recorder)`; detaching and `train()`'s end do it.
+        """
+        if self._exact is not None:
+            self._exact.close()
 
     def callback(self) -> TrainerCallback:
         """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients."""
@@ -128,8 +153,12 @@ class ImportanceRecorder:
         """Keep factors and gradients as they are now, for the `integrate` after the optimizer's step.
 
         lr: one learning rate, or one by parameter id. Where A and B differ (LoRA+), η of the second-order
-        term is √(η_A η_B), which makes that term exact.
+        term is √(η_A η_B), which makes that term exact. gradient_scale: multiplies the gradients.
+
+        Raises AdapterError when gradients passed the hooks of the exact gradient by.
         """
+        if self._exact is not None:
+            self._unit = self._exact.unit() * gradient_scale
         snapshots: dict[str, Snapshot] = {}
         for matrix in self.matrices:
             A, B = matrix.A, matrix.B
@@ -139,17 +168,25 @@ class ImportanceRecorder:
         self._captured = snapshots
 
     def discard(self) -> None:
-        """Forget what `capture` kept; the optimizer did not step."""
+        """Forget what `capture` kept, and the sum of exact gradients; the optimizer did not step."""
         self._captured = None
+        if self._exact is not None:
+            self._exact.clear()
 
     @torch.no_grad()
     def integrate(self) -> None:
-        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`. Skipped, counted and warned of once if not finite."""
+        """ω −= g̃ ⊙ Δθ (Eq. 12), or G ⊙ Δθ, over the step since `capture`.
+
+        Skipped, counted and warned of once if not finite.
+        """
         if self._captured is None:
             return
-        captured, self._captured = self._captured, None
+        captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
+        self.discard()
         moved = torch.stack([(m.A.detach().sum() + m.B.detach().sum()).double() for m in self.matrices]).sum()
         slopes = torch.stack([(gA.sum() + gB.sum()).double() for _, _, gA, gB, _ in captured.values()]).sum()
+        for G in (exact or {}).values():
+            slopes = slopes + unit * G.sum()
         if not torch.isfinite(moved + slopes):
             if self.skipped_steps == 0:
                 warnings.warn(
@@ -161,9 +198,13 @@ class ImportanceRecorder:
             return
         for matrix in self.matrices:
             A, B, grad_A, grad_B, lr = captured[matrix.name]
-            gradient = ops.effective_gradient(A, B, grad_A, grad_B, lr, matrix.scale)
             delta = ops.difference(matrix.A, matrix.B, A, B, matrix.scale)
-            ops.accumulate_(self._omega[matrix.name], gradient, delta)
+            if exact is None:
+                gradient = ops.effective_gradient(A, B, grad_A, grad_B, lr, matrix.scale)
+                ops.accumulate_(self._omega[matrix.name], gradient, delta)
+            elif matrix.name in exact:  # a layer that no token reached has no G
+                left, right = delta
+                ops.accumulate_(self._omega[matrix.name], exact[matrix.name], (unit * left, right))
         self.steps += 1
 
     @property
@@ -207,6 +248,7 @@ class ImportanceRecorder:
             lora_config=_lora_config(self.model, self.matrices[0].adapter_name),
             provenance={
                 "xi": xi,
+                "gradient": self.gradient,
                 "steps": self.steps,
                 "skipped_steps": self.skipped_steps,
                 "clamped_share": negative / elements,
@@ -226,14 +268,21 @@ class ImportanceRecorder:
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "encoding": self.encoding,
+            "gradient": self.gradient,
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Raises ArtifactError when it is of another model or encoding."""
+        """Go on from a `state_dict`. Raises ArtifactError when it is of another model, encoding or gradient."""
         if state["encoding"] != self.encoding:
             raise ArtifactError(f"recording state is {state['encoding']}, this recorder is {self.encoding}")
+        gradient = state.get("gradient", "effective")  # states from before there was a choice have none
+        if gradient != self.gradient:
+            raise ArtifactError(
+                f"recording state is of the {gradient} gradient, this recorder is of the {self.gradient} one. "
+                f"Make it with gradient={gradient!r}, or record from the start."
+            )
         tensors = state["tensors"]
         for name, omega in self._omega.items():
             pairs = [(part, f"{name}.omega.{suffix}") for suffix, part in encodings.parts(omega).items()]
