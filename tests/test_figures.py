@@ -111,7 +111,7 @@ def test_loss_curves_leave_a_gap_where_a_loss_is_not_finite():
 def test_running_mean_is_centred_and_skips_what_is_not_finite():
     values = np.arange(100.0)
     values[50] = np.nan
-    smooth = figures._running_mean(values)
+    smooth = figures.running_mean(values)
     assert smooth[20] == pytest.approx(20)
     assert smooth[50] == pytest.approx(50)
 

@@ -72,6 +72,7 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
     for arm in results["arms"].values():
         (text,) = arm["texts"].values()
         assert text["tokens"] == 199 and text["perplexity"] > 1 and text["bits_per_byte"] > 0
+        assert text["forgetting"] == text["nll"] - next(iter(results["arms"]["base"]["texts"].values()))["nll"]
         assert {"answer_nll", "acc", "acc_norm", "exact_match"} <= set(arm["domain"])
     assert [entry["step"] for entry in results["history"]["tune"]] == [1, 2, 3, 4]
     last = results["history"]["tune"][-1]
@@ -111,6 +112,7 @@ def test_record_tune_evaluate_alone_equal_run(hlora: Invoke, config: Path, tmp_p
         alone, together = load_file(steps / file), load_file(whole / file)
         assert alone.keys() == together.keys()
         assert all(torch.equal(alone[name], together[name]) for name in alone), file
+    assert results_of(steps)["arms"]["hlora"]["texts"]["general (held out)"]["forgetting"] != 0
     mine, theirs = results_of(steps)["arms"]["hlora"], results_of(whole)["arms"]["hlora"]
     assert mine["texts"] == theirs["texts"]
     assert mine["domain"]["answer_nll"] == theirs["domain"]["answer_nll"]

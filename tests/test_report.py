@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hlora.evaluation import add_forgetting
 from hlora.report import summary_rows, summary_table, verdict, write_report
 
 HOSTILE = "<script>alert(1)</script>"
@@ -34,7 +35,10 @@ def evaluation(nll: float, answer_nll: float = 5.0, acc: float | None = 0.2, std
 
 
 def results(**arms: Any) -> dict[str, Any]:
-    return {"arms": {"base": evaluation(3.0), **arms}}
+    arms = {"base": evaluation(3.0), **arms}
+    for arm in arms.values():
+        add_forgetting(arm, arms["base"])
+    return {"arms": arms}
 
 
 @pytest.fixture
@@ -45,13 +49,12 @@ def full() -> dict[str, Any]:
     ]
     norms = {f"model.layers.{i}.self_attn.q_proj": 0.5 + i for i in range(2)}
     return {
-        "arms": {
-            "base": evaluation(3.0),
-            "after_general": evaluation(2.8),
-            "hlora": evaluation(2.9, answer_nll=4.0, acc=0.3),
-            "lora_mu": evaluation(3.4, answer_nll=3.9, acc=0.31),
-            HOSTILE: evaluation(3.0),
-        },
+        **results(
+            after_general=evaluation(2.8),
+            hlora=evaluation(2.9, answer_nll=4.0, acc=0.3),
+            lora_mu=evaluation(3.4, answer_nll=3.9, acc=0.31),
+            **{HOSTILE: evaluation(3.0)},
+        ),
         "seconds": {"record": 141.2, "tune": 7.0},
         "history": {"record": entries, "tune": protected, HOSTILE: entries},
         "importance": {
@@ -195,6 +198,37 @@ def test_summary_rows_give_base_before_after_and_change(full):
     assert rows["accuracy, %"][1:] == ("20.0", "20.0", "30.0", "+10.0 points", True)
 
 
+def test_forgetting_is_the_rise_of_the_loss_with_its_sign_and_paired_noise_everywhere_it_is_summarised(tmp_path):
+    content = results(after_general=evaluation(2.8), hlora=evaluation(3.05))
+    for arm, each in (("base", [2.9, 3.1]), ("hlora", [2.94, 3.16])):  # differences 0.04 and 0.06: 0.01 standard error
+        content["arms"][arm]["texts"]["wiki"]["nll_each"] = each
+    (row,) = (row for row in summary_rows(content) if row.measure == "forgetting, wiki")
+    assert row[1:] == ("0", "−0.200", "+0.050", "± 0.010 nats", False)
+    page = write(content, tmp_path)
+    assert "forgetting, wiki" in page.text and "+0.050± 0.010" in page.text and "−0.200± 0.014" in page.text
+
+
+def test_a_result_from_before_there_was_forgetting_has_no_column_of_it(tmp_path):
+    content = results(hlora=evaluation(3.05))
+    for arm in content["arms"].values():
+        del arm["texts"]["wiki"]["forgetting"]
+    assert not [row for row in summary_rows(content) if "forgetting" in row.measure]
+    assert "forgetting, wiki" not in write(content, tmp_path).text
+
+
+def test_each_measure_of_the_summary_stands_on_one_line_of_a_terminal_of_100_columns(full):
+    for arm in full["arms"].values():
+        arm["texts"] = {"general (held out)": {**arm["texts"]["wiki"], "perplexity": 123456.7}}
+        add_forgetting(arm, full["arms"]["base"])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(summary_table(full))
+    lines = capture.get().splitlines()
+    for row in summary_rows(full):
+        cells = (row.measure, row.base, row.before, row.after, row.change)
+        assert any(all(cell in line for cell in cells) for line in lines), row
+
+
 def test_summary_rows_of_the_base_alone_have_no_change():
     for row in summary_rows(results()):
         assert (row.before, row.after, row.change, row.better) == (None, "–", "", None)
@@ -279,6 +313,7 @@ def test_report_renders_when_any_single_part_is_missing(full, tmp_path, monkeypa
 
 def test_report_renders_numbers_that_are_not_finite_and_half_surrogates(full, tmp_path):
     full["arms"]["hlora"] = evaluation(math.inf, answer_nll=math.nan, acc=math.nan)
+    add_forgetting(full["arms"]["hlora"], full["arms"]["base"])
     full["arms"]["hlora"]["samples"][0]["answer"] = "half \ud83d of a pair"
     full["importance"]["layer_weights"]["model.layers.0.self_attn.q_proj"] = math.nan
     full["importance"]["clamped_share"] = math.nan

@@ -112,6 +112,71 @@ def demo(
     _show(pipeline.run(settings, _command()))
 
 
+@app.command()
+def compare(
+    config: ConfigPath,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute none.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
+
+    CONFIG is a comparison's, such as configs/compare-smollm2.yaml. Finished cells are kept: after an interruption, give
+    the same command again. Several processes, one for each GPU, may share one output directory.
+    """
+    from hlora import comparison
+    from hlora.config import load_comparison
+
+    settings = load_comparison(config, overrides)
+    if dry_run:
+        rows = comparison.plan(settings)
+        console.print(comparison.plan_table(rows))
+        return
+    found = comparison.compare(settings, _command(), retry)
+    for line in comparison.summary(found):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"report: {Path(settings.output) / 'report.html'}")
+
+
+@app.command()
+def cost(
+    config: ConfigPath,
+    scale: Annotated[
+        float, typer.Option(help="Share of the paper's sequences to measure, for both methods. 0.005: 1/200.")
+    ] = 1 / 200,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead of --scale: sequences of EWC's Fisher information (paper: 20,000)."),
+    ] = None,
+    nu_samples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Sequences of the general text in an epoch of HLoRA, before scaling. The paper does not state it. "
+            "5 epochs of 4,000 are as many passes as EWC's 20,000, which favours neither; time is proportional to it.",
+        ),
+    ] = 4_000,
+    output: Annotated[Path | None, typer.Option(help="Directory for what is written; CONFIG's output/cost.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Time and bytes of importance, HLoRA against EWC-LoRA (Fig. 5): writes cost.json, cost.png and cost.svg."""
+    from hlora.comparison_figures import cost_bars
+    from hlora.cost import cost_tables, measure_cost
+    from hlora.figures import save
+
+    settings = _load(config, overrides)
+    settings.output = str(output or Path(settings.output) / "cost")
+    measured = measure_cost(settings, scale, sequences, nu_samples, _command())
+    for table in cost_tables(measured):
+        console.print(table)
+    for note in measured["notes"]:
+        console.print(note, markup=False, highlight=False)
+    png, svg = save(cost_bars(measured), Path(settings.output) / "cost")
+    console.print(f"figure: {png}, {svg}")
+
+
 @app.command("config")
 def print_config() -> None:
     """Print a commented configuration to start from."""

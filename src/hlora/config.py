@@ -10,7 +10,7 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -20,10 +20,14 @@ from hlora.errors import ConfigError
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 EncodingName = Literal["float32", "bfloat16", "factored"]
-LayerWeights = Literal["softmax", "norm_share", "uniform"]
+LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
 PhiScale = Literal["relative", "paper"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
 Arm = Literal["lora_mu", "lora_nu_mu"]
+MethodName = Literal[
+    "base", "after_general", "lora", "lora_after_general", "rslora", "ewc", "hlora", "l2",
+    "replay", "kl", "osf", "corda", "mlp",
+]  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -123,6 +127,9 @@ class ImportanceConfig(_Section):
     or factored (row sums x column sums)."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
+    gradient: Literal["effective", "exact"] = "effective"
+    """Gradient in the path integral: effective, Eq. 11 (the paper's), or exact, that of the adapted matrix itself
+    (4 bytes an element more memory while recording)."""
 
 
 class PenaltyConfig(_Section):
@@ -133,7 +140,7 @@ class PenaltyConfig(_Section):
     paper: as in Eq. 16."""
     layer_weights: LayerWeights = "softmax"
     """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance.
-    uniform: no layer weights."""
+    uniform: no layer weights. sum: each matrix counts in full, the plain sum of EWC."""
     group: Literal["matrix", "block"] = "matrix"
     """What one layer weight covers: each adapted matrix, or each transformer block."""
 
@@ -211,11 +218,117 @@ class RunConfig(_Section):
     """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
 
 
+class FisherConfig(_Section):
+    examples: int = Field(default=128, ge=1)
+    """Sequences of general text that EWC-LoRA's Fisher information is taken on (paper: 20,000)."""
+    max_length: int = Field(default=128, ge=2)
+    """Tokens of each."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences in one backward pass (paper: at most 8)."""
+
+
+class ArmConfig(_Section):
+    method: MethodName
+    """base, after_general (the general phase alone), lora, lora_after_general, rslora, ewc, hlora, l2 (uniform
+    importance), replay, kl (to the base model), osf, corda, mlp (LoRA on the MLP)."""
+    strengths: list[float] = []
+    """Values of the method's strength to choose from: hlora, l2 phi; ewc lambda; kl beta; replay share of general rows;
+    osf share of the rank kept frozen."""
+    tasks: list[str] = []
+    """Tasks that it runs on; all of them when empty."""
+    settings: dict[str, Any] = {}
+    """What this arm changes in the settings of a run, by path: {importance.xi: 1e-6}."""
+
+
+class SelectionConfig(_Section):
+    rows: int = Field(default=100, ge=1)
+    """Training rows held out from every arm, to choose strengths on."""
+    texts: dict[str, str] = {}
+    """More general texts to choose on, name to file. The held-out tenth of the general text is always one."""
+    seeds: int = Field(default=1, ge=1)
+    """Every strength runs on the first so many seeds; the chosen one on all."""
+    kept_learning: float = Field(default=0.9, ge=0, le=1)
+    """Of the strengths that keep this share of what unprotected LoRA learned (fall of the answers' NLL on the held-out
+    rows), the one with the lowest general loss is chosen."""
+
+
+class CompareConfig(_Section):
+    output: str
+    """Directory of the grid: finished cells, tables, figures, report."""
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """Seeds of adapters, data order and sampling."""
+    model: ModelConfig
+    """The base model."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter."""
+    general: GeneralConfig
+    """The general task: what the model should not forget."""
+    tasks: dict[str, DomainConfig] = Field(min_length=1)
+    """The domain tasks by name."""
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    """The methods to compare, by the name that tables and figures show."""
+    importance: ImportanceConfig = ImportanceConfig()
+    """How importance is recorded."""
+    penalty: PenaltyConfig = PenaltyConfig()
+    """How it protects; phi is the strength where an arm names none."""
+    fisher: FisherConfig = FisherConfig()
+    """EWC-LoRA's importance."""
+    training: TrainingConfig = TrainingConfig()
+    """Arguments handed to TRL, the same for every arm."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured."""
+    selection: SelectionConfig = SelectionConfig()
+    """How strengths are chosen."""
+    ours: str = "HLoRA"
+    """Arm that tests and figures are about."""
+    rival: str = "EWC-LoRA"
+    """Arm that it is tested against."""
+    unprotected: str = "LoRA(μ)"
+    """Arm that says what can be learned without protection."""
+    ablation: list[str] = ["LoRA(ν+μ)", "HLoRA w/o layer weights", "HLoRA"]
+    """Arms of Table 2."""
+
+    @model_validator(mode="after")
+    def _roles_are_arms(self) -> CompareConfig:
+        if self.unprotected not in self.arms and any(len(arm.strengths) > 1 for arm in self.arms.values()):
+            raise ValueError(f"unprotected: no arm {self.unprotected!r}, yet strengths are chosen by what it learns")
+        for name, arm in self.arms.items():
+            unknown = set(arm.tasks) - set(self.tasks)
+            if unknown:
+                raise ValueError(f"arms: {name!r} names the task {unknown.pop()!r}; tasks has {', '.join(self.tasks)}")
+        if not any(arm.method == "base" for arm in self.arms.values()):
+            self.arms = {"Base": ArmConfig(method="base"), **self.arms}  # what forgetting is counted from
+        return self
+
+
+class CellConfig(RunConfig):
+    """One cell of a comparison: a run, its method and the method's strength."""
+
+    method: MethodName
+    """How the model is tuned."""
+    strength: float | None = None
+    """Of the method's protection, where it has one."""
+    fisher: FisherConfig = FisherConfig()
+    """EWC-LoRA's importance."""
+    held_out_rows: int = 0
+    """Training rows that no arm trains on."""
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `section.field=value` overrides, validate.
+    """Read the YAML of a run, apply `section.field=value` overrides, validate.
 
     Raises ConfigError with one line per wrong field: its path, what was expected, the nearest name.
     """
+    return parse_config(read_yaml(path), str(path), overrides)
+
+
+def load_comparison(path: str | Path, overrides: list[str] | None = None) -> CompareConfig:
+    """Read the YAML of a comparison. Raises ConfigError (see load_config)."""
+    return parse_config(read_yaml(path), str(path), overrides, CompareConfig)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -224,17 +337,25 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
-    return parse_config(data, str(path), overrides)
+    return data
 
 
-def parse_config(data: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:
+Config = TypeVar("Config", RunConfig, CellConfig, CompareConfig)
+
+
+def parse_config(
+    data: dict[str, Any],
+    origin: str = "config",
+    overrides: list[str] | None = None,
+    kind: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> Config:
     """Apply `section.field=value` overrides to a mapping and validate it. Raises ConfigError (see load_config)."""
     for override in overrides or []:
         _set(data, override)
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        lines = dict.fromkeys(_explain(item, kind) for item in error.errors())
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
@@ -266,14 +387,15 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: type[BaseModel]) -> str:
     """One line for one of Pydantic's errors: path of the field, what was expected, what came, the nearest name."""
     if item["type"] == "extra_forbidden":
         *sections, name = item["loc"]
-        model: Any = RunConfig
+        model: Any = kind
         for section in sections:
-            model = model.model_fields[section].annotation
-        return f"{'.'.join(item['loc'])}: unknown field{_nearest(name, set(model.model_fields))}"
+            # tasks and arms are mappings, from a name that the user gives to a section
+            model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[section].annotation
+        return f"{'.'.join(map(str, item['loc']))}: unknown field{_nearest(name, set(model.model_fields))}"
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"{path}: required, but missing"

@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,31 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int) -> D
         "test_sha256": _sha256(json.dumps(example.training_row()) for example in test),
     }
     return DomainRows(kept, test, test_rows, facts)
+
+
+def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
+    """Set the last tenth of the general documents aside, to choose strengths on. Raises DataError when there is one."""
+    if len(text.train) < 2:
+        raise DataError("general: one document, which leaves none to choose strengths on. Give more general text.")
+    held_out = max(1, round(len(text.train) * _HELD_OUT))
+    train = text.train[:-held_out]
+    facts = {**text.facts, "documents": len(train), "characters": sum(map(len, train)), "sha256": _sha256(train)}
+    return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+
+
+def hold_out(rows: DomainRows, count: int, seed: int) -> tuple[DomainRows, list[Example]]:
+    """Set `count` training rows aside, to choose strengths on; rows with the same prompt leave the training set too.
+
+    Raises DataError when too few would be left.
+    """
+    if count >= len(rows.train):
+        raise DataError(f"selection.rows: {count} of {len(rows.train)} training rows held out leaves none to train on")
+    held_out = random.Random(seed).sample(rows.train, count)
+    prompts = {json.dumps(example.prompt) for example in held_out}
+    train = [example for example in rows.train if json.dumps(example.prompt) not in prompts]
+    if not train:
+        raise DataError("selection.rows: all training rows have the prompt of a held-out one. Hold out fewer.")
+    return replace(rows, train=train, facts={**rows.facts, "train_rows": len(train), "held_out": count}), held_out
 
 
 def read_documents(path: str, column: str = "text") -> list[str]:

@@ -4,7 +4,8 @@ HloraError
 ├── ConfigError    a field of the configuration is wrong or unknown
 ├── DataError      a file, row or column cannot be used
 ├── AdapterError   the model holds something that importance cannot protect
-└── ArtifactError  a saved importance is damaged or belongs to another model
+├── ArtifactError  a saved importance is damaged or belongs to another model
+└── CannotRun      a method of a comparison does not work on this model
 
 Each message says what was expected, what came and what to do next. The CLI prints it without a
 traceback and exits with status 2.
@@ -29,6 +30,10 @@ class AdapterError(HloraError):
 
 class ArtifactError(HloraError):
     """A saved importance is damaged, or does not fit the model it is put on."""
+
+
+class CannotRun(HloraError):
+    """A method of a comparison does not work on this model; the comparison says so in the cell and goes on."""
 
 
 def first_line(error: Exception) -> str:

@@ -49,10 +49,11 @@ def evaluate(
     result: dict[str, Any] = {"texts": {}, "domain": {"rows": len(domain.test)}, "samples": []}
     for name, text in texts.items():
         result["texts"][name] = text_likelihood(model, tokenizer, text, settings)
-    answers = answer_nll(model, tokenizer, domain.test, settings.batch_size)
-    result["domain"] |= {**_mean("answer_nll", answers), "answer_nll_each": answers}
     if settings.accuracy and domain.test[0].choices:
         result["domain"] |= harness_accuracy(model, tokenizer, domain, settings.batch_size)
+    else:
+        answers = answer_nll(model, tokenizer, domain.test, settings.batch_size)
+        result["domain"] |= {**_mean("answer_nll", answers), "answer_nll_each": answers}
     if settings.generate:
         asked = domain.test[: settings.generate]
         written = generate_answers(model, tokenizer, asked, settings)
@@ -64,6 +65,16 @@ def evaluate(
         ]
     model.train(training)
     return result
+
+
+def add_forgetting(measured: dict[str, Any], base: Mapping[str, Any]) -> None:
+    """Put `forgetting`, the rise of the mean token loss against the base (nats/token), beside each text's measures.
+
+    As PEFT's method_comparison counts it. measured, base: what `evaluate` returns of a model and of the base.
+    """
+    for name, text in measured["texts"].items():
+        if name in base["texts"]:
+            text["forgetting"] = text["nll"] - base["texts"][name]["nll"]
 
 
 @torch.no_grad()
@@ -157,7 +168,10 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
 def harness_accuracy(
     model: Any, tokenizer: PreTrainedTokenizerBase, domain: DomainRows, batch_size: int
 ) -> dict[str, Any]:
-    """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows."""
+    """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows.
+
+    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`.
+    """
     with _harness_unnoticed(), tempfile.TemporaryDirectory() as scratch:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -175,7 +189,9 @@ def harness_accuracy(
             fewshot_random_seed=None,
         )
     samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
-    found: dict[str, Any] = {}
+    pairs = zip(samples, domain.test, strict=True)
+    answers = [-float(sample["filtered_resps"][e.choices.index(e.answer)][0]) for sample, e in pairs]
+    found: dict[str, Any] = {**_mean("answer_nll", answers), "answer_nll_each": answers}
     for metric in ("acc", "acc_norm"):
         right = [float(sample[metric]) for sample in samples]
         found |= {**_mean(metric, right), f"{metric}_each": right}

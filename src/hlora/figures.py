@@ -42,7 +42,7 @@ _ARM_LOOKS = {
     "lora_mu": (VERMILION, "X"),
     "lora_nu_mu": (ORANGE, "D"),
 }
-_STYLE: Any = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -120,11 +120,11 @@ def loss_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             penalty = {"weighted_regularisation_loss": ("penalty φ·L_reg", VERMILION, "-")}
             panels.append((f"{phase_label(phase)}: penalty", entries, penalty))
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         rows = max(1, math.ceil(len(panels) / 2))
         figure = Figure(figsize=(8, 2.5 * rows), layout="constrained", facecolor="white")
         if not panels:
-            return _nothing(figure, "no losses logged")
+            return nothing(figure, "no losses logged")
         domain: list[Axes] = []
         for place, (title, entries, curves) in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, min(2, len(panels)), place)
@@ -133,9 +133,9 @@ def loss_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 values = np.array([number(entry.get(key)) for entry in entries])
                 values[~np.isfinite(values)] = np.nan
                 axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-                axes.plot(steps, _running_mean(values), line, color=colour, linewidth=1.8, label=label)
+                axes.plot(steps, running_mean(values), line, color=colour, linewidth=1.8, label=label)
             unit = "nats/token" if "loss" in curves else "nats"
-            axes.set(title=_printable(title), xlabel="optimizer step", ylabel=unit)
+            axes.set(title=printable(title), xlabel="optimizer step", ylabel=unit)
             axes.grid(alpha=0.25)
             axes.legend(frameon=False)
             if "loss" in curves and title != phase_label("record"):
@@ -167,10 +167,10 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
         else:
             marks.append((column, row, "0" if value == 0 else "!"))
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 1.9 + 0.36 * len(kinds)), layout="constrained", facecolor="white")
         if not kinds:
-            return _nothing(figure, "no importance recorded")
+            return nothing(figure, "no importance recorded")
         axes = figure.add_subplot()
         shown = norms[np.isfinite(norms)]
         low, high = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
@@ -183,7 +183,7 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
         every = max(1, math.ceil(len(columns) / 32))
         ticks = [i for i, layer in enumerate(columns) if layer is None or i % every == 0]
         axes.set_xticks(ticks, ["other" if columns[i] is None else str(columns[i]) for i in ticks])
-        axes.set_yticks(range(len(kinds)), [_printable(label) for label in _kind_labels(kinds)])
+        axes.set_yticks(range(len(kinds)), [printable(label) for label in _kind_labels(kinds)])
         axes.invert_yaxis()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -206,16 +206,16 @@ def forgetting_picture(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
     names = list(arms)
     base = arms.get("base") or {}
     panels = [*_text_panels(arms, base), *_domain_panels(arms)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         width, height = max(8.0, 2.1 + 1.95 * len(panels)), 1.35 + 0.48 * len(names)
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         if not panels:
-            return _nothing(figure, "nothing to compare")
+            return nothing(figure, "nothing to compare")
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         texts = [panel for panel in panels if panel.reference == 0]
         for axes, panel in zip(grid, panels, strict=True):
             _draw_panel(axes, panel, names, texts if panel.reference == 0 else [panel])
-        grid[0].set_yticks(range(len(names)), [_printable(arm_label(name)).replace(" (", "\n(") for name in names])
+        grid[0].set_yticks(range(len(names)), [printable(arm_label(name)).replace(" (", "\n(") for name in names])
         grid[0].set_ylim(len(names) - 0.5, -0.65)
     return figure
 
@@ -223,9 +223,9 @@ def forgetting_picture(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
 def svg(figure: Figure) -> str:
     """An <svg> element to put into HTML: the same bytes for the same figure, ids its own, no outside address."""
     buffer = io.StringIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+    no_metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue()
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
@@ -239,12 +239,33 @@ def save(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     png, vector = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
     building = png.with_name(f".{png.name}.{os.getpid()}.tmp")
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(building, format="png", dpi=200)
         figure.savefig(text, format="svg", metadata={"Date": None})
     building.replace(png)
     write_text(vector, text.getvalue())
     return png, vector
+
+
+def nothing(figure: Figure, message: str) -> Figure:
+    """The figure with a message and without axes: there is nothing to draw."""
+    figure.text(0.5, 0.5, message, ha="center", va="center", color=GREY)
+    return figure
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the run, centred, without the entries that are not finite. (n,) → (n,)"""
+    window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
+    known = np.isfinite(values)
+    counts = np.convolve(known, window, mode="same")
+    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def printable(text: str, length: int = 48) -> str:
+    """One line of characters that a font can draw."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 class _Panel(NamedTuple):
@@ -270,7 +291,7 @@ def _text_panels(arms: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any])
                 label = f"{rise.value:+.2f} ({math.expm1(min(rise.value, 50)):+.0%})"
                 points[arm] = (rise.value, 2 * rise.stderr, label)
         if len(points) > 1:
-            title = f"Forgotten?\n{_printable(text, 22)}"
+            title = f"Forgotten?\n{printable(text, 22)}"
             yield _Panel(title, "rise of loss, nats/token\n→ forgotten", 0.0, points, lower_is_better=True)
 
 
@@ -319,20 +340,6 @@ def _draw_panel(axes: Axes, panel: _Panel, names: list[str], same_axis: list[_Pa
     axes.locator_params(axis="x", nbins=4)
 
 
-def _nothing(figure: Figure, message: str) -> Figure:
-    figure.text(0.5, 0.5, message, ha="center", va="center", color=GREY)
-    return figure
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the run, centred, without the entries that are not finite. (n,) → (n,)"""
-    window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
-    known = np.isfinite(values)
-    counts = np.convolve(known, window, mode="same")
-    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
 def _kind(name: str) -> str:
     """A matrix name without its block number: model.layers.3.self_attn.q_proj → model.layers.*.self_attn.q_proj."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)
@@ -342,9 +349,3 @@ def _kind_labels(kinds: list[str]) -> list[str]:
     """The last part of each kind, or all of it where two kinds end alike (an encoder's and a decoder's q_proj)."""
     ends = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return [end if ends.count(end) == 1 else kind for end, kind in zip(ends, kinds, strict=True)]
-
-
-def _printable(text: str, length: int = 48) -> str:
-    """One line of characters that a font can draw."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return line if len(line) <= length else f"{line[: length - 1]}…"

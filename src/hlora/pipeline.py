@@ -21,9 +21,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora import data, report
-from hlora.config import RunConfig
+from hlora.config import ImportanceConfig, RunConfig
 from hlora.errors import ConfigError, DataError
-from hlora.evaluation import evaluate
+from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
@@ -75,6 +75,8 @@ class Job:
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     output: Path
+    recorded: tuple[ImportanceConfig, ...] = ()
+    """A comparison's: every kind of importance that its general phases record at once."""
 
     @classmethod
     def open(cls, config: RunConfig) -> Job:
@@ -109,7 +111,7 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     """LoRA on general text with a recorder watching (Eqs. 7–13); returns the model at θ^ν, Ω and the losses."""
     config = job.config
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = ImportanceRecorder(model, encoding=config.importance.encoding)
+    recorder = ImportanceRecorder(model, config.importance.encoding, gradient=config.importance.gradient)
     arguments = {"packing": True, **config.training.common, **config.training.record}
     logs = job.output / "logs" / "record"
     history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, [recorder.callback()])
@@ -122,7 +124,7 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
     model = attach_lora(job.base, config.lora, config.seed)
     importance.load_adapter_into(model)
     penalty = ImportancePenalty(model, importance, options.phi, options.layer_weights, options.phi_scale, options.group)
-    return model, _train_on_domain(job, model, "tune", penalty)
+    return model, train_on_domain(job, model, "tune", penalty)
 
 
 def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:
@@ -130,10 +132,11 @@ def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, Histo
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     if start is not None:
         start.load_adapter_into(model)
-    return model, _train_on_domain(job, model, "lora_nu_mu" if start else "lora_mu", None)
+    return model, train_on_domain(job, model, "lora_nu_mu" if start else "lora_mu", None)
 
 
-def _train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None) -> History:
+def train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None = None) -> History:
+    """The domain phase of any method: the same arguments, seed and data order, with or without a penalty."""
     arguments = {**job.config.training.common, **job.config.training.tune}
     logs = job.output / "logs" / phase
     callbacks = [penalty.callback()] if penalty else []
@@ -211,6 +214,7 @@ def _measure(job: Job, results: dict[str, Any], arm: str, model: Any) -> None:
     logger.info("evaluating: %s", arm)
     with _timed(results, f"evaluate {arm}"):
         results["arms"][arm] = measure(job, model)
+    add_forgetting(results["arms"][arm], results["arms"]["base"])
 
 
 @contextmanager
@@ -220,24 +224,28 @@ def _timed(results: dict[str, Any], phase: str) -> Iterator[None]:
     results["seconds"][phase] = time.perf_counter() - started
 
 
-def _start(job: Job, command: str) -> dict[str, Any]:
-    device = job.base.device
+def provenance(base: PreTrainedModel, data_facts: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware, model size and data, for a results file."""
+    device = base.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    dtype = str(job.base.dtype).removeprefix("torch.")
     packages = ("hlora", "torch", "transformers", "peft", "trl", "datasets", "lm_eval")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "hardware": f"{hardware}, {os.cpu_count()} cores, {device.type}, {str(base.dtype).removeprefix('torch.')}",
+        "parameters": base.num_parameters(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data": data_facts,
+    }
+
+
+def _start(job: Job, command: str) -> dict[str, Any]:
+    facts = {"general": job.general.facts, "domain": job.domain.facts}
     return {
         "arms": {},
         "seconds": {},
         "history": {},
         "importance": {},
-        "provenance": {
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "seed": job.config.seed,
-            "hardware": f"{hardware}, {os.cpu_count()} cores, {device.type}, {dtype}",
-            "parameters": job.base.num_parameters(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "data": {"general": job.general.facts, "domain": job.domain.facts},
-        },
+        "provenance": {"seed": job.config.seed, **provenance(job.base, facts)},
         "config": job.config.model_dump(),
         "command": command,
     }

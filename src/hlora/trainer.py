@@ -27,7 +27,7 @@ from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from trl import SFTConfig, SFTTrainer
 
 logger = logging.getLogger("hlora")
 
@@ -158,9 +158,8 @@ def protect(
 
 def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
     """Add a callback ahead of Trainer's reporters, so that what it adds to a log entry is reported."""
-    trainer.add_callback(callback)
-    callbacks = trainer.callback_handler.callbacks
-    callbacks.insert(0, callbacks.pop())
+    # Not trainer.add_callback, which warns of a second recorder: a comparison has several on one training.
+    trainer.callback_handler.callbacks.insert(0, callback)
 
 
 def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> SFTConfig:
@@ -193,10 +192,12 @@ def train(
     arguments: dict[str, Any],
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    trainer_class: type[SFTTrainer] | None = None,
 ) -> list[dict[str, Any]]:
     """One SFTTrainer run; returns its log entries (loss in nats per token by step).
 
     dataset: rows as TRL reads them (text, prompt/completion or messages). arguments: those of trl.SFTConfig.
+    trainer_class: a subclass of trl.SFTTrainer, for another loss.
     """
     from trl import SFTTrainer
 
@@ -205,7 +206,8 @@ def train(
     if len(dataset) < _QUICK:
         disable_progress_bars()
     try:
-        trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+        trainer_class = trainer_class or SFTTrainer
+        trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     finally:
         enable_progress_bars()
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place

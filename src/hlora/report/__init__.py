@@ -2,7 +2,7 @@
 
 `results` is what results.json holds; any part may be missing:
 
-arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr, tokens, bytes}},
+arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr, forgetting, tokens, bytes}},
              domain: {rows, answer_nll, acc, acc_norm, exact_match, each with _stderr, generated},
              samples: [{prompt, expected, answer}]}; `base` is what all are compared with
 seconds      phase → seconds
@@ -82,6 +82,9 @@ def summary_rows(results: Mapping[str, Any]) -> list[Row]:
                 else ""
             )
             rows.append(Row(label, _value(one, key), _optional(middle, key), _value(other, key), relative, better))
+        if "forgetting" in other:
+            values = (_value(one, "forgetting"), _optional(middle, "forgetting"), _value(other, "forgetting"))
+            rows.append(Row(f"forgetting, {text}", *values, f"{_rise_spread(one, other)} nats".lstrip(), better))
     one, middle, other = (each.get("domain") or {} for each in (base, general, tuned))
     for key, (label, lower_is_better) in _DOMAIN_MEASURES.items():
         if key in one or key in other:
@@ -144,7 +147,10 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """Column names and, for each arm, cells of a value, a note to it, its change against base and whether better."""
     texts = list(dict.fromkeys(text for arm in arms.values() for text in arm.get("texts") or {}))
     measures = [key for key in _DOMAIN_MEASURES if any(key in (arm.get("domain") or {}) for arm in arms.values())]
-    heading = [*(f"perplexity, {text}" for text in texts), *(_DOMAIN_MEASURES[key][0] for key in measures)]
+    scored = [text for arm in arms.values() for text in (arm.get("texts") or {}).values()]
+    columns = ["perplexity", *(["forgetting"] if any("forgetting" in text for text in scored) else [])]
+    heading = [f"{column}, {text}" for text in texts for column in columns]
+    heading += [_DOMAIN_MEASURES[key][0] for key in measures]
     base = arms.get("base") or {}
     rows = []
     for name, arm in arms.items():
@@ -160,6 +166,9 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
             )
             bits = f"{_value(other, 'bits_per_byte')} bits/byte" if "bits_per_byte" in other else ""
             cells.append({"value": _value(other, "perplexity"), "note": bits, "change": shown, "better": better})
+            if "forgetting" in columns:
+                spread = "" if name == "base" else _rise_spread(one, other)
+                cells.append({"value": _value(other, "forgetting"), "note": spread, "change": "", "better": better})
         one, other = base.get("domain") or {}, arm.get("domain") or {}
         for key in measures:
             better = improved(one, other, key, _DOMAIN_MEASURES[key][1])
@@ -173,6 +182,8 @@ def _value(evaluation: Mapping[str, Any], key: str) -> str:
     if key not in evaluation:
         return "–"
     value = number(evaluation[key])
+    if key == "forgetting" and math.isfinite(value):  # a rise: with its sign, to the digits of PEFT's own tables
+        return "0" if value == 0 else f"{value:+.3f}".replace("-", "−")
     return f"{100 * value:.1f}" if key in ("acc", "acc_norm", "exact_match") and math.isfinite(value) else figure(value)
 
 
@@ -185,6 +196,12 @@ def _spread(evaluation: Mapping[str, Any], key: str) -> str:
     if not math.isfinite(stderr):
         return ""
     return f"± {stderr:.2f}" if key == "answer_nll" else f"± {100 * stderr:.1f}"
+
+
+def _rise_spread(base: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """Standard error of the forgetting on a text, nats/token: that of the paired differences where there are any."""
+    stderr = change(base, text, "nll").stderr
+    return f"± {stderr:.3f}" if math.isfinite(stderr) else ""
 
 
 def _difference(base: Mapping[str, Any], arm: Mapping[str, Any], key: str) -> str:

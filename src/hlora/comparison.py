@@ -1,0 +1,496 @@
+"""`hlora compare`: methods × tasks × seeds × strengths, each cell computed once, then tables, figures and a report.
+
+cells/<key>.json   one cell, named by the hash of all that determines it; a run that was killed goes on from here
+general/, fisher/  what several cells share, made once a seed
+comparison.json    everything that tables, figures and the report are made from
+
+Several processes may work on one output directory at a time, one for each GPU: a cell is claimed by a file lock.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+
+from hlora import data, pipeline
+from hlora.config import ArmConfig, CellConfig, CompareConfig, parse_config
+from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
+from hlora.evaluation import add_forgetting, evaluate
+from hlora.files import write_text
+from hlora.methods import METHODS, fisher
+from hlora.models import attach_lora, load_base
+from hlora.pipeline import Job
+from hlora.recording import Busy, claim, digest, importance
+from hlora.rivals import ALTERS_BASE
+from hlora.tasks import Example
+from hlora.trainer import sft_arguments
+
+logger = logging.getLogger("hlora")
+
+_LOSSES = ("step", "loss", "regularisation_loss", "weighted_regularisation_loss", "total_loss")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to tune and measure."""
+
+    arm: str
+    task: str
+    seed: int | None
+    """None for the base model, which has none."""
+    strength: float | None
+    config: CellConfig
+    key: str
+
+
+def compare(config: CompareConfig, command: str = "hlora compare", retry: bool = False) -> dict[str, Any]:
+    """Compute what is missing of the grid and write comparison.json, tables, figures and report.html.
+
+    retry: compute failed cells again. Returns what comparison.json holds. A method that cannot run on the model, and
+    one that fails, says so in its cell; the rest of the grid goes on.
+    """
+    grid = Grid.open(config)
+    grid.compute(grid.first_cells(), retry)
+    chosen = choose(config, grid.results(grid.first_cells()))
+    grid.compute(grid.chosen_cells(chosen), retry)
+    return grid.finish(chosen, command)
+
+
+def plan(config: CompareConfig) -> list[dict[str, Any]]:
+    """The grid's cells without computing any: arm, task, seed, strength, status and an estimate of seconds.
+
+    The estimate is the mean time of finished cells of the same arm and task, else of the same task, else that of one
+    plain LoRA step and one scored batch, measured here, times their numbers. A strength yet to be chosen is None.
+    """
+    grid = Grid.open(config)
+    cells = grid.first_cells()
+    known = {cell.key: grid.read(cell) for cell in cells}
+    chosen = choose(config, [result for result in known.values() if result])
+    cells = list({cell.key: cell for cell in [*cells, *grid.chosen_cells(chosen)]}.values())
+    measured: dict[tuple[str, ...], list[float]] = {}
+    for cell in cells:
+        result = grid.read(cell)
+        if result and result["status"] == "done":
+            for place in ((cell.arm, cell.task), (cell.task,)):
+                measured.setdefault(place, []).append(sum(result["seconds"].values()))
+    rows = []
+    for cell in cells:
+        result = grid.read(cell)
+        past = measured.get((cell.arm, cell.task)) or measured.get((cell.task,))
+        seconds = statistics.fmean(past) if past else grid.estimate(cell)
+        shown = {"arm": cell.arm, "task": cell.task, "seed": cell.seed, "strength": cell.strength}
+        rows.append({**shown, "status": result["status"] if result else "missing", "seconds": seconds})
+    return rows
+
+
+def plan_table(rows: list[dict[str, Any]]) -> Table:
+    """What `plan` found, for the terminal; the caption has the time that is left."""
+    left = [row for row in rows if row["status"] == "missing"]
+    hours = sum(row["seconds"] for row in left) / 3600
+    caption = f"{len(rows)} cells, {len(left)} to compute, about {hours:.1f} h in one process"
+    table = Table("arm", "task", "seed", "strength", "status", "about", title="Cells", caption=caption)
+    for row in rows:
+        names = [row["arm"], row["task"], row["seed"], row["strength"], row["status"]]
+        table.add_row(*("–" if name is None else str(name) for name in names), f"{row['seconds']:.0f} s")
+    return table
+
+
+def summary(comparison: Mapping[str, Any]) -> list[str]:
+    """How the grid ended, in a line or more: cells by status, and the reason of each that is not done."""
+    counts: dict[str, int] = {}
+    for cell in comparison["cells"]:
+        counts[cell["status"]] = counts.get(cell["status"], 0) + 1
+    lines = [", ".join(f"{count} cells {status}" for status, count in counts.items())]
+    reasons = {
+        f"{c['arm']}, {c['task']}: {c['error']}": c["status"] for c in comparison["cells"] if c["status"] != "done"
+    }
+    lines += [f"{status}: {reason}" for reason, status in reasons.items() if status != "missing"]
+    if "failed" in counts:
+        lines.append("`hlora compare CONFIG --retry` computes failed cells again.")
+    return lines
+
+
+def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Strength of each arm and task, chosen on the held-out rows and texts of the first seeds.
+
+    Of the strengths that keep `selection.kept_learning` of what unprotected LoRA learned (fall of the answers' NLL
+    against the base), the one with the lowest mean loss over the held-out general texts; if none keeps that much, the
+    one that learned most. An arm without results yet keeps its first strength.
+    """
+    measured: dict[tuple[str, str, float | None], list[tuple[float, float]]] = {}
+    for result in results:
+        if result["status"] == "done" and result["validation"]:
+            held_out = result["validation"]
+            general = statistics.fmean(text["nll"] for text in held_out["texts"].values())
+            place = (result["arm"], result["task"], result["strength"])
+            measured.setdefault(place, []).append((held_out["domain"]["answer_nll"], general))
+    means = {place: tuple(map(statistics.fmean, zip(*values, strict=True))) for place, values in measured.items()}
+    base = next(name for name, arm in config.arms.items() if arm.method == "base")
+    chosen: dict[str, dict[str, float | None]] = {}
+    for name, arm in config.arms.items():
+        chosen[name] = {}
+        for task in config.tasks:
+            tried = {s: means[name, task, s] for s in arm.strengths if (name, task, s) in means}
+            before, learned = means.get((base, task, None)), means.get((config.unprotected, task, None))
+            if not tried or before is None or learned is None:
+                chosen[name][task] = arm.strengths[0] if arm.strengths else None
+                continue
+            allowed = before[0] - config.selection.kept_learning * (before[0] - learned[0])
+            enough = {s: general for s, (answers, general) in tried.items() if answers <= allowed}
+            scores = enough or {s: answers for s, (answers, _) in tried.items()}
+            chosen[name][task] = min(scores, key=scores.__getitem__)
+    return chosen
+
+
+@dataclass
+class Grid:
+    """A comparison, its model and its directory."""
+
+    config: CompareConfig
+    output: Path
+    base: Any
+    tokenizer: Any
+    base_is_spoilt: bool = False
+    """A method has changed the model's weights, or failed while they were in its hands."""
+    _read: dict[str, Any] = field(default_factory=dict)
+    """Data and held-out parts by the digest of their settings."""
+
+    @classmethod
+    def open(cls, config: CompareConfig) -> Grid:
+        """Check what can be checked before hours of training, load the model, read the data."""
+        output = Path(config.output)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise ConfigError(
+                f"output: {output} cannot be written ({error.strerror}). Name another directory."
+            ) from None
+        for arguments in (config.training.record, config.training.tune):
+            sft_arguments(output, {**config.training.common, **arguments}, config.seeds[0])
+        base, tokenizer = load_base(config.model)
+        grid = cls(config, output, base, tokenizer)
+        grid.first_cells()  # a wrong arm or row is reported now
+        return grid
+
+    def first_cells(self) -> list[Cell]:
+        """Every strength of every arm on the first seeds."""
+        return [
+            self._cell(arm, task, seed, strength)
+            for seed in self.config.seeds[: self.config.selection.seeds]
+            for task in self.config.tasks
+            for arm, settings in self._arms_of(task, seed)
+            for strength in (settings.strengths or (None,))
+        ]
+
+    def chosen_cells(self, chosen: Mapping[str, Mapping[str, float | None]]) -> list[Cell]:
+        """The chosen strength of every arm on every seed."""
+        return [
+            self._cell(arm, task, seed, chosen[arm][task])
+            for seed in self.config.seeds
+            for task in self.config.tasks
+            for arm, _ in self._arms_of(task, seed)
+        ]
+
+    def _arms_of(self, task: str, seed: int) -> Iterator[tuple[str, ArmConfig]]:
+        """The arms that run on a task with a seed; the base has no seed and runs with the first."""
+        for name, arm in self.config.arms.items():
+            if task in (arm.tasks or self.config.tasks) and (arm.method != "base" or seed == self.config.seeds[0]):
+                yield name, arm
+
+    def _cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
+        settings, common = self.config.arms[arm], self.config
+        shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
+        described = {
+            "output": common.output,
+            "seed": seed,
+            **{name: getattr(common, name).model_dump() for name in shared},
+            "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
+            "domain": common.tasks[task].model_dump(),
+            "method": settings.method,
+            "strength": strength,
+            "held_out_rows": common.selection.rows,
+        }
+        changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
+        config = parse_config(described, f"arms.{arm}", changes, CellConfig)
+        made_from = {
+            **config.model_dump(exclude={"output", "baselines"}),
+            "general_data": self._general(config).facts,
+            "domain_data": self._domain(config)[0].facts,
+            "held_out_texts": self.config.selection.model_dump(),
+            "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
+        }
+        return Cell(arm, task, None if settings.method == "base" else seed, strength, config, digest(made_from))
+
+    def _general(self, config: CellConfig) -> data.GeneralText:
+        """General text without the last tenth of its documents, which strengths are chosen on."""
+        return self._general_and_held_out(config)[0]
+
+    def _held_out_texts(self, config: CellConfig) -> dict[str, str]:
+        texts = {name: "\n\n".join(data.read_documents(path)) for name, path in self.config.selection.texts.items()}
+        return {"general (held out)": "\n\n".join(self._general_and_held_out(config)[1]), **texts}
+
+    def _general_and_held_out(self, config: CellConfig) -> tuple[data.GeneralText, list[str]]:
+        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
+        if key not in self._read:
+            cache = self.output / f"general-samples-{key}.json"
+            settings = (config.general, config.evaluation, self.base, self.tokenizer, config.seed, cache)
+            self._read[key] = data.hold_out_documents(data.general_text(*settings))
+        return self._read[key]
+
+    def _domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
+        """Domain rows without those that strengths are chosen on, and those."""
+        rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
+        key = digest({"domain": rows})
+        if key not in self._read:
+            found = data.domain_rows(config.domain, config.evaluation.max_rows, config.seed)
+            self._read[key] = data.hold_out(found, config.held_out_rows, config.seed)
+        return self._read[key]
+
+    def compute(self, cells: list[Cell], retry: bool = False) -> None:
+        """Compute the cells that are not there, leaving those that another process has claimed to the end."""
+        started = time.perf_counter()
+        retried = {cell.key for cell in cells if retry and (self.read(cell) or {}).get("status") == "failed"}
+        todo = [cell for cell in cells if self.read(cell) is None or cell.key in retried]
+        total, done = len(todo), 0
+        while todo:
+            left = []
+            for cell in todo:
+                if not self._attempt(cell, cell.key in retried):
+                    left.append(cell)
+                    continue
+                done += 1
+                minutes = (time.perf_counter() - started) / done * (total - done) / 60
+                logger.info("cell %d of %d done, about %.0f min left", done, total, minutes)
+            if len(left) == len(todo):
+                time.sleep(2)
+            todo = left
+
+    def _attempt(self, cell: Cell, again: bool) -> bool:
+        """Whether the cell is there now; False while another process has it, or something that it needs."""
+        path = self._path(cell)
+        with claim(path) as mine:
+            if not mine:
+                return False
+            if path.exists() and not again:
+                return True  # another process made it meanwhile
+            name = ", ".join(str(part) for part in (cell.arm, cell.task, f"seed {cell.seed}", cell.strength))
+            logger.info("%s", name)
+            try:
+                result = self._measure(cell)
+            except Busy:
+                return False
+            except CannotRun as error:
+                result = {"status": "cannot", "error": str(error)}
+            except Exception as error:  # of any library: it is one cell's, and said there
+                text = str(error) if isinstance(error, HloraError) else first_line(error)
+                logger.error("%s failed: %s", name, text)
+                result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
+            self.base_is_spoilt |= result["status"] != "done" or cell.config.method in ALTERS_BASE
+            write_text(path, json.dumps({**_names(cell), **_NOTHING, **result}, ensure_ascii=False))
+            return True
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        if self.base_is_spoilt:
+            self.base = None
+            self.base, self.tokenizer = load_base(self.config.model)
+            self.base_is_spoilt = False
+        job = self._job(cell)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        importance_used = None
+        if cell.config.method == "hlora":
+            importance_used = pipeline.describe(importance(job), cell.config)
+        elif cell.config.method == "ewc":
+            importance_used = fisher(job).describe()
+        shared = time.perf_counter() - started
+        started = time.perf_counter()
+        model, history = METHODS[cell.config.method](job, cell.strength)
+        train = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        started = time.perf_counter()
+        test = evaluate(model, self.tokenizer, job.general.evaluation, job.domain, cell.config.evaluation)
+        test.pop("samples")
+        validation = None
+        if cell.seed is None or cell.seed in self.config.seeds[: self.config.selection.seeds]:
+            validation = self._validation(cell, model)
+        if model is not job.base:
+            model.unload()
+        del model
+        gc.collect()
+        return {
+            "status": "done",
+            "test": test,
+            "validation": validation,
+            "history": [{key: entry[key] for key in _LOSSES if key in entry} for entry in history],
+            "importance": importance_used,
+            "seconds": {"importance": shared, "train": train, "evaluate": time.perf_counter() - started},
+            "peak_memory_bytes": peak,
+        }
+
+    def _validation(self, cell: Cell, model: Any) -> dict[str, Any]:
+        held_out = data.DomainRows([], self._domain(cell.config)[1], [])
+        settings = cell.config.evaluation.model_copy(update={"accuracy": False, "generate": 0})
+        found = evaluate(model, self.tokenizer, self._held_out_texts(cell.config), held_out, settings)
+        return {"texts": found["texts"], "domain": found["domain"]}
+
+    def _job(self, cell: Cell) -> Job:
+        recorded = {}
+        for name, arm in self.config.arms.items():
+            if arm.method in ("hlora", "l2"):
+                task = (arm.tasks or list(self.config.tasks))[0]
+                kind = self._cell(name, task, cell.config.seed, None).config.importance
+                recorded[kind.encoding, kind.gradient] = kind
+        job = Job(cell.config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
+        job.general = self._general(cell.config)
+        job.domain = self._domain(cell.config)[0]
+        return job
+
+    def estimate(self, cell: Cell) -> float:
+        """Seconds of a cell, by one plain LoRA step and one scored batch, each measured here once a task."""
+        key = digest({"speed": cell.config.domain.model_dump()})
+        if key not in self._read:
+            self._read[key] = _speed(self._job(cell))
+        step, row, token = self._read[key]
+        arguments = sft_arguments(
+            self.output, {**cell.config.training.common, **cell.config.training.tune}, cell.config.seed
+        )
+        domain, held_out = self._domain(cell.config)
+        steps: float = arguments.max_steps
+        if steps <= 0:
+            batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+            steps = arguments.num_train_epochs * math.ceil(len(domain.train) / batch)
+        trained = 0 if cell.config.method in ("base", "after_general") else steps
+        validated = cell.seed is None or cell.seed in self.config.seeds[: self.config.selection.seeds]
+        options = sum(max(1, len(example.choices)) for example in domain.test) if cell.config.evaluation.accuracy else 0
+        rows = options + len(domain.test) + (len(held_out) if validated else 0)
+        texts = len(self._general(cell.config).evaluation)
+        texts += len(self._held_out_texts(cell.config)) if validated else 0
+        return trained * step + rows * row + texts * cell.config.evaluation.max_tokens * token
+
+    def _path(self, cell: Cell) -> Path:
+        return self.output / "cells" / f"{cell.key}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell, under the names that the configuration gives now; None when it is not there."""
+        try:
+            kept = json.loads(self._path(cell).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self._path(cell)}: not readable ({error}). Delete it to compute the cell again."
+            ) from None
+        return {**kept, **_names(cell)}
+
+    def results(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """What is known of the cells, each once; one that is not there has the status missing."""
+        return [self.read(cell) or {**_names(cell), **_NOTHING} for cell in {cell.key: cell for cell in cells}.values()]
+
+    def finish(self, chosen: dict[str, dict[str, float | None]], command: str) -> dict[str, Any]:
+        """Write comparison.json, tables, figures and report from the cells that are there."""
+        config = self.config
+        cells = self.results([*self.first_cells(), *self.chosen_cells(chosen)])
+        bases = {cell["task"]: cell for cell in cells if cell["method"] == "base" and cell["status"] == "done"}
+        for cell in cells:
+            base = bases.get(cell["task"])
+            for part in ("test", "validation"):
+                if base and cell[part]:
+                    add_forgetting(cell[part], base[part])
+        texts = next((list(cell["test"]["texts"]) for cell in cells if cell["test"]), list(config.evaluation.texts))
+        seed = self._cell(next(iter(config.arms)), next(iter(config.tasks)), config.seeds[0], None).config
+        comparison = {
+            "config": config.model_dump(),
+            "command": command,
+            "provenance": pipeline.provenance(self.base, {"general": self._general(seed).facts}),
+            "model": config.model.name,
+            "arms": list(config.arms),
+            "tasks": list(config.tasks),
+            "seeds": config.seeds,
+            "texts": texts,
+            "ours": config.ours,
+            "rival": config.rival,
+            "unprotected": config.unprotected,
+            "ablation": config.ablation,
+            "chosen": chosen,
+            "cells": cells,
+        }
+        write_text(self.output / "comparison.json", json.dumps(comparison, ensure_ascii=False))
+        write_report(comparison, self.output)
+        return comparison
+
+
+_NOTHING: dict[str, Any] = {
+    "status": "missing",
+    "error": None,
+    "test": None,
+    "validation": None,
+    "history": [],
+    "importance": None,
+    "seconds": {},
+    "peak_memory_bytes": None,
+}
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    return {
+        "key": cell.key,
+        "arm": cell.arm,
+        "method": cell.config.method,
+        "task": cell.task,
+        "seed": cell.seed,
+        "strength": cell.strength,
+        "config": cell.config.model_dump(),
+    }
+
+
+def _speed(job: Job) -> tuple[float, float, float]:
+    """Seconds of one LoRA step on the domain, of scoring one of its rows, and of scoring one token of a text."""
+    arguments = sft_arguments(job.output, {**job.config.training.common, **job.config.training.tune}, job.config.seed)
+    texts = [f"{_as_text(e.prompt)} {e.answer}" for e in job.domain.train[: arguments.per_device_train_batch_size]]
+    batch = job.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=arguments.max_length)
+    batch = batch.to(job.base.device)
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    seconds = []
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        model(**batch, logits_to_keep=16).logits.sum().backward()
+        step = time.perf_counter() - started
+        started = time.perf_counter()
+        with torch.no_grad():
+            model(**batch)
+        seconds = [step, time.perf_counter() - started]
+    model.unload()
+    step, forward = seconds
+    return step * arguments.gradient_accumulation_steps, forward / len(texts), forward / batch["input_ids"].numel()
+
+
+def _as_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
+
+
+def write_report(comparison: dict[str, Any], output: Path) -> None:
+    """Tables, figures and report.html beside comparison.json, and the cost figure where `hlora cost` left cost.json."""
+    from hlora.comparison_figures import write_figures
+    from hlora.report.comparison import write_comparison_report
+    from hlora.tables import write_tables
+
+    cost = json.loads((output / "cost.json").read_text(encoding="utf-8")) if (output / "cost.json").is_file() else None
+    write_tables(comparison, output / "tables")
+    write_figures(comparison, output / "figures", cost)
+    write_comparison_report(comparison, output / "report.html", cost)

@@ -1,0 +1,132 @@
+"""The arms of a comparison, each one short function: a job and a strength in, the tuned model and its losses out.
+
+All share budget, data order, seed and evaluation. The methods of the paper are here; what people use beside them,
+replay, KL to the base model, OSF, CorDA and LoRA on the MLP, is in rivals.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from hlora import ops, recording, rivals
+from hlora.config import CellConfig
+from hlora.encodings import Factored
+from hlora.fisher import fisher_information
+from hlora.importance import Importance
+from hlora.models import attach_lora
+from hlora.penalty import ImportancePenalty
+from hlora.pipeline import History, Job, train_on_domain
+
+Method = Callable[[Job, float | None], tuple[Any, History]]
+
+
+def base(job: Job, strength: float | None) -> tuple[Any, History]:
+    """The base model, untouched."""
+    return job.base, []
+
+
+def after_general(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """The general phase alone: θ^ν."""
+    importance = recording.importance(job)
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    importance.load_adapter_into(model)
+    return model, []
+
+
+def lora(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """LoRA(μ): a fresh adapter on the domain."""
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    return model, train_on_domain(job, model, "lora")
+
+
+def rslora(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """LoRA(μ) with the scale α/√r (Kalajdzievski 2023)."""
+    settings = job.config.lora.model_copy(update={"rslora": True})
+    model = attach_lora(job.base, settings, job.config.seed)
+    return model, train_on_domain(job, model, "rslora")
+
+
+def lora_after_general(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """LoRA(ν+μ): from θ^ν on the domain, without a penalty."""
+    model, _ = after_general(job, None)
+    return model, train_on_domain(job, model, "lora_after_general")
+
+
+def hlora(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """The paper's method: from θ^ν under φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16). strength: φ."""
+    return _protected(job, recording.importance(job), strength, job.config.penalty.layer_weights)
+
+
+def l2(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """Plain L2 towards θ^ν: HLoRA with the same importance everywhere. Relative φ matches its strength to HLoRA's."""
+    return _protected(job, _uniform(recording.importance(job)), strength, "uniform")
+
+
+def ewc(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+    """EWC-LoRA (Xiang et al. 2023): a fresh adapter on the domain under λ Σ F (sBA)². strength: λ, nats/token."""
+    information = fisher(job)
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    penalty = ImportancePenalty(model, information, 1.0 if strength is None else strength, "sum", "paper")
+    return model, train_on_domain(job, model, "ewc", penalty)
+
+
+def fisher(job: Job) -> Importance:
+    """The Fisher information of the job's base model on its general text, measured once a seed and kept."""
+    config = job.config
+    assert isinstance(config, CellConfig)
+    options = config.fisher
+
+    def measure(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        texts, sizes = job.general.train, (options.examples, options.max_length)
+        fisher_information(model, job.tokenizer, texts, *sizes, config.seed, options.batch_size).save(directory)
+        model.unload()
+
+    made_from = {**config.model_dump(include={"model", "lora", "fisher", "seed"}), "text": job.general.facts}
+    return Importance.load(recording.once(job, "fisher", made_from, measure))
+
+
+METHODS: dict[str, Method] = {
+    "base": base,
+    "after_general": after_general,
+    "lora": lora,
+    "lora_after_general": lora_after_general,
+    "rslora": rslora,
+    "ewc": ewc,
+    "hlora": hlora,
+    "l2": l2,
+    "replay": rivals.replay,
+    "kl": rivals.kl_to_base,
+    "osf": rivals.osf,
+    "corda": rivals.corda,
+    "mlp": rivals.mlp,
+}
+"""By the name that a configuration uses."""
+
+
+def _protected(
+    job: Job, importance: Importance, strength: float | None, layer_weights: str
+) -> tuple[PeftModel, History]:
+    options = job.config.penalty
+    phi = options.phi if strength is None else strength
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    importance.load_adapter_into(model)
+    penalty = ImportancePenalty(model, importance, phi, layer_weights, options.phi_scale, options.group)
+    return model, train_on_domain(job, model, "hlora", penalty)
+
+
+def _uniform(importance: Importance) -> Importance:
+    """Importance 1 everywhere; what undoing the general phase costs is counted anew."""
+    matrices = {}
+    for name, matrix in importance.matrices.items():
+        d_out, d_in = matrix.B.shape[0], matrix.A.shape[1]
+        ones = Factored(torch.full((d_out,), float(d_in)), torch.full((d_in,), float(d_out)))
+        delta = ops.difference(matrix.A, matrix.B, matrix.A, torch.zeros_like(matrix.B), matrix.scale)
+        matrices[name] = replace(matrix, omega=ones, undo_cost=float(ops.penalty(ones, delta)))
+    return replace(importance, matrices=matrices, encoding="factored")

@@ -1,0 +1,131 @@
+"""The general phase of a comparison, run once a seed and kept: ω as it was recorded, to be consolidated at any ξ.
+
+recording.json           what it was made from, losses, seconds
+adapter.safetensors      θ^ν, the factors of each matrix
+<kind>.safetensors       state of one recorder, <kind> such as factored-effective; all kinds watch the same training
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hlora.adapters import adapted_matrices
+from hlora.files import building, write_text
+from hlora.importance import Importance
+from hlora.models import attach_lora
+from hlora.pipeline import Job
+from hlora.recorder import ImportanceRecorder
+from hlora.trainer import train
+
+
+class Busy(Exception):
+    """Another process is making what this one needs."""
+
+
+def importance(job: Job) -> Importance:
+    """Ω of the job's general phase (Eq. 13) in its encoding and at its ξ, anchored at θ^ν. Raises Busy."""
+    config = job.config
+    directory = general_phase(job)
+    model = attach_lora(job.base, config.lora, config.seed)
+    recorder = ImportanceRecorder(model, config.importance.encoding, gradient=config.importance.gradient)
+    recorder.load_state_dict(_read_state(directory / f"{_kind(config.importance)}.safetensors"))
+    factors = load_file(directory / "adapter.safetensors")
+    with torch.no_grad():
+        for matrix in recorder.matrices:
+            matrix.A.copy_(factors[f"{matrix.name}.A"])
+            matrix.B.copy_(factors[f"{matrix.name}.B"])
+    found = recorder.consolidate(config.importance.xi, job.general.facts)
+    recorder.close()
+    model.unload()
+    return found
+
+
+def general_phase(job: Job) -> Path:
+    """Directory of the job's general phase; trains it when it is not there. Raises Busy."""
+    config = job.config
+    kinds = sorted({_kind(each): each for each in (*job.recorded, config.importance)}.items())
+
+    def record(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        recorders = {kind: ImportanceRecorder(model, each.encoding, gradient=each.gradient) for kind, each in kinds}
+        arguments = {"packing": True, **config.training.common, **config.training.record}
+        logs = job.output / "logs" / f"general phase, seed {config.seed}"
+        callbacks = [recorder.callback() for recorder in recorders.values()]
+        started = time.perf_counter()
+        history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
+        seconds = time.perf_counter() - started
+        factors: dict[str, torch.Tensor] = {}
+        for matrix in adapted_matrices(model):
+            factors |= {f"{matrix.name}.A": matrix.A.detach(), f"{matrix.name}.B": matrix.B.detach()}
+        save_file({name: t.contiguous().cpu() for name, t in factors.items()}, directory / "adapter.safetensors")
+        for kind, recorder in recorders.items():
+            state = recorder.state_dict()
+            tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
+            save_file(tensors, directory / f"{kind}.safetensors", {"state": json.dumps(state)})
+        facts = {"made_from": made_from, "history": history, "seconds": seconds}
+        write_text(directory / "recording.json", json.dumps(facts, indent=1))
+        model.unload()
+
+    training = {**config.training.common, **config.training.record}
+    made_from = {
+        **config.model_dump(include={"model", "lora", "seed"}),
+        "kinds": [kind for kind, _ in kinds],
+        "training": training,
+        "text": job.general.facts,
+    }
+    return once(job, "general", made_from, record)
+
+
+def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The directory of what is determined by `made_from`; `make` fills it if it is not there. Raises Busy."""
+    directory = job.output / name / digest(made_from)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        with claim(directory) as mine:
+            if not mine:
+                raise Busy(directory)
+            if not directory.is_dir():
+                with building(directory) as fresh:
+                    make(fresh)
+    return directory
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process alone works on `path` now. The operating system frees the claim of a killed process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def digest(made_from: Mapping[str, Any]) -> str:
+    """A name for what is determined by `made_from`: 16 hexadecimal digits of its SHA-256."""
+    text = json.dumps(made_from, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _kind(settings: Any) -> str:
+    return f"{settings.encoding}-{settings.gradient}"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    return {**state, "tensors": load_file(path)}

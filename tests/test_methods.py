@@ -1,0 +1,122 @@
+"""The arms of the paper: each starts where it should, and is held where it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hlora import recording
+from hlora.adapters import adapted_matrices
+from hlora.config import CellConfig, ImportanceConfig, parse_config
+from hlora.methods import METHODS, _uniform
+from hlora.models import load_base
+from hlora.pipeline import Job, record_phase
+
+
+@pytest.fixture
+def job(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Job:
+    fields: dict[str, Any] = {
+        "output": str(tmp_path / "grid"),
+        "model": {"name": model_dir, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "general": {"paths": [general_file]},
+        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
+        "method": "hlora",
+        "fisher": {"examples": 4, "max_length": 16},
+        "importance": {"encoding": "float32"},
+        "training": {
+            "common": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "report_to": []},
+            "record": {"max_steps": 3, "max_length": 32},
+            "tune": {"max_steps": 4, "max_length": 64},
+        },
+    }
+    config = parse_config(fields, kind=CellConfig)
+    return Job(config, *load_base(config.model), Path(config.output))
+
+
+def weights(model: Any) -> torch.Tensor:
+    """s·B·A of every matrix, in one vector."""
+    return torch.cat([(m.scale * m.B @ m.A).detach().flatten() for m in adapted_matrices(model)])
+
+
+def distance(job: Job, method: str, strength: float | None, start: torch.Tensor) -> float:
+    model, history = METHODS[method](job, strength)
+    assert len(history) == 4
+    moved = float((weights(model) - start).norm())
+    model.unload()
+    return moved
+
+
+def test_base_is_the_model_itself(job: Job) -> None:
+    assert METHODS["base"](job, None) == (job.base, [])
+
+
+def test_lora_after_general_starts_where_the_general_phase_ended(job: Job) -> None:
+    model, _ = METHODS["after_general"](job, None)
+    start = weights(model)
+    assert float(start.norm()) > 0
+    model.unload()
+    job.config.training.tune["learning_rate"] = 0.0
+    model, _ = METHODS["lora_after_general"](job, None)
+    assert torch.equal(weights(model), start)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(job: Job) -> None:
+    model, _ = METHODS["rslora"](job, None)
+    assert {m.scale for m in adapted_matrices(model)} == {8 / 4**0.5}
+
+
+@pytest.mark.parametrize("method", ["hlora", "l2"])
+def test_a_strong_penalty_holds_the_adapter_to_the_general_one(job: Job, method: str) -> None:
+    model, _ = METHODS["after_general"](job, None)
+    start = weights(model)
+    model.unload()
+    free = distance(job, "lora_after_general", None, start)
+    assert distance(job, method, 0.0, start) == pytest.approx(free)
+    assert distance(job, method, 300.0, start) < 0.9 * free
+
+
+def test_ewc_holds_the_adapter_to_the_base(job: Job) -> None:
+    nothing = torch.zeros(1)
+    free = distance(job, "lora", None, nothing)
+    assert distance(job, "ewc", 0.0, nothing) == pytest.approx(free)
+    assert distance(job, "ewc", 1e6, nothing) < 0.9 * free
+
+
+def test_uniform_importance_is_one_everywhere_and_costs_the_squared_movement_to_undo(job: Job) -> None:
+    recorded = recording.importance(job)
+    uniform = _uniform(recorded)
+    for name, matrix in uniform.matrices.items():
+        assert torch.equal(matrix.omega.dense(), torch.ones(matrix.B.shape[0], matrix.A.shape[1]))
+        movement = matrix.scale * matrix.B @ matrix.A
+        assert matrix.undo_cost == pytest.approx(float(movement.square().sum()), rel=1e-5), name
+
+
+def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) -> None:
+    for xi in (1e-3, 1e-6):
+        job.config.importance.xi = xi
+        kept = recording.importance(job)
+        _, fresh, _ = record_phase(job)
+        job.base = load_base(job.config.model)[0]
+        for name, matrix in fresh.matrices.items():
+            assert torch.equal(kept.matrices[name].omega, matrix.omega)
+            assert torch.equal(kept.matrices[name].B, matrix.B)
+    assert len([path for path in (job.output / "general").iterdir() if path.is_dir()]) == 1
+
+
+def test_one_general_phase_records_every_kind_that_the_arms_ask_for(job: Job) -> None:
+    exact = ImportanceConfig(encoding="factored", gradient="exact")
+    job.recorded = (job.config.importance, ImportanceConfig(encoding="factored"), exact)
+    directory = recording.general_phase(job)
+    assert {path.stem for path in directory.glob("*-*.safetensors")} == {
+        "factored-effective",
+        "factored-exact",
+        "float32-effective",
+    }
+    job.config.importance = exact
+    assert recording.general_phase(job) == directory
+    assert recording.importance(job).provenance["gradient"] == "exact"
+    assert not any(module._forward_hooks for module in job.base.modules())
