@@ -51,8 +51,8 @@ _PAPER_LOOKS = {  # colour, marker, line
     "ewc": _RIVAL,
     "hlora": _OURS,
 }
-_OTHER_MARKERS: tuple[Any, ...] = ("v", "<", ">", "p", "*", "d", (4, 1, 0), (6, 1, 0), "h", (3, 1, 0), (4, 1, 45), "8")
-_SMALL_MARKERS = ("*", (4, 1, 0), (6, 1, 0), (3, 1, 0), (4, 1, 45))
+_OTHER_MARKERS: tuple[Any, ...] = ("v", "<", ">", "p", "*", "d", (4, 1, 0), (6, 1, 0), "h", (4, 1, 45), "8", "H")
+_SMALL_MARKERS = ("*", (4, 1, 0), (6, 1, 0), (4, 1, 45))
 _OTHER_LINES: tuple[Any, ...] = ("-", "--", "-.", ":")
 _OTHER_GREYS = ("#4d4d4d", "#7a7a7a", "#a0a0a0")
 _HALO: Any = {"markeredgecolor": "white", "markeredgewidth": 0.6}
