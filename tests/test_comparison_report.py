@@ -12,7 +12,9 @@ import pytest
 from test_comparison_figures import COST, SMALL, cell, make_comparison, undone
 from test_report import HOSTILE, Page
 
+from hlora.comparison_figures import all_figures
 from hlora.report.comparison import comparison_verdict, outcomes, write_comparison_report
+from hlora.tables import all_tables
 
 
 @pytest.fixture
@@ -27,7 +29,8 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(comparison: dict[str, Any], directory: Path, cost: dict[str, Any] | None = None) -> Page:
-    write_comparison_report(comparison, directory / "report.html", cost)
+    tables, drawn = all_tables(comparison), all_figures(comparison, cost)
+    write_comparison_report(comparison, tables, drawn, directory / "report.html", cost)
     return Page(directory / "report.html")
 
 
@@ -242,7 +245,7 @@ def test_three_hundred_cells_stay_a_small_file(small, tmp_path):
     config = {f"field_{i}": "a value of some twenty letters" for i in range(100)}
     for seed in range(3, 303):
         small["cells"].append({**cell("HLoRA", "piqa", seed, 9.0), "config": config})
-    write_comparison_report(small, tmp_path / "report.html")
+    write(small, tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 3_000_000  # the figures are about 1.5 MB
 
 

@@ -356,7 +356,7 @@ def test_every_table_of_a_comparison_holds_in_every_form(comparison):
 def test_write_tables_writes_four_files_a_table_and_nothing_else(comparison, tmp_path: Path):
     comparison["texts"] = ["wikitext"]
     comparison["ablation"] = []
-    paths = tables.write_tables(comparison, tmp_path / "tables")
+    paths = tables.write_tables(tables.all_tables(comparison), tmp_path / "tables")
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
     assert sorted(path.name for path in paths) == [
         f"{name}{suffix}"

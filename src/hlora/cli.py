@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -66,11 +67,15 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory of a run.")]) -> None:
-    """Make report.html again from <output>/results.json."""
+    """Make report.html again from <output>/results.json, or a comparison's from comparison.json."""
+    from hlora import comparison
     from hlora.pipeline import read_results
     from hlora.report import write_report
 
-    write_report(read_results(output), output / "report.html")
+    if (output / "comparison.json").is_file():
+        comparison.write_report(json.loads((output / "comparison.json").read_text(encoding="utf-8")), output)
+    else:
+        write_report(read_results(output), output / "report.html")
     console.print(f"report: {output / 'report.html'}")
 
 

@@ -485,12 +485,17 @@ def _as_text(prompt: Any) -> str:
 
 
 def write_report(comparison: dict[str, Any], output: Path) -> None:
-    """Tables, figures and report.html beside comparison.json, and the cost figure where `hlora cost` left cost.json."""
-    from hlora.comparison_figures import write_figures
+    """Tables, figures and report.html beside comparison.json, and the cost figure where there is a cost/cost.json."""
+    from hlora.comparison_figures import all_figures
+    from hlora.figures import save
     from hlora.report.comparison import write_comparison_report
-    from hlora.tables import write_tables
+    from hlora.tables import all_tables, write_tables
 
-    cost = json.loads((output / "cost.json").read_text(encoding="utf-8")) if (output / "cost.json").is_file() else None
-    write_tables(comparison, output / "tables")
-    write_figures(comparison, output / "figures", cost)
-    write_comparison_report(comparison, output / "report.html", cost)
+    kept = output / "cost" / "cost.json"  # of `hlora cost`
+    cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    tables, figures = all_tables(comparison), all_figures(comparison, cost)
+    write_tables(tables, output / "tables")
+    (output / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        save(figure, output / "figures" / name)
+    write_comparison_report(comparison, tables, figures, output / "report.html", cost)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -36,7 +35,6 @@ from hlora.figures import (
     number,
     printable,
     running_mean,
-    save,
 )
 from hlora.statistics import cells_of, measure, values_of
 
@@ -425,12 +423,6 @@ def _draw_reference(axes: Axes, x: float, y: float, look: Look, arm: str) -> Non
         note = axes.annotate(arrow, (place, y), (offset, 5), textcoords="offset points", ha=side, fontsize=8)
         note.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6})
         axes.set_xlim(low, high)
-
-
-def write_figures(comparison: Mapping[str, Any], directory: Path, cost: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write each figure that has data as .png and .svg into `directory`; returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return [path for name, figure in all_figures(comparison, cost).items() for path in save(figure, directory / name)]
 
 
 def all_figures(comparison: Mapping[str, Any], cost: Mapping[str, Any] | None = None) -> dict[str, Figure]:

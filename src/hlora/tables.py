@@ -177,11 +177,11 @@ class Table:
         )
 
 
-def write_tables(comparison: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write every table of the comparison as .md, .csv, .tex and .html into `directory`; returns the files."""
+def write_tables(tables: Sequence[Table], directory: Path) -> list[Path]:
+    """Write each table as .md, .csv, .tex and .html into `directory`; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for table in all_tables(comparison):
+    for table in tables:
         forms = {".md": table.markdown, ".csv": table.csv, ".tex": table.latex, ".html": table.html}
         for suffix, form in forms.items():
             paths.append(directory / f"{table.name}{suffix}")

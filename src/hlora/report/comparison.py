@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,13 +16,14 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from hlora import figures, statistics
-from hlora.comparison_figures import Measure, all_figures, measures, t_tests, values
+from hlora.comparison_figures import Measure, measures, t_tests, values
 from hlora.files import write_text
 from hlora.report.verdict import Tone, figure
 from hlora.statistics import measure
-from hlora.tables import all_tables
+from hlora.tables import Table
 
 State = Literal["better", "worse", "same", "untested"]
 
@@ -80,14 +81,23 @@ class ComparisonVerdict(NamedTuple):
     tone: Tone
 
 
-def write_comparison_report(comparison: Mapping[str, Any], path: Path, cost: Mapping[str, Any] | None = None) -> None:
-    """Write one HTML file without scripts and outside addresses, everything in it escaped."""
+def write_comparison_report(
+    comparison: Mapping[str, Any],
+    tables: Sequence[Table],
+    drawn: Mapping[str, Figure],
+    path: Path,
+    cost: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one HTML file without scripts and outside addresses, everything in it escaped.
+
+    tables, drawn: those of tables.all_tables and comparison_figures.all_figures.
+    """
     here = files(__package__)
     # The look and the macro `plain` are those of the report of one run: all of its page down to the end of its head.
     head = here.joinpath("template.html").read_text(encoding="utf-8").split("</head>")[0]
     body = here.joinpath("comparison.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(head + body).render(_page(comparison, cost or {}))
+    page = environment.from_string(head + body).render(_page(comparison, tables, drawn, cost or {}))
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -251,7 +261,9 @@ def _p(p: float) -> str:
     return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _page(comparison: Mapping[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:
+def _page(
+    comparison: Mapping[str, Any], tables: Sequence[Table], drawn: Mapping[str, Figure], cost: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the template shows, as plain values."""
     cells = comparison["cells"]
     command = str(comparison.get("command") or "hlora compare CONFIG")
@@ -264,11 +276,9 @@ def _page(comparison: Mapping[str, Any], cost: Mapping[str, Any]) -> dict[str, A
         "tables": [
             # A reason may take several lines, a number may not.
             (table.labels, Markup(table.html().replace("<td>cannot run", '<td class="reason">cannot run')))
-            for table in all_tables(comparison)
+            for table in tables
         ],
-        "figures": [
-            (*_CAPTIONS[name], Markup(figures.svg(drawn))) for name, drawn in all_figures(comparison, cost).items()
-        ],
+        "figures": [(*_CAPTIONS[name], Markup(figures.svg(each))) for name, each in drawn.items()],
         "cost": cost,
         "texts": comparison["texts"],
         "undone": [_cell(comparison, cell) for cell in cells if cell["status"] != "done"],
