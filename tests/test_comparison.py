@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from hlora import comparison, methods
-from hlora.comparison import Grid, choose, compare, plan
+from hlora.comparison import Grid, choose, compare
 from hlora.config import CompareConfig, load_comparison
 from hlora.errors import CannotRun, ConfigError
 from hlora.recording import claim
@@ -60,7 +60,7 @@ def config_file(tmp_path: Path, model_dir: str, general_file: str, questions: tu
         "selection": {"rows": 6},
     }
     path = tmp_path / "compare.yaml"
-    path.write_text(yaml.safe_dump(fields, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -215,13 +215,6 @@ def test_two_processes_share_a_grid(config: CompareConfig, no_report: None) -> N
     assert grid.read(mine)["made"] == "by the other process"
 
 
-def test_the_plan_lists_cells_and_computes_none(config: CompareConfig) -> None:
-    rows = plan(config)
-    assert len(rows) == 1 + 2 + 2 + 3 + 3
-    assert all(row["status"] == "missing" and row["seconds"] > 0 for row in rows)
-    assert not (Path(config.output) / "cells").exists()
-
-
 def result(arm: str, strength: float | None, answers: float, *general: float) -> dict[str, Any]:
     texts = {str(number): {"nll": nll} for number, nll in enumerate(general)}
     validation = {"texts": texts, "domain": {"answer_nll": answers}}
@@ -246,24 +239,24 @@ def test_the_strength_that_keeps_most_general_ability_among_those_that_learned_i
 def test_held_out_rows_and_documents_are_trained_on_by_no_arm(config: CompareConfig) -> None:
     grid = Grid.open(config)
     for cell in grid.first_cells():
-        job = grid._job(cell)
-        held_out = {example.prompt for example in grid._domain(cell.config)[1]}
+        job = grid.job(cell)
+        held_out = {example.prompt for example in grid.domain(cell.config)[1]}
         assert len(held_out) == 6 and not held_out & {example.prompt for example in job.domain.train}
-        text = grid._held_out_texts(cell.config)["general (held out)"]
+        text = grid.held_out_texts(cell.config)["general (held out)"]
         assert text and not any(document in text for document in job.general.train)
 
 
 def test_an_arm_that_names_an_unknown_task_is_refused(config_file: Path) -> None:
     fields = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     fields["arms"]["HLoRA"]["tasks"] = ["poems"]
-    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True), encoding="utf-8")
+    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
     with pytest.raises(ConfigError, match="'HLoRA' names the task 'poems'; tasks has sums"):
         load_comparison(config_file)
 
 
 def test_a_wrong_setting_of_an_arm_is_named_before_anything_is_computed(config_file: Path) -> None:
     fields = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    fields["arms"]["HLoRA"]["settings"] = {"importance.xo": 1}
-    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"arms.HLoRA: importance.xo: unknown field; did you mean 'xi'"):
+    fields["arms"]["HLoRA"]["settings"] = {"importance.encodin": 1}
+    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"arms.HLoRA: importance.encodin: unknown field; did you mean 'encoding'"):
         Grid.open(load_comparison(config_file))

@@ -131,13 +131,12 @@ def compare(
     CONFIG is a comparison's, such as configs/compare-smollm2.yaml. Finished cells are kept: after an interruption, give
     the same command again. Several processes, one for each GPU, may share one output directory.
     """
-    from hlora import comparison
+    from hlora import comparison, planning
     from hlora.config import load_comparison
 
     settings = load_comparison(config, overrides)
     if dry_run:
-        rows = comparison.plan(settings)
-        console.print(comparison.plan_table(rows))
+        console.print(planning.plan_table(planning.plan(settings)))
         return
     found = comparison.compare(settings, _command(), retry)
     for line in comparison.summary(found):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 import statistics
 import time
 import traceback
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 
 from hlora import data, pipeline
 from hlora.config import ArmConfig, CellConfig, CompareConfig, parse_config
@@ -32,7 +30,7 @@ from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_li
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import write_text
 from hlora.methods import METHODS, fisher
-from hlora.models import attach_lora, load_base
+from hlora.models import load_base
 from hlora.pipeline import Job
 from hlora.recording import Busy, claim, digest, importance
 from hlora.rivals import ALTERS_BASE
@@ -68,45 +66,6 @@ def compare(config: CompareConfig, command: str = "hlora compare", retry: bool =
     chosen = choose(config, grid.results(grid.first_cells()))
     grid.compute(grid.chosen_cells(chosen), retry)
     return grid.finish(chosen, command)
-
-
-def plan(config: CompareConfig) -> list[dict[str, Any]]:
-    """The grid's cells without computing any: arm, task, seed, strength, status and an estimate of seconds.
-
-    The estimate is the mean time of finished cells of the same arm and task, else of the same task, else that of one
-    plain LoRA step and one scored batch, measured here, times their numbers. A strength yet to be chosen is None.
-    """
-    grid = Grid.open(config)
-    cells = grid.first_cells()
-    known = {cell.key: grid.read(cell) for cell in cells}
-    chosen = choose(config, [result for result in known.values() if result])
-    cells = list({cell.key: cell for cell in [*cells, *grid.chosen_cells(chosen)]}.values())
-    measured: dict[tuple[str, ...], list[float]] = {}
-    for cell in cells:
-        result = grid.read(cell)
-        if result and result["status"] == "done":
-            for place in ((cell.arm, cell.task), (cell.task,)):
-                measured.setdefault(place, []).append(sum(result["seconds"].values()))
-    rows = []
-    for cell in cells:
-        result = grid.read(cell)
-        past = measured.get((cell.arm, cell.task)) or measured.get((cell.task,))
-        seconds = statistics.fmean(past) if past else grid.estimate(cell)
-        shown = {"arm": cell.arm, "task": cell.task, "seed": cell.seed, "strength": cell.strength}
-        rows.append({**shown, "status": result["status"] if result else "missing", "seconds": seconds})
-    return rows
-
-
-def plan_table(rows: list[dict[str, Any]]) -> Table:
-    """What `plan` found, for the terminal; the caption has the time that is left."""
-    left = [row for row in rows if row["status"] == "missing"]
-    hours = sum(row["seconds"] for row in left) / 3600
-    caption = f"{len(rows)} cells, {len(left)} to compute, about {hours:.1f} h in one process"
-    table = Table("arm", "task", "seed", "strength", "status", "about", title="Cells", caption=caption)
-    for row in rows:
-        names = [row["arm"], row["task"], row["seed"], row["strength"], row["status"]]
-        table.add_row(*("–" if name is None else str(name) for name in names), f"{row['seconds']:.0f} s")
-    return table
 
 
 def summary(comparison: Mapping[str, Any]) -> list[str]:
@@ -229,30 +188,22 @@ class Grid:
         config = parse_config(described, f"arms.{arm}", changes, CellConfig)
         made_from = {
             **config.model_dump(exclude={"output", "baselines"}),
-            "general_data": self._general(config).facts,
-            "domain_data": self._domain(config)[0].facts,
-            "held_out_texts": self.config.selection.model_dump(),
+            "general_data": self.general(config).facts,
+            "domain_data": self.domain(config)[0].facts,
+            "chosen_on": self._general_and_held_out(config)[2] if self.validates(seed) else None,
             "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
         }
         return Cell(arm, task, None if settings.method == "base" else seed, strength, config, digest(made_from))
 
-    def _general(self, config: CellConfig) -> data.GeneralText:
+    def general(self, config: CellConfig) -> data.GeneralText:
         """General text without the last tenth of its documents, which strengths are chosen on."""
         return self._general_and_held_out(config)[0]
 
-    def _held_out_texts(self, config: CellConfig) -> dict[str, str]:
-        texts = {name: "\n\n".join(data.read_documents(path)) for name, path in self.config.selection.texts.items()}
-        return {"general (held out)": "\n\n".join(self._general_and_held_out(config)[1]), **texts}
+    def held_out_texts(self, config: CellConfig) -> dict[str, str]:
+        """What strengths are chosen on: the last tenth of the general documents, and the texts of `selection`."""
+        return self._general_and_held_out(config)[1]
 
-    def _general_and_held_out(self, config: CellConfig) -> tuple[data.GeneralText, list[str]]:
-        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
-        if key not in self._read:
-            cache = self.output / f"general-samples-{key}.json"
-            settings = (config.general, config.evaluation, self.base, self.tokenizer, config.seed, cache)
-            self._read[key] = data.hold_out_documents(data.general_text(*settings))
-        return self._read[key]
-
-    def _domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
+    def domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
         """Domain rows without those that strengths are chosen on, and those."""
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
         key = digest({"domain": rows})
@@ -260,6 +211,23 @@ class Grid:
             found = data.domain_rows(config.domain, config.evaluation.max_rows, config.seed)
             self._read[key] = data.hold_out(found, config.held_out_rows, config.seed)
         return self._read[key]
+
+    def _general_and_held_out(self, config: CellConfig) -> tuple[data.GeneralText, dict[str, str], str]:
+        """General text to train on, texts to choose strengths on, and the digest of these."""
+        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
+        if key not in self._read:
+            cache = self.output / f"general-samples-{key}.json"
+            settings = (config.general, config.evaluation, self.base, self.tokenizer, config.seed, cache)
+            text, documents = data.hold_out_documents(data.general_text(*settings))
+            others = self.config.selection.texts.items()
+            held_out = {"general (held out)": documents, **{n: data.read_documents(path) for n, path in others}}
+            texts = {name: "\n\n".join(parts) for name, parts in held_out.items()}
+            self._read[key] = text, texts, digest(texts)
+        return self._read[key]
+
+    def validates(self, seed: int | None) -> bool:
+        """Whether cells of this seed are measured on what strengths are chosen on; None is the base's."""
+        return seed is None or seed in self.config.seeds[: self.config.selection.seeds]
 
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
         """Compute the cells that are not there, leaving those that another process has claimed to the end."""
@@ -309,7 +277,7 @@ class Grid:
             self.base = None
             self.base, self.tokenizer = load_base(self.config.model)
             self.base_is_spoilt = False
-        job = self._job(cell)
+        job = self.job(cell)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -327,7 +295,7 @@ class Grid:
         test = evaluate(model, self.tokenizer, job.general.evaluation, job.domain, cell.config.evaluation)
         test.pop("samples")
         validation = None
-        if cell.seed is None or cell.seed in self.config.seeds[: self.config.selection.seeds]:
+        if self.validates(cell.seed):
             validation = self._validation(cell, model)
         if model is not job.base:
             model.unload()
@@ -344,12 +312,13 @@ class Grid:
         }
 
     def _validation(self, cell: Cell, model: Any) -> dict[str, Any]:
-        held_out = data.DomainRows([], self._domain(cell.config)[1], [])
+        held_out = data.DomainRows([], self.domain(cell.config)[1], [])
         settings = cell.config.evaluation.model_copy(update={"accuracy": False, "generate": 0})
-        found = evaluate(model, self.tokenizer, self._held_out_texts(cell.config), held_out, settings)
+        found = evaluate(model, self.tokenizer, self.held_out_texts(cell.config), held_out, settings)
         return {"texts": found["texts"], "domain": found["domain"]}
 
-    def _job(self, cell: Cell) -> Job:
+    def job(self, cell: Cell) -> Job:
+        """What the cell's method works on. Its general phase records what any arm of the grid needs."""
         recorded = {}
         for name, arm in self.config.arms.items():
             if arm.method in ("hlora", "l2"):
@@ -357,31 +326,9 @@ class Grid:
                 kind = self._cell(name, task, cell.config.seed, None).config.importance
                 recorded[kind.encoding, kind.gradient] = kind
         job = Job(cell.config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
-        job.general = self._general(cell.config)
-        job.domain = self._domain(cell.config)[0]
+        job.general = self.general(cell.config)
+        job.domain = self.domain(cell.config)[0]
         return job
-
-    def estimate(self, cell: Cell) -> float:
-        """Seconds of a cell, by one plain LoRA step and one scored batch, each measured here once a task."""
-        key = digest({"speed": cell.config.domain.model_dump()})
-        if key not in self._read:
-            self._read[key] = _speed(self._job(cell))
-        step, row, token = self._read[key]
-        arguments = sft_arguments(
-            self.output, {**cell.config.training.common, **cell.config.training.tune}, cell.config.seed
-        )
-        domain, held_out = self._domain(cell.config)
-        steps: float = arguments.max_steps
-        if steps <= 0:
-            batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-            steps = arguments.num_train_epochs * math.ceil(len(domain.train) / batch)
-        trained = 0 if cell.config.method in ("base", "after_general") else steps
-        validated = cell.seed is None or cell.seed in self.config.seeds[: self.config.selection.seeds]
-        options = sum(max(1, len(example.choices)) for example in domain.test) if cell.config.evaluation.accuracy else 0
-        rows = options + len(domain.test) + (len(held_out) if validated else 0)
-        texts = len(self._general(cell.config).evaluation)
-        texts += len(self._held_out_texts(cell.config)) if validated else 0
-        return trained * step + rows * row + texts * cell.config.evaluation.max_tokens * token
 
     def _path(self, cell: Cell) -> Path:
         return self.output / "cells" / f"{cell.key}.json"
@@ -417,7 +364,7 @@ class Grid:
         comparison = {
             "config": config.model_dump(),
             "command": command,
-            "provenance": pipeline.provenance(self.base, {"general": self._general(seed).facts}),
+            "provenance": pipeline.provenance(self.base, {"general": self.general(seed).facts}),
             "model": config.model.name,
             "arms": list(config.arms),
             "tasks": list(config.tasks),
@@ -457,31 +404,6 @@ def _names(cell: Cell) -> dict[str, Any]:
         "strength": cell.strength,
         "config": cell.config.model_dump(),
     }
-
-
-def _speed(job: Job) -> tuple[float, float, float]:
-    """Seconds of one LoRA step on the domain, of scoring one of its rows, and of scoring one token of a text."""
-    arguments = sft_arguments(job.output, {**job.config.training.common, **job.config.training.tune}, job.config.seed)
-    texts = [f"{_as_text(e.prompt)} {e.answer}" for e in job.domain.train[: arguments.per_device_train_batch_size]]
-    batch = job.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=arguments.max_length)
-    batch = batch.to(job.base.device)
-    model = attach_lora(job.base, job.config.lora, job.config.seed)
-    seconds = []
-    for _ in range(2):  # the first warms up
-        started = time.perf_counter()
-        model(**batch, logits_to_keep=16).logits.sum().backward()
-        step = time.perf_counter() - started
-        started = time.perf_counter()
-        with torch.no_grad():
-            model(**batch)
-        seconds = [step, time.perf_counter() - started]
-    model.unload()
-    step, forward = seconds
-    return step * arguments.gradient_accumulation_steps, forward / len(texts), forward / batch["input_ids"].numel()
-
-
-def _as_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
 
 
 def write_report(comparison: dict[str, Any], output: Path) -> None:
