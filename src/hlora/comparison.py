@@ -102,7 +102,7 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
     chosen: dict[str, dict[str, float | None]] = {}
     for name, arm in config.arms.items():
         chosen[name] = {}
-        for task in config.tasks:
+        for task in arm.tasks or config.tasks:
             tried = {s: means[name, task, s] for s in arm.strengths if (name, task, s) in means}
             before, learned = means.get((base, task, None)), means.get((config.unprotected, task, None))
             if not tried or before is None or learned is None:
@@ -168,7 +168,8 @@ class Grid:
     def _arms_of(self, task: str, seed: int) -> Iterator[tuple[str, ArmConfig]]:
         """The arms that run on a task with a seed; the base has no seed and runs with the first."""
         for name, arm in self.config.arms.items():
-            if task in (arm.tasks or self.config.tasks) and (arm.method != "base" or seed == self.config.seeds[0]):
+            seeds = self.config.seeds[:1] if arm.method == "base" else arm.seeds or self.config.seeds
+            if task in (arm.tasks or self.config.tasks) and seed in seeds:
                 yield name, arm
 
     def _cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:

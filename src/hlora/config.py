@@ -236,6 +236,8 @@ class ArmConfig(_Section):
     osf share of the rank kept frozen."""
     tasks: list[str] = []
     """Tasks that it runs on; all of them when empty."""
+    seeds: list[int] = []
+    """Seeds that it runs with; all of them when empty."""
     settings: dict[str, Any] = {}
     """What this arm changes in the settings of a run, by path: {importance.xi: 1e-6}."""
 
@@ -293,9 +295,11 @@ class CompareConfig(_Section):
         if self.unprotected not in self.arms and any(len(arm.strengths) > 1 for arm in self.arms.values()):
             raise ValueError(f"unprotected: no arm {self.unprotected!r}, yet strengths are chosen by what it learns")
         for name, arm in self.arms.items():
-            unknown = set(arm.tasks) - set(self.tasks)
-            if unknown:
-                raise ValueError(f"arms: {name!r} names the task {unknown.pop()!r}; tasks has {', '.join(self.tasks)}")
+            for word, named, known in (("task", arm.tasks, list(self.tasks)), ("seed", arm.seeds, self.seeds)):
+                unknown = [each for each in named if each not in known]
+                if unknown:
+                    valid = ", ".join(map(str, known))
+                    raise ValueError(f"arms: {name!r} names the {word} {unknown[0]!r}; {word}s has {valid}")
         if not any(arm.method == "base" for arm in self.arms.values()):
             self.arms = {"Base": ArmConfig(method="base"), **self.arms}  # what forgetting is counted from
         return self
