@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hlora import equations
 from hlora.adapters import adapted_matrices
+from hlora.config import CompareConfig, load_comparison
 from hlora.importance import Importance
 from hlora.recorder import ImportanceRecorder
 
@@ -165,3 +167,50 @@ def record(
         optimizer.step()
         optimizer.zero_grad()
     return recorder.consolidate(xi, **options)
+
+
+@pytest.fixture
+def comparison_file(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Path:
+    """A comparison of five arms on the tiny Llama, two seeds, a few seconds each."""
+    text = Path(general_file).read_text(encoding="utf-8")
+    general, other = tmp_path / "general.jsonl", tmp_path / "other.txt"
+    general.write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")), encoding="utf-8")
+    other.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
+    task = {"task": "multiple_choice", "train": questions[0], "test": questions[1]}
+    fields = {
+        "output": str(tmp_path / "grid"),
+        "seeds": [0, 1],
+        "model": {"name": model_dir, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "general": {"paths": [str(general)]},
+        "tasks": {"sums": task},
+        "arms": {
+            "Base": {"method": "base"},
+            "LoRA(μ)": {"method": "lora"},
+            "LoRA(ν+μ)": {"method": "lora_after_general"},
+            "EWC-LoRA": {"method": "ewc", "strengths": [1, 100]},
+            "HLoRA": {"method": "hlora", "strengths": [1, 1000]},
+        },
+        "fisher": {"examples": 4, "max_length": 16},
+        "training": {
+            "common": {"learning_rate": 2e-2, "per_device_train_batch_size": 4},
+            "record": {"max_steps": 3, "max_length": 32},
+            "tune": {"max_steps": 4, "max_length": 64},
+        },
+        "evaluation": {
+            "texts": {"other": str(other)},
+            "max_tokens": 200,
+            "window": 64,
+            "stride": 64,
+            "generate": 0,
+        },
+        "selection": {"rows": 6},
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def comparison_config(comparison_file: Path) -> CompareConfig:
+    return load_comparison(comparison_file)

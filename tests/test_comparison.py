@@ -24,52 +24,6 @@ from hlora.recording import claim
 
 
 @pytest.fixture
-def config_file(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Path:
-    text = Path(general_file).read_text(encoding="utf-8")
-    general, other = tmp_path / "general.jsonl", tmp_path / "other.txt"
-    general.write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")), encoding="utf-8")
-    other.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
-    task = {"task": "multiple_choice", "train": questions[0], "test": questions[1]}
-    fields = {
-        "output": str(tmp_path / "grid"),
-        "seeds": [0, 1],
-        "model": {"name": model_dir, "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8},
-        "general": {"paths": [str(general)]},
-        "tasks": {"sums": task},
-        "arms": {
-            "Base": {"method": "base"},
-            "LoRA(μ)": {"method": "lora"},
-            "LoRA(ν+μ)": {"method": "lora_after_general"},
-            "EWC-LoRA": {"method": "ewc", "strengths": [1, 100]},
-            "HLoRA": {"method": "hlora", "strengths": [1, 1000]},
-        },
-        "fisher": {"examples": 4, "max_length": 16},
-        "training": {
-            "common": {"learning_rate": 2e-2, "per_device_train_batch_size": 4},
-            "record": {"max_steps": 3, "max_length": 32},
-            "tune": {"max_steps": 4, "max_length": 64},
-        },
-        "evaluation": {
-            "texts": {"other": str(other)},
-            "max_tokens": 200,
-            "window": 64,
-            "stride": 64,
-            "generate": 0,
-        },
-        "selection": {"rows": 6},
-    }
-    path = tmp_path / "compare.yaml"
-    path.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def config(config_file: Path) -> CompareConfig:
-    return load_comparison(config_file)
-
-
-@pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and figures have tests of their own."""
     monkeypatch.setattr(comparison, "write_report", lambda *arguments: None)
@@ -83,8 +37,10 @@ def measured(found: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
     }
 
 
-def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(config: CompareConfig) -> None:
-    found = compare(config)
+def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
+    comparison_config: CompareConfig,
+) -> None:
+    found = compare(comparison_config)
     cells = {(c["arm"], c["seed"], c["strength"]): c for c in found["cells"]}
     assert all(cell["status"] == "done" for cell in cells.values())
     phi, weight = found["chosen"]["HLoRA"]["sums"], found["chosen"]["EWC-LoRA"]["sums"]
@@ -99,37 +55,43 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(c
     assert base["forgetting"] == 0
     tuned = cells["LoRA(μ)", 1, None]["test"]["texts"]["other"]
     assert tuned["forgetting"] == pytest.approx(tuned["nll"] - base["nll"]) and tuned["forgetting"] != 0
-    assert (Path(config.output) / "report.html").is_file() and list((Path(config.output) / "tables").iterdir())
-    assert json.loads((Path(config.output) / "comparison.json").read_text(encoding="utf-8")) == found
+    assert (Path(comparison_config.output) / "report.html").is_file() and list(
+        (Path(comparison_config.output) / "tables").iterdir()
+    )
+    assert json.loads((Path(comparison_config.output) / "comparison.json").read_text(encoding="utf-8")) == found
 
 
-def test_a_second_run_computes_nothing(config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compare(config)
+def test_a_second_run_computes_nothing(
+    comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compare(comparison_config)
 
     def measure(self: Grid, cell: Any) -> dict[str, Any]:
         raise AssertionError(f"{cell.arm} was computed again")
 
     monkeypatch.setattr(Grid, "_measure", measure)
-    assert compare(config)["cells"] == first["cells"]
+    assert compare(comparison_config)["cells"] == first["cells"]
 
 
-def test_cells_are_told_apart_by_everything_that_determines_them(config_file: Path, tmp_path: Path) -> None:
+def test_cells_are_told_apart_by_everything_that_determines_them(comparison_file: Path, tmp_path: Path) -> None:
     def keys(*overrides: str) -> set[str]:
-        return {cell.key for cell in Grid.open(load_comparison(config_file, list(overrides))).first_cells()}
+        return {cell.key for cell in Grid.open(load_comparison(comparison_file, list(overrides))).first_cells()}
 
     before = keys()
     assert keys(f"output={tmp_path / 'elsewhere'}") == before
     for change in ("training.tune.max_steps=5", "lora.rank=2", "evaluation.max_tokens=100", "selection.rows=5"):
         assert not keys(change) & before, change
-    questions = Path(load_comparison(config_file).tasks["sums"].train)
+    questions = Path(load_comparison(comparison_file).tasks["sums"].train)
     questions.write_text("".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]))
     assert not keys() & before
 
 
-def test_an_interrupted_grid_ends_as_an_uninterrupted_one(config_file: Path, tmp_path: Path, no_report: None) -> None:
+def test_an_interrupted_grid_ends_as_an_uninterrupted_one(
+    comparison_file: Path, tmp_path: Path, no_report: None
+) -> None:
     """SIGKILL as soon as two cells are there; the same command goes on and computes neither again."""
-    whole = compare(load_comparison(config_file, [f"output={tmp_path / 'whole'}"]))
-    command = [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(config_file)]
+    whole = compare(load_comparison(comparison_file, [f"output={tmp_path / 'whole'}"]))
+    command = [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(comparison_file)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     cells = tmp_path / "grid" / "cells"
     while process.poll() is None and len(list(cells.glob("*.json"))) < 2:
@@ -139,50 +101,50 @@ def test_an_interrupted_grid_ends_as_an_uninterrupted_one(config_file: Path, tmp
     made = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     assert 2 <= len(made) < len(whole["cells"])
 
-    resumed = compare(load_comparison(config_file))
+    resumed = compare(load_comparison(comparison_file))
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     assert measured(resumed) == measured(whole)
 
 
 def test_a_failed_cell_is_reported_and_computed_again_on_request_only(
-    config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
+    comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.arms = {name: config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
+    comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
     with monkeypatch.context() as broken:
 
         def fail(job: Any, strength: float | None) -> Any:
             raise RuntimeError("out of memory")
 
         broken.setitem(methods.METHODS, "lora", fail)
-        found = compare(config)
+        found = compare(comparison_config)
     status = {(c["arm"], c["seed"]): (c["status"], c["error"]) for c in found["cells"]}
     assert status["LoRA(μ)", 0] == ("failed", "RuntimeError: out of memory")
     assert status["LoRA(ν+μ)", 1] == ("done", None)
     assert any("--retry" in line for line in comparison.summary(found))
-    assert {c["status"] for c in compare(config)["cells"]} == {"done", "failed"}
-    assert {c["status"] for c in compare(config, retry=True)["cells"]} == {"done"}
+    assert {c["status"] for c in compare(comparison_config)["cells"]} == {"done", "failed"}
+    assert {c["status"] for c in compare(comparison_config, retry=True)["cells"]} == {"done"}
 
 
 def test_a_method_that_cannot_run_says_so_in_its_cell(
-    config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
+    comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.arms = {name: config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
+    comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
 
     def refuse(job: Any, strength: float | None) -> Any:
         raise CannotRun("no MLP in this model")
 
     monkeypatch.setitem(methods.METHODS, "lora", refuse)
-    found = compare(config)
+    found = compare(comparison_config)
     cells = {(c["arm"], c["seed"]): c for c in found["cells"]}
     assert cells["LoRA(μ)", 0]["status"] == "cannot" and cells["LoRA(μ)", 0]["error"] == "no MLP in this model"
     assert "cannot: LoRA(μ), sums: no MLP in this model" in comparison.summary(found)
 
 
 def test_a_method_that_altered_the_base_leaves_the_next_cell_a_fresh_one(
-    config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
+    comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.arms = {name: config.arms[name] for name in ("Base", "LoRA(μ)")}
-    clean = measured(compare(config.model_copy(update={"output": f"{config.output}-clean"})))
+    comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
+    clean = measured(compare(comparison_config.model_copy(update={"output": f"{comparison_config.output}-clean"})))
 
     def spoil(job: Any, strength: float | None) -> Any:
         with torch.no_grad():
@@ -191,20 +153,23 @@ def test_a_method_that_altered_the_base_leaves_the_next_cell_a_fresh_one(
         raise RuntimeError("half done")
 
     monkeypatch.setitem(methods.METHODS, "l2", spoil)
-    config.arms = {"spoiler": config.arms["LoRA(μ)"].model_copy(update={"method": "l2"}), **config.arms}
-    found = measured(compare(config))
+    comparison_config.arms = {
+        "spoiler": comparison_config.arms["LoRA(μ)"].model_copy(update={"method": "l2"}),
+        **comparison_config.arms,
+    }
+    found = measured(compare(comparison_config))
     assert found["spoiler", "sums", 0, None]["status"] == "failed"
     assert {place: cell for place, cell in found.items() if place[0] != "spoiler"} == clean
 
 
-def test_two_processes_share_a_grid(config: CompareConfig, no_report: None) -> None:
+def test_two_processes_share_a_grid(comparison_config: CompareConfig, no_report: None) -> None:
     """While another holds a cell it is left to the end; it is not computed twice."""
-    config.arms = {name: config.arms[name] for name in ("Base", "LoRA(μ)")}
-    grid = Grid.open(config)
+    comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
+    grid = Grid.open(comparison_config)
     mine, *_ = grid.first_cells()
     with claim(grid._path(mine)) as held:
         assert held
-        worker = threading.Thread(target=lambda: Grid.open(config).compute(grid.first_cells()))
+        worker = threading.Thread(target=lambda: Grid.open(comparison_config).compute(grid.first_cells()))
         worker.start()
         while grid.read(grid.first_cells()[1]) is None:
             time.sleep(0.05)
@@ -221,42 +186,70 @@ def result(arm: str, strength: float | None, answers: float, *general: float) ->
     return {"arm": arm, "task": "sums", "strength": strength, "status": "done", "validation": validation}
 
 
-def test_the_strength_that_keeps_most_general_ability_among_those_that_learned_is_chosen(config: CompareConfig) -> None:
+def test_the_strength_that_keeps_most_general_ability_among_those_that_learned_is_chosen(
+    comparison_config: CompareConfig,
+) -> None:
     known = [result("Base", None, 10.0, 3.0, 3.0), result("LoRA(μ)", None, 5.0, 4.0, 4.0)]
     weak, strong = result("HLoRA", 1, 5.4, 3.2, 3.4), result("HLoRA", 1000, 5.6, 3.0, 3.0)
     # 90 % of the five nats learned is an NLL of 5.5, which 5.6 misses.
-    assert choose(config, [*known, weak, strong])["HLoRA"]["sums"] == 1
+    assert choose(comparison_config, [*known, weak, strong])["HLoRA"]["sums"] == 1
     strong = result("HLoRA", 1000, 5.5, 3.0, 3.0)
-    assert choose(config, [*known, weak, strong])["HLoRA"]["sums"] == 1000
+    assert choose(comparison_config, [*known, weak, strong])["HLoRA"]["sums"] == 1000
     worse_on_one = result("HLoRA", 1000, 5.4, 3.1, 3.6)
-    assert choose(config, [*known, weak, worse_on_one])["HLoRA"]["sums"] == 1
+    assert choose(comparison_config, [*known, weak, worse_on_one])["HLoRA"]["sums"] == 1
     neither = [result("HLoRA", 1, 6.5, 3.1, 3.1), result("HLoRA", 1000, 8.0, 3.0, 3.0)]
-    assert choose(config, [*known, *neither])["HLoRA"]["sums"] == 1
-    assert choose(config, known)["HLoRA"]["sums"] == 1
-    assert choose(config, known)["LoRA(μ)"]["sums"] is None
+    assert choose(comparison_config, [*known, *neither])["HLoRA"]["sums"] == 1
+    assert choose(comparison_config, known)["HLoRA"]["sums"] == 1
+    assert choose(comparison_config, known)["LoRA(μ)"]["sums"] is None
 
 
-def test_held_out_rows_and_documents_are_trained_on_by_no_arm(config: CompareConfig) -> None:
-    grid = Grid.open(config)
+def test_held_out_rows_and_documents_are_trained_on_by_no_arm(comparison_config: CompareConfig) -> None:
+    grid = Grid.open(comparison_config)
     for cell in grid.first_cells():
         job = grid.job(cell)
         held_out = {example.prompt for example in grid.domain(cell.config)[1]}
         assert len(held_out) == 6 and not held_out & {example.prompt for example in job.domain.train}
-        text = grid.held_out_texts(cell.config)["general (held out)"]
+        text = grid.held_out_texts(cell.seed)["general (held out)"]
         assert text and not any(document in text for document in job.general.train)
 
 
-def test_an_arm_that_names_an_unknown_task_is_refused(config_file: Path) -> None:
-    fields = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+def test_an_arm_that_names_an_unknown_task_is_refused(comparison_file: Path) -> None:
+    fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
     fields["arms"]["HLoRA"]["tasks"] = ["poems"]
-    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
     with pytest.raises(ConfigError, match="'HLoRA' names the task 'poems'; tasks has sums"):
-        load_comparison(config_file)
+        load_comparison(comparison_file)
 
 
-def test_a_wrong_setting_of_an_arm_is_named_before_anything_is_computed(config_file: Path) -> None:
-    fields = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+def test_a_wrong_setting_of_an_arm_is_named_before_anything_is_computed(comparison_file: Path) -> None:
+    fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
     fields["arms"]["HLoRA"]["settings"] = {"importance.encodin": 1}
-    config_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"arms.HLoRA: importance.encodin: unknown field; did you mean 'encoding'"):
-        Grid.open(load_comparison(config_file))
+        Grid.open(load_comparison(comparison_file))
+
+
+def test_an_arm_with_another_general_text_is_chosen_on_the_same_texts_and_trains_on_none_of_them(
+    comparison_config: CompareConfig, tmp_path: Path, no_report: None
+) -> None:
+    line = "A line of the arm's own general text, long enough to be told apart from any other line of text at all. "
+    own = tmp_path / "own.txt"
+    own.write_text("\n\n".join(f"{n} {line}" for n in range(400)), encoding="utf-8")
+    both = [{"paths": comparison_config.general.paths, "weight": 1}, {"paths": [str(own)], "weight": 1}]
+    mixed = {"method": "hlora", "settings": {"general": {"mixture": both}}}
+    squares = {"importance.method": "squared_gradients", "importance.sequences": 2, "importance.sequence_length": 16}
+    at_base = {"method": "hlora", "settings": {**squares, "penalty.anchor": "base"}}
+    arms = {"Base": {"method": "base"}, "mixed": mixed, "at base": at_base}
+    fields = {**comparison_config.model_dump(), "arms": arms, "seeds": [0]}
+    grid = Grid.open(CompareConfig.model_validate(fields))
+    cells = {cell.arm: cell for cell in grid.first_cells()}
+    held_out = grid.held_out_texts(0)["general (held out)"]
+    trained = grid.general(cells["mixed"].config).train
+    assert any("own general text" in document for document in trained)
+    assert any(document in grid.general(cells["at base"].config).train for document in trained)
+    assert not any(document.strip() in held_out for document in trained)
+    grid.compute(list(cells.values()))
+    results = {result["arm"]: result for result in grid.results(cells.values())}
+    assert {result["status"] for result in results.values()} == {"done"}
+    assert {tuple(result["validation"]["texts"]) for result in results.values()} == {("general (held out)",)}
+    assert results["at base"]["importance"]["method"] == "squared_gradients"

@@ -408,3 +408,28 @@ def test_messages_in_a_csv_are_read_as_json(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerows([["messages"], [json.dumps(messages)]])
     assert read_rows(str(path)) == [{"messages": messages}]
+
+
+# Mixtures
+
+
+def test_a_mixture_takes_characters_by_weight_and_repeats_none(tmp_path: Path) -> None:
+    for name, letter, count in (("a", "a", 30), ("b", "b", 100)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{letter}{n:09d}"} for n in range(count)])
+    sources = [{"paths": [str(tmp_path / f"{name}.jsonl")], "weight": w} for name, w in (("a", 3), ("b", 2))]
+    test = tmp_path / "test.txt"
+    test.write_text("evaluated", encoding="utf-8")
+    found = read_general(GeneralConfig.model_validate({"mixture": sources}), {"test": str(test)})
+    text = "".join(found.train)
+    assert (text.count("a"), text.count("b")) == (30, 20)
+    assert len(set(found.train)) == len(found.train) == 50
+    assert found.facts["source"] == "mixture"
+    assert found.facts["mixture"] == [{"source": "files", "characters": n} for n in (300, 200)]
+    first = "".join(document[0] for document in found.train[:25])
+    assert {"a", "b"} == set(first)  # shuffled, not one after the other
+
+
+def test_a_mixture_of_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": " "}])
+    with pytest.raises(DataError, match="no text in what source 'files' names"):
+        read_general(GeneralConfig.model_validate({"mixture": [{"paths": [str(tmp_path / "a.jsonl")]}]}))

@@ -17,7 +17,7 @@ from hlora import equations
 from hlora.adapters import adapted_matrices
 from hlora.encodings import ENCODINGS, Factored
 from hlora.errors import AdapterError, DataError
-from hlora.fisher import fisher_information, fisher_of_sequences, pack, whole_model_bytes
+from hlora.fisher import add_squares_, fisher_information, fisher_of_sequences, pack, whole_model_bytes
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 
@@ -170,7 +170,8 @@ def test_information_on_documents_says_where_it_comes_from(peft_model: PeftModel
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     importance = fisher_information(peft_model, tokenizer, [GENERAL_TEXT], examples=3, max_length=16, seed=SEED)
     facts = importance.provenance
-    assert (facts["method"], facts["examples"], facts["max_length"], facts["tokens"]) == ("ewc", 3, 16, 45)
+    assert (facts["method"], facts["labels"]) == ("squared_gradients", "sampled")
+    assert (facts["examples"], facts["max_length"], facts["tokens"]) == (3, 16, 45)
     assert facts["seed"] == SEED and facts["base_model"] == model_dir
     sequences = pack(tokenizer, [GENERAL_TEXT], 3, 16)
     for name, matrix in fisher_of_sequences(peft_model, sequences, SEED).matrices.items():
@@ -230,3 +231,57 @@ def test_an_unknown_encoding_is_refused_before_any_work(peft_model: PeftModel) -
 def test_whole_model_bytes_are_four_for_each_parameter_of_the_base(peft_model: PeftModel, model_dir: str) -> None:
     base = LlamaForCausalLM.from_pretrained(model_dir)
     assert whole_model_bytes(base) == whole_model_bytes(peft_model) == 4 * base.num_parameters()
+
+
+# As importance without a move
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_text_labels_take_the_next_tokens_of_the_text(
+    exact_model: PeftModel, model_dir: str, token_ids: Tensor, encoding: str
+) -> None:
+    sequences = token_ids[:5]
+    importance = fisher_of_sequences(exact_model, sequences, SEED, 2, encoding, labels="text")
+    base = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    weights = [base.get_submodule(name).weight for name in importance.matrices]
+    expected = [torch.zeros_like(weight) for weight in weights]
+    for sequence in sequences[:, None]:
+        likelihood = base(input_ids=sequence).logits[0, :-1].log_softmax(-1)  # Transformers' own loss is in float32
+        loss = -likelihood.gather(1, sequence[0, 1:, None]).sum()
+        for total, gradient in zip(expected, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient**2 / (5 * (sequence.shape[1] - 1))
+    for matrix, total in zip(importance.matrices.values(), expected, strict=True):
+        if isinstance(matrix.omega, Factored):
+            torch.testing.assert_close(matrix.omega.row, total.sum(1))
+            torch.testing.assert_close(matrix.omega.column, total.sum(0))
+        else:
+            torch.testing.assert_close(
+                matrix.omega.double(), total, rtol=1e-9 if encoding == "float32" else 2**-8, atol=0
+            )
+
+
+def test_effective_squares_are_those_of_equation_11_at_the_base_point(
+    exact_model: PeftModel, token_ids: Tensor
+) -> None:
+    sequence = token_ids[:1]
+    importance = fisher_of_sequences(exact_model, sequence, SEED, 1, labels="text", gradient="effective")
+    (exact_model(input_ids=sequence, labels=sequence).loss * (sequence.shape[1] - 1)).backward()
+    for m in adapted_matrices(exact_model):
+        assert m.A.grad is not None and m.B.grad is not None and not m.A.grad.any()
+        effective = equations.effective_gradient(m.A, m.B, m.A.grad, m.B.grad, 0.0, m.scale)
+        torch.testing.assert_close(importance.matrices[m.name].omega, effective.detach() ** 2 / (sequence.shape[1] - 1))
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(7, 13), (13, 7)])
+def test_factored_squares_are_the_sums_of_the_dense_ones(d_out: int, d_in: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, d_in, dtype=torch.float64, generator=generator)
+    gradient = torch.randn(3, 5, d_out, dtype=torch.float64, generator=generator)
+    dense = torch.einsum("bto,bti->boi", gradient, x).square().sum(0)
+    kept = Factored(torch.zeros(d_out, dtype=torch.float64), torch.zeros(d_in, dtype=torch.float64))
+    add_squares_(kept, x, gradient)
+    torch.testing.assert_close(kept.row, dense.sum(1))
+    torch.testing.assert_close(kept.column, dense.sum(0))
+    total = torch.zeros(d_out, d_in, dtype=torch.float64)
+    add_squares_(total, x, gradient)
+    torch.testing.assert_close(total, dense)

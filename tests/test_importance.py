@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hlora import encodings, equations, importance
 from hlora.encodings import ENCODINGS, Factored
 from hlora.errors import ArtifactError
+from hlora.fisher import fisher_of_sequences
 from hlora.importance import Importance
 from hlora.recorder import ImportanceRecorder
 
@@ -141,6 +143,17 @@ def test_sum_of_different_encodings_or_matrices_is_refused(
         ArtifactError, match=r"the first importance has 'model\.layers\.0\.self_attn\.v_proj' and 1 more, the second"
     ):
         _ = first + other
+
+
+def test_sum_of_importances_in_different_units_is_refused(peft_model: PeftModel, token_ids: Tensor) -> None:
+    path = record(peft_model, token_ids, "factored")
+    exact = replace(path, provenance={**path.provenance, "gradient": "exact"})
+    with pytest.raises(ArtifactError, match="of gradient effective to one of gradient exact"):
+        _ = path + exact
+    squares = fisher_of_sequences(peft_model, token_ids, 0, encoding="factored", gradient="effective")
+    with pytest.raises(ArtifactError, match="of method path_integral to one of method squared_gradients"):
+        _ = path + squares
+    assert (exact + exact).nbytes() == path.nbytes()
 
 
 # The directory

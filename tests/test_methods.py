@@ -12,7 +12,7 @@ from hlora import recording
 from hlora.adapters import adapted_matrices
 from hlora.config import CellConfig, ImportanceConfig, parse_config
 from hlora.methods import METHODS, _uniform
-from hlora.models import load_base
+from hlora.models import attach_lora, load_base
 from hlora.pipeline import Job, record_phase
 
 
@@ -86,13 +86,34 @@ def test_ewc_holds_the_adapter_to_the_base(job: Job) -> None:
     assert distance(job, "ewc", 1e6, nothing) < 0.9 * free
 
 
-def test_uniform_importance_is_one_everywhere_and_costs_the_squared_movement_to_undo(job: Job) -> None:
+def test_uniform_importance_is_the_mean_everywhere_and_costs_the_squared_movement_to_undo(job: Job) -> None:
     recorded = recording.importance(job)
+    mean = float(torch.cat([matrix.omega.flatten() for matrix in recorded.matrices.values()]).mean())
     uniform = _uniform(recorded)
     for name, matrix in uniform.matrices.items():
-        assert torch.equal(matrix.omega.dense(), torch.ones(matrix.B.shape[0], matrix.A.shape[1]))
+        expected = torch.full((matrix.B.shape[0], matrix.A.shape[1]), mean)
+        torch.testing.assert_close(matrix.omega.dense(), expected)
         movement = matrix.scale * matrix.B @ matrix.A
-        assert matrix.undo_cost == pytest.approx(float(movement.square().sum()), rel=1e-5), name
+        assert matrix.undo_cost == pytest.approx(mean * float(movement.square().sum()), rel=1e-5), name
+
+
+def test_at_the_base_hlora_and_plain_l2_start_from_a_fresh_adapter_and_are_held_to_it(job: Job) -> None:
+    job.config.penalty.anchor = "base"
+    for method in ("hlora", "l2"):
+        start = torch.zeros_like(weights(attach_lora(job.base, job.config.lora, 0)))
+        free, held = (distance(job, method, phi, start) for phi in (0.0, 1e6))
+        assert held < 0.2 * free
+
+
+def test_squared_gradients_are_taken_once_a_seed_without_a_general_phase(job: Job) -> None:
+    job.config.penalty.anchor = "base"
+    job.config.importance = ImportanceConfig(method="squared_gradients", sequences=4, sequence_length=16)
+    first, again = recording.importance(job), recording.importance(job)
+    assert not (job.output / "general").exists()
+    assert len([path for path in (job.output / "squares").iterdir() if path.is_dir()]) == 1
+    assert first.without_move and again.provenance["examples"] == 4
+    for name, matrix in first.matrices.items():
+        assert torch.equal(again.matrices[name].omega.row, matrix.omega.row)
 
 
 def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) -> None:

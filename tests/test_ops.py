@@ -48,7 +48,7 @@ def sums(matrix: Tensor) -> Factored:
 
 def streamed_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[ops.Pair, ops.Pair]:
     gradient = ops.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr, scale)
-    return gradient, ops.difference(step.A_next, step.B_next, step.A, step.B, scale)
+    return gradient, ops.difference(step.A_next, step.B_next, (step.A, step.B), scale)
 
 
 def reference_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def test_a_tiny_movement_does_not_cancel_in_float32() -> None:
     step = draw(40, 30, dtype=torch.float32)
     A_next, B_next = step.A + 1e-6 * step.grad_A, step.B + 1e-6 * step.grad_B
     exact = equations.movement(*(t.double() for t in (step.A, step.B, A_next, B_next)), scale=1.0)
-    left, right = ops.difference(A_next, B_next, step.A, step.B, 1.0)
+    left, right = ops.difference(A_next, B_next, (step.A, step.B), 1.0)
     naive = equations.movement(step.A, step.B, A_next, B_next, 1.0)
     error = (left @ right - exact).abs().max() / exact.abs().max()
     assert error < 1e-6
@@ -159,7 +159,7 @@ def test_zero_movement_leaves_omega_exactly_as_it_was(block: int) -> None:
     omega = positive(7, 13)
     before, factored = omega.clone(), sums(omega)
     gradient, _ = streamed_pairs(step)
-    still = ops.difference(step.A, step.B, step.A, step.B, 1.7)
+    still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
     ops.accumulate_(omega, gradient, still)
     ops.accumulate_(factored, gradient, still)
     assert torch.equal(omega, before)
@@ -202,7 +202,7 @@ def test_factored_consolidation_takes_negative_sums_as_zero_and_reports_their_sh
 @pytest.mark.parametrize("encoding", encodings.ENCODINGS)
 def test_consolidating_zero_omega_and_zero_movement_gives_zero(encoding: str) -> None:
     step = draw(7, 13)
-    still = ops.difference(step.A, step.B, step.A, step.B, 1.7)
+    still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
     importance, share = ops.consolidate(encodings.zeros(encoding, 7, 13, torch.device("cpu")), still, 1e-3)
     assert float(encodings.norm(importance)) == 0.0
     assert share == 0.0
@@ -214,7 +214,7 @@ def test_streamed_penalty_equals_the_reference(d_out: int, d_in: int, block: int
     importance = positive(d_out, d_in)
     theta, theta_nu = 1.7 * step.B_next @ step.A_next, 1.7 * step.B @ step.A
     expected = equations.layer_penalty(importance, theta, theta_nu)
-    delta = ops.difference(step.A_next, step.B_next, step.A, step.B, 1.7)
+    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), 1.7)
     torch.testing.assert_close(ops.penalty(importance, delta), expected, rtol=1e-11, atol=0)
 
 
@@ -232,7 +232,7 @@ def test_closed_form_gradients_equal_autograd_of_the_reference(
     step = draw(d_out, d_in)
     importance = positive(d_out, d_in) if encoding == "dense" else sums(positive(d_out, d_in))
     dense = importance.dense() if isinstance(importance, Factored) else importance
-    got = ops.penalty_with_gradients(importance, step.A_next, step.B_next, step.A, step.B, 1.7)
+    got = ops.penalty_with_gradients(importance, step.A_next, step.B_next, (step.A, step.B), 1.7)
     for mine, expected in zip(got, autograd_penalty(dense, step, 1.7), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-11)
 
@@ -254,7 +254,7 @@ def test_penalty_of_any_shape_and_dtype_equals_float64_autograd(
     importance = positive(d_out, d_in, torch.float32, seed)
     encoded = sums(importance) if kept == "factored" else importance.to(getattr(torch, kept))
     dense = encoded.dense() if isinstance(encoded, Factored) else encoded
-    value, grad_A, grad_B = ops.penalty_with_gradients(encoded, step.A_next, step.B_next, step.A, step.B, 1.7)
+    value, grad_A, grad_B = ops.penalty_with_gradients(encoded, step.A_next, step.B_next, (step.A, step.B), 1.7)
     assert value.dtype == grad_A.dtype == grad_B.dtype == torch.promote_types(dtype, torch.float32)
     expected = autograd_penalty(dense.double(), Step(*(t.double() for t in step)), 1.7)
     for mine, other in zip((value, grad_A, grad_B), expected, strict=True):
@@ -269,7 +269,7 @@ def test_factors_of_the_penalty_pass_gradcheck(encoding: str) -> None:
     class Penalty(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
-            value, *gradients = ops.penalty_with_gradients(importance, A, B, step.A, step.B, 1.7)
+            value, *gradients = ops.penalty_with_gradients(importance, A, B, (step.A, step.B), 1.7)
             ctx.save_for_backward(*gradients)
             return value
 
@@ -283,7 +283,7 @@ def test_factors_of_the_penalty_pass_gradcheck(encoding: str) -> None:
 def test_factored_penalty_equals_the_penalty_of_its_dense_form() -> None:
     step = draw(33, 17)
     factored = sums(positive(33, 17))
-    delta = ops.difference(step.A_next, step.B_next, step.A, step.B, 1.7)
+    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), 1.7)
     torch.testing.assert_close(ops.penalty(factored, delta), ops.penalty(factored.dense(), delta), rtol=1e-11, atol=0)
 
 
@@ -291,7 +291,7 @@ def test_factored_penalty_equals_the_penalty_of_its_dense_form() -> None:
 def test_zero_importance_costs_nothing_and_pulls_nowhere(encoding: str) -> None:
     step = draw(7, 13)
     zero = encodings.zeros(encoding, 7, 13, torch.device("cpu"))
-    for result in ops.penalty_with_gradients(zero, step.A_next, step.B_next, step.A, step.B, 1.7):
+    for result in ops.penalty_with_gradients(zero, step.A_next, step.B_next, (step.A, step.B), 1.7):
         assert not result.any()
 
 
@@ -299,7 +299,7 @@ def test_zero_importance_costs_nothing_and_pulls_nowhere(encoding: str) -> None:
 def test_penalty_at_its_anchor_is_zero_with_zero_gradients(encoding: str) -> None:
     step = draw(7, 13, dtype=torch.float32)
     importance = positive(7, 13, torch.float32) if encoding == "dense" else sums(positive(7, 13, torch.float32))
-    value, grad_A, grad_B = ops.penalty_with_gradients(importance, step.A, step.B, step.A, step.B, 1.7)
+    value, grad_A, grad_B = ops.penalty_with_gradients(importance, step.A, step.B, (step.A, step.B), 1.7)
     assert value.item() == 0.0
     assert not grad_A.any()
     assert not grad_B.any()
@@ -336,7 +336,7 @@ def memory_cases() -> list[Any]:
     exact = positive(D_OUT, D_IN, torch.float32)
 
     def penalty(importance: encodings.Encoded) -> Any:
-        return lambda: ops.penalty_with_gradients(importance, step.A_next, step.B_next, step.A, step.B, 1.7)
+        return lambda: ops.penalty_with_gradients(importance, step.A_next, step.B_next, (step.A, step.B), 1.7)
 
     cases = []
     for encoding in encodings.ENCODINGS:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import move_adapter, record
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from hlora import encodings, equations
 from hlora.encodings import ENCODINGS, Factored
 from hlora.errors import ArtifactError
+from hlora.fisher import fisher_of_sequences
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty, layer_coefficients
 
@@ -303,3 +305,74 @@ def test_a_loop_under_the_penalty_stays_closer_to_the_general_adapter(peft_model
             optimizer.zero_grad()
         distance[phi] = float(penalty.regularisation_loss())
     assert 0 < distance[100.0] < 0.5 * distance[0.0]
+
+
+# The anchor
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj"]])
+def test_anchor_base_penalises_the_adapter_itself_at_any_rank_on_covered_matrices(
+    model_dir: str, peft_model: PeftModel, token_ids: Tensor, encoding: str, targets: list[str]
+) -> None:
+    importance = record(peft_model, token_ids, encoding)
+    torch.manual_seed(4)
+    config = LoraConfig(r=3, lora_alpha=9, target_modules=targets)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+    penalty = ImportancePenalty(model, importance, 7.0, "uniform", "paper", anchor="base")
+    assert penalty().item() == 0.0
+    move_adapter(model)
+    covered = [m.name for m in penalty.matrices]
+    at_base = {
+        n: replace(m, A=torch.zeros(3, m.A.shape[1]), B=torch.zeros(m.B.shape[0], 3))
+        for n, m in importance.matrices.items()
+        if n in covered
+    }
+    weights = {name: 1 / len(covered) for name in covered}
+    expected, gradients = by_the_equations(penalty, replace(importance, matrices=at_base), weights, phi=7.0)
+    value = penalty()
+    assert value.item() == pytest.approx(float(expected), rel=1e-4)
+    value.backward()
+    assert_gradients(penalty, gradients)
+
+
+def test_anchor_base_counts_layer_weights_and_unit_over_the_covered_matrices_alone(
+    model_dir: str, peft_model: PeftModel, token_ids: Tensor
+) -> None:
+    importance = record(peft_model, token_ids)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), LoraConfig(r=2, target_modules=["q_proj"]))
+    penalty = ImportancePenalty(model, importance, 1.0, "norm_share", anchor="base")
+    kept = {name: m for name, m in importance.matrices.items() if name.endswith("q_proj")}
+    norms = {name: importance.norms()[name] for name in kept}
+    assert penalty.coefficients == pytest.approx({name: norm / sum(norms.values()) for name, norm in norms.items()})
+    assert penalty.unit == pytest.approx(sum(penalty.coefficients[n] * m.undo_cost for n, m in kept.items()))
+
+
+def test_a_matrix_that_the_importance_does_not_cover_is_refused_by_name(
+    model_dir: str, peft_model: PeftModel, token_ids: Tensor
+) -> None:
+    importance = record(peft_model, token_ids)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+    with pytest.raises(
+        ArtifactError, match=r"0\.mlp\.down_proj', which .* \(it covers q_proj, v_proj\)"
+    ):
+        ImportancePenalty(model, importance, 1.0, anchor="base")
+    with pytest.raises(ValueError, match="anchor: expected general or base, got 'nu'"):
+        ImportancePenalty(peft_model, importance, 1.0, anchor="nu")
+
+
+def test_a_relative_phi_on_squared_gradients_is_per_nat_of_expected_forgetting(
+    peft_model: PeftModel, token_ids: Tensor
+) -> None:
+    importance = fisher_of_sequences(peft_model, token_ids, 0, encoding="factored", labels="text")
+    plain = ImportancePenalty(peft_model, importance, 5.0, "sum", "paper", anchor="base")
+    relative = ImportancePenalty(peft_model, importance, 5.0, "sum", "relative", anchor="base")
+    move_adapter(peft_model)
+    assert relative().item() == pytest.approx(plain().item() / 2, rel=1e-5)
+    assert plain().item() > 0
+    weighted = ImportancePenalty(peft_model, importance, 5.0, "norm_share", "relative", anchor="base")
+    # a move alike in all elements costs c·trace of each matrix: the same in sum as without layer weights
+    traces = {name: float(encodings.total(m.omega)) for name, m in importance.matrices.items()}
+    cost = sum(weighted.coefficients[name] * trace for name, trace in traces.items()) / weighted.unit
+    assert cost == pytest.approx(sum(traces.values()) / 2, rel=1e-5)

@@ -446,3 +446,20 @@ def test_factored_recording_is_the_row_and_column_sums_of_float32_recording(
         assert isinstance(mine, Factored)
         for got, expected in ((mine.row, omega.sum(1)), (mine.column, omega.sum(0))):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_move_is_the_share_of_the_base_norm_that_the_adapter_has_moved_since_the_start(
+    peft_model: PeftModel, token_ids: Tensor
+) -> None:
+    move_adapter(peft_model)
+    recorder = ImportanceRecorder(peft_model)
+    assert recorder.move() == pytest.approx(0, abs=1e-6)
+    start = {m.name: (m.scale * m.B @ m.A).detach().double() for m in recorder.matrices}
+    optimizer = adamw(peft_model)
+    recorder.attach(optimizer)
+    train(peft_model, token_ids, optimizer, optimizer.step)
+    ends = {m.name: (m.scale * m.B @ m.A).detach().double() for m in recorder.matrices}
+    moved = sum(float((end - start[name]).square().sum()) for name, end in ends.items())
+    base = sum(float(m.module.get_base_layer().weight.double().square().sum()) for m in recorder.matrices)
+    assert recorder.move() == pytest.approx((moved / base) ** 0.5, rel=1e-4)
+    assert moved > 1e-4 * base

@@ -158,9 +158,15 @@ def test_verdict_names_each_text_that_was_forgotten_beside_those_kept():
     content = results(hlora=evaluation(2.5, answer_nll=4.0))
     for arm, nll in (("base", 2.0), ("hlora", 2.2)):
         content["arms"][arm]["texts"]["novels"] = evaluation(nll)["texts"]["wiki"]
+    add_forgetting(content["arms"]["hlora"], content["arms"]["base"])
     found = verdict(content)
     assert found.kept_state == "forgotten in part"
-    assert found.kept == "Forgotten: perplexity on novels 7.39 → 9.03 (+22 %). Kept: wiki 20.1 → 12.2 (−39 %)."
+    assert found.kept == (
+        "Forgotten: perplexity on novels 7.39 → 9.03 (+22 %). Kept: wiki 20.1 → 12.2 (−39 %). "
+        "Worst text: novels, +22 %; mean of all: −14 %."
+    )
+    measured = {row.measure: row.after for row in summary_rows(content)}
+    assert measured["forgetting, worst text: novels"] == "+0.200" and measured["forgetting, mean of texts"] == "−0.150"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -19,7 +19,6 @@ from hlora.statistics import (
     equal_domain_ratio,
     equal_domain_target,
     holm,
-    hypervolume,
     interval_of_paired,
     mean_sd,
     measure,
@@ -212,18 +211,6 @@ def test_nll_at_never_rises_when_more_loss_on_the_domain_is_allowed(points, one,
     assert math.isnan(strict) or lax <= strict + 1e-9
 
 
-def test_hypervolume_is_the_area_of_the_union():
-    # To (5, 5): 4 × 1 of (1, 4), 3 × 2 more of (2, 2), 1 × 1 more of (4, 1); (3, 3) adds nothing.
-    assert hypervolume([(4, 1), (1, 4), (3, 3), (2, 2)], (5, 5)) == pytest.approx(4 + 6 + 1)
-    assert hypervolume([(6, 1), (1, 6), (5, 5)], (5, 5)) == 0
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
-def test_hypervolume_counts_each_dominated_unit_square_once(points):
-    squares = {(x, y) for x in range(8) for y in range(8) if any(a <= x and b <= y for a, b in points)}
-    assert hypervolume(points, (8, 8)) == len(squares)
-
-
 def test_cells_of_an_arm_are_those_at_the_chosen_strength(trade_off):
     assert [(c["seed"], c["strength"]) for c in cells_of(trade_off, "HLoRA", "piqa")] == [(0, 3), (1, 3), (2, 3)]
     assert len(cells_of(trade_off, "HLoRA", "piqa", "all")) == 9
@@ -281,8 +268,9 @@ def test_hard_rows_move_the_target_with_them(trade_off):
 
 
 def test_ratio_of_two_arms_is_far_narrower_than_either(trade_off):
-    ratio = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 74.0)
+    ratio, missed = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 74.0)
     assert ratio == pytest.approx(Interval(*[math.exp(0.1)] * 3))
+    assert missed == 0
     ours, rival = (equal_domain(trade_off, arm, "piqa", "wikitext", 74.0) for arm in ("HLoRA", "EWC-LoRA"))
     assert ours.high > rival.low
 
@@ -293,23 +281,45 @@ def test_ratio_is_taken_on_the_seeds_that_both_have(trade_off):
     ]
     ours, rival = (equal_domain(trade_off, arm, "piqa", "wikitext", 74.0).value for arm in ("HLoRA", "EWC-LoRA"))
     assert rival / ours == pytest.approx(math.exp(0.12))  # seed 0 alone has 0.02 less
-    ratio = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 74.0)
+    ratio, _ = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 74.0)
     assert ratio == pytest.approx(Interval(*[math.exp(0.1)] * 3))
+
+
+def test_arms_without_a_seed_in_common_have_no_ratio(trade_off):
+    trade_off["cells"] = [each for each in trade_off["cells"] if each["seed"] == (2 if each["arm"] == "HLoRA" else 0)]
+    ratio, missed = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 74.0)
+    assert all(map(math.isnan, (*ratio, missed)))
 
 
 def test_a_target_out_of_reach_has_no_perplexity(trade_off):
     assert all(map(math.isnan, equal_domain(trade_off, "HLoRA", "piqa", "wikitext", 69.0)))
     assert all(map(math.isnan, equal_domain(trade_off, "OSF", "piqa", "wikitext", 74.0)))
-    assert all(map(math.isnan, equal_domain_ratio(trade_off, "OSF", "HLoRA", "piqa", "wikitext", 74.0)))
+    assert all(map(math.isnan, equal_domain_ratio(trade_off, "OSF", "HLoRA", "piqa", "wikitext", 74.0)[0]))
+
+
+def learns_other_rows(trade_off: dict[str, Any], arm: str) -> None:
+    """Than LoRA(μ), so that the rows drawn decide whether the arm reaches the target."""
+    for each in trade_off["cells"]:
+        if each["arm"] == arm:
+            each["test"]["domain"]["answer_nll_each"].reverse()
 
 
 def test_a_target_that_resamples_miss_is_open_above(trade_off):
-    for each in trade_off["cells"]:
-        if each["arm"] == "HLoRA":  # learns other rows than LoRA(μ) does
-            each["test"]["domain"]["answer_nll_each"].reverse()
+    learns_other_rows(trade_off, "HLoRA")
     found = equal_domain(trade_off, "HLoRA", "piqa", "wikitext", 70.0)
     assert found.value == pytest.approx(math.exp(3.4))
     assert found.high == math.inf
+
+
+def test_a_ratio_to_an_arm_that_misses_the_target_has_no_bounds_but_the_share_of_misses(trade_off):
+    learns_other_rows(trade_off, "HLoRA")
+    ratio, missed = equal_domain_ratio(trade_off, "EWC-LoRA", "HLoRA", "piqa", "wikitext", 70.5)
+    assert ratio.value == pytest.approx(math.exp(0.1))
+    assert all(map(math.isnan, ratio[1:]))
+    assert 0.3 < missed < 0.5  # from half a nat on the better side of the target, rows that deviate by 3.6 in the mean
+    turned, missed = equal_domain_ratio(trade_off, "HLoRA", "EWC-LoRA", "piqa", "wikitext", 70.5)
+    assert turned.low < turned.value < turned.high == math.inf
+    assert missed == 0
 
 
 def test_the_curve_is_of_the_seeds_that_have_every_strength(trade_off):

@@ -446,6 +446,25 @@ def test_protect_passes_its_options_on(
     assert penalty.unit == 1.0
 
 
+def test_protect_at_the_base_leaves_an_untouched_adapter_where_it_is(
+    peft_model: PeftModel, token_ids: Tensor, importance: Importance, tmp_path: Path
+) -> None:
+    before = factors(peft_model)
+    penalty = hlora.protect(make_trainer(peft_model, token_ids, tmp_path), importance, phi=9.0, anchor="base")
+    assert_same_factors(factors(peft_model), before)
+    assert penalty().item() == 0.0
+
+
+def test_recording_ends_the_training_once_it_has_moved_far_enough(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
+) -> None:
+    recorder = ImportanceRecorder(peft_model)
+    trainer = make_trainer(peft_model, token_ids, tmp_path, [recorder.callback(stop_at_move=1e-9)])
+    trainer.train()
+    assert trainer.state.global_step == recorder.steps == 1
+    assert recorder.move() >= 1e-9
+
+
 def test_protect_on_a_trainer_without_lora_or_with_another_adapter_is_refused(
     token_ids: Tensor, importance: Importance, model_dir: str, tmp_path: Path
 ) -> None:

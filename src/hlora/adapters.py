@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from hlora.errors import AdapterError
@@ -53,6 +54,12 @@ class AdaptedMatrix:
         # float64: in float32 the last index of a matrix above 2²⁴ elements rounds to one past the end.
         index = torch.linspace(0, flat.numel() - 1, min(_BASE_SAMPLE, flat.numel()), dtype=torch.float64).long()
         return flat[index.to(flat.device)].float().cpu()
+
+    def base_square(self) -> float:
+        """‖W₀‖², the sum of all squared values; a quantised base is dequantised for it."""
+        layer = self.module.get_base_layer()
+        weight = layer.weight if layer.weight.is_floating_point() else dequantize_module_weight(layer)
+        return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)) ** 2
 
 
 def layer_number(name: str) -> int | None:

@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from hlora import data, pipeline
-from hlora.config import ArmConfig, CellConfig, CompareConfig, parse_config
+from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, parse_config
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import write_text
@@ -191,18 +191,41 @@ class Grid:
             **config.model_dump(exclude={"output", "baselines"}),
             "general_data": self.general(config).facts,
             "domain_data": self.domain(config)[0].facts,
-            "chosen_on": self._general_and_held_out(config)[2] if self.validates(seed) else None,
+            "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
             "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
         }
         return Cell(arm, task, None if settings.method == "base" else seed, strength, config, digest(made_from))
 
     def general(self, config: CellConfig) -> data.GeneralText:
-        """General text without the last tenth of its documents, which strengths are chosen on."""
-        return self._general_and_held_out(config)[0]
+        """General text of a cell without what strengths are chosen on."""
+        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
+        if key not in self._read:
+            found = self._general_text(config.general, config.seed)
+            if config.general == self.config.general:
+                self._read[key], _ = data.hold_out_documents(found)
+            else:
+                self._read[key] = data.without_lines_of(found, self.held_out_texts(config.seed).values())
+        return self._read[key]
 
-    def held_out_texts(self, config: CellConfig) -> dict[str, str]:
-        """What strengths are chosen on: the last tenth of the general documents, and the texts of `selection`."""
-        return self._general_and_held_out(config)[1]
+    def held_out_texts(self, seed: int | None) -> dict[str, str]:
+        """What strengths of every arm are chosen on: the last tenth of the comparison's own general documents, and the
+        texts of `selection`."""
+        seed = self.config.seeds[0] if seed is None else seed
+        key = f"held out, seed {seed}"
+        if key not in self._read:
+            _, documents = data.hold_out_documents(self._general_text(self.config.general, seed))
+            others = self.config.selection.texts.items()
+            held_out = {"general (held out)": documents, **{n: data.read_documents(path) for n, path in others}}
+            self._read[key] = {name: "\n\n".join(parts) for name, parts in held_out.items()}
+        return self._read[key]
+
+    def _general_text(self, general: GeneralConfig, seed: int) -> data.GeneralText:
+        key = digest({"general": general.model_dump(), "seed": seed})
+        if key not in self._read:
+            cache = self.output / f"general-samples-{key}.json"
+            settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, cache)
+            self._read[key] = data.general_text(*settings)
+        return self._read[key]
 
     def domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
         """Domain rows without those that strengths are chosen on, and those."""
@@ -211,19 +234,6 @@ class Grid:
         if key not in self._read:
             found = data.domain_rows(config.domain, config.evaluation.max_rows, config.seed)
             self._read[key] = data.hold_out(found, config.held_out_rows, config.seed)
-        return self._read[key]
-
-    def _general_and_held_out(self, config: CellConfig) -> tuple[data.GeneralText, dict[str, str], str]:
-        """General text to train on, texts to choose strengths on, and the digest of these."""
-        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
-        if key not in self._read:
-            cache = self.output / f"general-samples-{key}.json"
-            settings = (config.general, config.evaluation, self.base, self.tokenizer, config.seed, cache)
-            text, documents = data.hold_out_documents(data.general_text(*settings))
-            others = self.config.selection.texts.items()
-            held_out = {"general (held out)": documents, **{n: data.read_documents(path) for n, path in others}}
-            texts = {name: "\n\n".join(parts) for name, parts in held_out.items()}
-            self._read[key] = text, texts, digest(texts)
         return self._read[key]
 
     def validates(self, seed: int | None) -> bool:
@@ -315,7 +325,7 @@ class Grid:
     def _validation(self, cell: Cell, model: Any) -> dict[str, Any]:
         held_out = data.DomainRows([], self.domain(cell.config)[1], [])
         settings = cell.config.evaluation.model_copy(update={"accuracy": False, "generate": 0})
-        found = evaluate(model, self.tokenizer, self.held_out_texts(cell.config), held_out, settings)
+        found = evaluate(model, self.tokenizer, self.held_out_texts(cell.seed), held_out, settings)
         return {"texts": found["texts"], "domain": found["domain"]}
 
     def job(self, cell: Cell) -> Job:
@@ -325,7 +335,8 @@ class Grid:
             if arm.method in ("hlora", "l2"):
                 task = (arm.tasks or list(self.config.tasks))[0]
                 kind = self._cell(name, task, cell.config.seed, None).config.importance
-                recorded[kind.encoding, kind.gradient] = kind
+                if kind.method == "path_integral":
+                    recorded[kind.encoding, kind.gradient] = kind
         job = Job(cell.config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
         job.general = self.general(cell.config)
         job.domain = self.domain(cell.config)[0]
@@ -412,7 +423,8 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
     from hlora.comparison_figures import all_figures
     from hlora.figures import save
     from hlora.report.comparison import write_comparison_report
-    from hlora.tables import all_tables, write_tables
+    from hlora.table_formats import write_tables
+    from hlora.tables import all_tables
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None

@@ -178,10 +178,11 @@ def training_curves(comparison: Mapping[str, Any]) -> Figure:
             for axes in (left, right):
                 axes.set_xlabel("optimizer step")
                 axes.grid(alpha=0.25)
-                if axes.get_lines():
-                    axes.legend(frameon=False)
-                else:
+                if not axes.get_lines():
                     axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=GREY)
+        lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+        if lines:  # below, where it covers no curve
+            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     return figure
 
 

@@ -74,7 +74,9 @@ class LoraSettings(_Section):
         return value
 
 
-class GeneralConfig(_Section):
+class GeneralSource(_Section):
+    """One source of general text."""
+
     source: Literal["files", "hub", "model"] = "files"
     """Where the general text comes from: local files, a hub data set, or samples of the base model itself."""
     paths: list[str] = []
@@ -97,12 +99,25 @@ class GeneralConfig(_Section):
     """model: sampling temperature."""
 
     @model_validator(mode="after")
-    def _source_is_complete(self) -> GeneralConfig:
-        if self.source == "files" and not self.paths:
+    def _source_is_complete(self) -> GeneralSource:
+        if self.source == "files" and not self.paths and not getattr(self, "mixture", None):
             raise ValueError("source 'files' needs paths, a list of .txt, .jsonl or .parquet files")
         if self.source == "hub" and not self.dataset:
             raise ValueError("source 'hub' needs dataset, the name of a hub data set")
         return self
+
+
+class WeightedSource(GeneralSource):
+    """A source in a mixture."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the mixture's characters, relative to the other sources'."""
+
+
+class GeneralConfig(GeneralSource):
+    mixture: list[WeightedSource] = []
+    """Several sources in place of one, each with the fields above and a weight. Mixed by characters, none repeated:
+    the scarcest source for its weight sets how much there is."""
 
 
 class DomainConfig(_Section):
@@ -122,6 +137,9 @@ class DomainConfig(_Section):
 
 
 class ImportanceConfig(_Section):
+    method: Literal["path_integral", "squared_gradients"] = "path_integral"
+    """path_integral: of the general phase's training (Eq. 12, the paper's). squared_gradients: of a few hundred
+    sequences at the base model, without training it; it needs penalty.anchor base."""
     encoding: EncodingName = "factored"
     """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2),
     or factored (row sums x column sums)."""
@@ -130,6 +148,13 @@ class ImportanceConfig(_Section):
     gradient: Literal["effective", "exact"] = "effective"
     """Gradient in the path integral: effective, Eq. 11 (the paper's), or exact, that of the adapted matrix itself
     (4 bytes an element more memory while recording)."""
+    sequences: int = Field(default=256, ge=1)
+    """squared_gradients: sequences of general text to take."""
+    sequence_length: int = Field(default=128, ge=2)
+    """squared_gradients: tokens of each."""
+    stop_at_move: float | None = Field(default=None, gt=0)
+    """path_integral: end the general phase early, once it has moved the adapted matrices by this share of their
+    norm."""
 
 
 class PenaltyConfig(_Section):
@@ -143,6 +168,9 @@ class PenaltyConfig(_Section):
     uniform: no layer weights. sum: each matrix counts in full, the plain sum of EWC."""
     group: Literal["matrix", "block"] = "matrix"
     """What one layer weight covers: each adapted matrix, or each transformer block."""
+    anchor: Literal["general", "base"] = "general"
+    """What the domain phase is held to: general, where the general phase ended and the domain phase then starts (the
+    paper's), or base, the base model, from a fresh adapter."""
 
 
 class TrainingConfig(_Section):
@@ -216,6 +244,15 @@ class RunConfig(_Section):
     """What is measured, before and after."""
     baselines: list[Arm] = []
     """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
+
+    @model_validator(mode="after")
+    def _importance_has_its_anchor(self) -> RunConfig:
+        if self.importance.method == "squared_gradients" and self.penalty.anchor == "general":
+            raise ValueError(
+                "penalty.anchor: importance.method squared_gradients trains no general adapter to start from; "
+                "set penalty.anchor to base"
+            )
+        return self
 
 
 class FisherConfig(_Section):

@@ -20,7 +20,7 @@ from datasets import Dataset, load_dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig
+from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig, GeneralSource
 from hlora.errors import DataError, first_line
 from hlora.files import write_text
 from hlora.tasks import Example, read_example
@@ -78,15 +78,17 @@ def general_text(
 
     Raises DataError when a file cannot be read, or nothing is left to train on.
     """
-    if config.source == "files":
-        documents = [document for path in config.paths for document in read_documents(path, config.column)]
-    elif config.source == "hub":
-        documents = _hub_documents(config)
+
+    def read(source: GeneralSource, cache: Path) -> list[str]:
+        return _documents(source, model, tokenizer, seed, cache)
+
+    mixed: list[dict[str, Any]] = []
+    if config.mixture:
+        parts = [read(each, cache.with_stem(f"{cache.stem}-{n}")) for n, each in enumerate(config.mixture)]
+        documents, shares = _mixed(parts, [each.weight for each in config.mixture], seed)
+        mixed = [{"source": each.source, "characters": n} for each, n in zip(config.mixture, shares, strict=True)]
     else:
-        documents = _model_samples(config, model, tokenizer, seed, cache)
-    documents = [document for document in documents if document.strip()][: config.max_documents]
-    if not documents:
-        raise DataError(f"general: no text in what source {config.source!r} names. Give it some, or another source.")
+        documents = read(config, cache)
     texts = {name: "\n\n".join(read_documents(path, config.column)) for name, path in evaluation.texts.items()}
     if not texts:
         if len(documents) < 2:
@@ -105,7 +107,8 @@ def general_text(
     if dropped:
         logger.warning("general: left out %d characters that stand in an evaluation text too", dropped)
     facts = {
-        "source": config.source,
+        "source": "mixture" if mixed else config.source,
+        **({"mixture": mixed} if mixed else {}),
         "documents": len(train),
         "characters": sum(map(len, train)),
         "sha256": _sha256(train),
@@ -152,6 +155,41 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int) -> D
     return DomainRows(kept, test, test_rows, facts)
 
 
+def _documents(
+    source: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path
+) -> list[str]:
+    if source.source == "files":
+        documents = [document for path in source.paths for document in read_documents(path, source.column)]
+    elif source.source == "hub":
+        documents = _hub_documents(source)
+    else:
+        documents = _model_samples(source, model, tokenizer, seed, cache)
+    documents = [document for document in documents if document.strip()][: source.max_documents]
+    if not documents:
+        raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
+    return documents
+
+
+def _mixed(parts: list[list[str]], weights: list[float], seed: int) -> tuple[list[str], list[int]]:
+    """Documents of several sources in one seeded order, and the characters taken of each.
+
+    As much as there is without repeating any: the source with the fewest characters for its weight sets the total.
+    """
+    total = min(sum(map(len, part)) / weight for part, weight in zip(parts, weights, strict=True))
+    documents: list[str] = []
+    taken = []
+    for part, weight in zip(parts, weights, strict=True):
+        left = whole = round(total * weight)
+        for document in part:
+            if left <= 0:
+                break
+            documents.append(document[:left])
+            left -= len(document)
+        taken.append(whole)
+    random.Random(seed).shuffle(documents)
+    return documents, taken
+
+
 def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
     """Set the last tenth of the general documents aside, to choose strengths on. Raises DataError when there is one."""
     if len(text.train) < 2:
@@ -160,6 +198,22 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
     train = text.train[:-held_out]
     facts = {**text.facts, "documents": len(train), "characters": sum(map(len, train)), "sha256": _sha256(train)}
     return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+
+
+def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
+    """Leave out of the general documents what stands in `others`: whole ones, and lines of 80 characters or more.
+
+    Raises DataError when nothing is left.
+    """
+    others = list(others)
+    apart = [document for document in text.train if not any(document.strip() in other for other in others)]
+    train, _ = _without_lines_of(apart, others)
+    if not train:
+        raise DataError("general: nothing left to train on; all of it stands in a text that strengths are chosen on.")
+    facts = {**text.facts, "documents": len(train), "characters": sum(map(len, train)), "sha256": _sha256(train)}
+    return replace(
+        text, train=train, facts={**facts, "characters_held_out": sum(map(len, text.train)) - facts["characters"]}
+    )
 
 
 def hold_out(rows: DomainRows, count: int, seed: int) -> tuple[DomainRows, list[Example]]:
@@ -251,7 +305,7 @@ def _hub(name: str, subset: str | None, split: str, streaming: bool = False) -> 
         ) from None
 
 
-def _hub_documents(config: GeneralConfig) -> list[str]:
+def _hub_documents(config: GeneralSource) -> list[str]:
     assert config.dataset is not None  # validated with the configuration
     rows: Iterable[dict[str, Any]] = _hub(config.dataset, config.subset, config.split, config.max_documents is not None)
     documents = []
@@ -266,7 +320,7 @@ def _hub_documents(config: GeneralConfig) -> list[str]:
 
 @torch.no_grad()
 def _model_samples(
-    config: GeneralConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path
+    config: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path
 ) -> list[str]:
     """Text that the base model writes by itself from its first token; seeded, and read from `cache` if made before."""
     asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]

@@ -28,17 +28,20 @@ class Factored(NamedTuple):
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Vectors u, v with u ⊗ v = row ⊗ column / total; zeros when the total is zero."""
         # The mean of the two sums, which agree unless negatives were clamped: a product of them underflows at 1e-23.
-        total = (self.row.sum() + self.column.sum()) / 2
-        return self.row, torch.where(total == 0, torch.zeros_like(self.column), self.column / total)
+        whole = total(self)
+        return self.row, torch.where(whole == 0, torch.zeros_like(self.column), self.column / whole)
 
 
 Encoded = Tensor | Factored
 
 
-def zeros(encoding: str, d_out: int, d_in: int, device: torch.device) -> Encoded:
-    """An all-zero (d_out, d_in) matrix in the encoding. Raises ValueError for an unknown encoding."""
+def zeros(encoding: str, d_out: int, d_in: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoded:
+    """An all-zero (d_out, d_in) matrix in the encoding. Raises ValueError for an unknown encoding.
+
+    dtype: of the sums of a factored one.
+    """
     if encoding == "factored":
-        return Factored(torch.zeros(d_out, device=device), torch.zeros(d_in, device=device))
+        return Factored(*(torch.zeros(size, dtype=dtype, device=device) for size in (d_out, d_in)))
     if encoding in ("float32", "bfloat16"):
         return torch.zeros(d_out, d_in, dtype=getattr(torch, encoding), device=device)
     raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
@@ -59,6 +62,20 @@ def norm(matrix: Encoded) -> Tensor:
         return torch.linalg.vector_norm(row) * torch.linalg.vector_norm(column)
     wide = torch.promote_types(matrix.dtype, torch.float32)
     return torch.linalg.vector_norm(matrix, dtype=wide)
+
+
+def total(matrix: Encoded) -> Tensor:
+    """Sum of all elements, a float32 (or wider) scalar."""
+    if isinstance(matrix, Factored):
+        return (matrix.row.sum() + matrix.column.sum()) / 2
+    return matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32))
+
+
+def shape(matrix: Encoded) -> tuple[int, int]:
+    """(d_out, d_in) of the matrix that it stands for."""
+    if isinstance(matrix, Factored):
+        return matrix.row.numel(), matrix.column.numel()
+    return matrix.shape[0], matrix.shape[1]
 
 
 def nbytes(matrix: Encoded) -> int:

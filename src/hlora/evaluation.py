@@ -70,11 +70,15 @@ def evaluate(
 def add_forgetting(measured: dict[str, Any], base: Mapping[str, Any]) -> None:
     """Put `forgetting`, the rise of the mean token loss against the base (nats/token), beside each text's measures.
 
-    As PEFT's method_comparison counts it. measured, base: what `evaluate` returns of a model and of the base.
+    As PEFT's method_comparison counts it. `measured` itself gets the mean over texts, the worst, and whose it is.
+    measured, base: what `evaluate` returns of a model and of the base.
     """
-    for name, text in measured["texts"].items():
-        if name in base["texts"]:
-            text["forgetting"] = text["nll"] - base["texts"][name]["nll"]
+    rises = {n: text["nll"] - base["texts"][n]["nll"] for n, text in measured["texts"].items() if n in base["texts"]}
+    for name, rise in rises.items():
+        measured["texts"][name]["forgetting"] = rise
+    if rises:
+        worst = max(rises, key=rises.__getitem__)
+        measured["forgetting"] = {"mean": statistics.fmean(rises.values()), "worst": rises[worst], "text": worst}
 
 
 @torch.no_grad()

@@ -1,14 +1,17 @@
-"""EWC-LoRA's importance: the diagonal Fisher information of the adapted matrices (Kirkpatrick et al. 2017).
+"""Squared gradients at the base point: the diagonal Fisher information of the adapted matrices, without training.
 
-Xiang et al. 2023, *Language Models Meet World Models*, hold a LoRA update near the pretrained weights with it:
-λ Σ_i F_i (sBA)_i², here `ImportancePenalty(model, importance, phi=λ, layer_weights="sum", phi_scale="paper")`.
+It is EWC-LoRA's importance (Kirkpatrick et al. 2017; Xiang et al. 2023, *Language Models Meet World Models*), dense and
+with labels drawn from the model: λ Σ_i F_i (sBA)_i², here `ImportancePenalty(model, importance, phi=λ,
+layer_weights="sum", phi_scale="paper", anchor="base")`. And it is HLoRA's path integral when nothing moves: under SGD
+ω = Σ η g̃² (Eq. 12), so that of a few hundred sequences, factored from the first one, serves as importance that costs
+one pass. On the model's own samples the text is itself a draw from the model, and needs no other labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -30,15 +33,13 @@ def fisher_information(
     examples: int,
     max_length: int,
     seed: int,
-    batch_size: int = 8,
-    encoding: str = "float32",
+    **options: Any,
 ) -> Importance:
-    """Fisher information of the adapted matrices on general text: `pack`, then `fisher_of_sequences`.
+    """Squared gradients of the adapted matrices on general text: `pack`, then `fisher_of_sequences` with `options`.
 
     Raises DataError when the text is too short for so many examples, AdapterError as `fisher_of_sequences` does.
     """
-    sequences = pack(tokenizer, documents, examples, max_length)
-    return fisher_of_sequences(model, sequences, seed, batch_size, encoding)
+    return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length), seed, **options)
 
 
 def pack(tokenizer: Any, documents: list[str], examples: int, max_length: int) -> Tensor:  # (examples, max_length)
@@ -66,58 +67,78 @@ def fisher_of_sequences(
     seed: int,
     batch_size: int = 8,
     encoding: str = "float32",
+    labels: Literal["sampled", "text"] = "sampled",
+    gradient: Literal["exact", "effective"] = "exact",
 ) -> Importance:
-    """F = E_b[(∂ Σ_t log p(ŷ_bt | x_b,<t) / ∂W)²] / T at the pretrained weights W, ŷ_bt drawn from the model itself.
+    """F = E_b[(∂ Σ_t log p(y_bt | x_b,<t) / ∂W)²] / T at the pretrained weights W, T = length − 1 tokens predicted.
 
-    T is the predicted tokens of a sequence, length − 1. Given the true prefix the scores of two positions do not
-    correlate, so the squared sum over a sequence is an unbiased estimate of the sum of squares, and ½ Σ F δ² is the
-    second-order KL divergence that a change δ of W makes, diagonal part, in nats a token: the unit of λ.
+    labels: y drawn from the model itself (EWC), or the text's own next tokens, which are such a draw where the model
+    wrote the text. Given the true prefix the scores of two drawn positions do not correlate, so the squared sum over a
+    sequence is an unbiased estimate of the sum of squares, and ½ Σ F δ² is the second-order KL divergence that a change
+    δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
+    gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
+    seed: of the sampled labels; they do not depend on `batch_size`.
+    encoding: float32 and bfloat16 form each example's dense gradient, factored never does (`add_squares_`). The sums
+    are float32 or wider, and memory beyond them is one matrix and one batch's activations.
 
-    seed: of the sampled labels; they do not depend on `batch_size`. encoding: what the result is kept in. The sum is
-    float32 (or wider) and dense in any case, and memory beyond it is one matrix and one batch's activations.
-    The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it. So
-    its undo_cost is 0, and a penalty needs phi_scale "paper".
+    The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
+    for A to the effective gradient.
 
     Raises AdapterError without LoRA, or where a layer's input keeps no example apart (experts of a mixture).
     """
-    matrices = adapted_matrices(model, unprotected="warn")
+    matrices = {matrix.name: matrix for matrix in adapted_matrices(model, unprotected="warn")}
+    wide = {name: _wide(matrix.A) for name, matrix in matrices.items()}
     encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
-    fisher = {m.name: torch.zeros(m.B.shape[0], m.A.shape[1], dtype=_wide(m.A), device=m.A.device) for m in matrices}
+    sums: dict[str, Encoded] = {}
+    for name, m in matrices.items():
+        d_out, d_in = m.B.shape[0], m.A.shape[1]
+        if encoding == "factored":
+            sums[name] = encodings.zeros(encoding, d_out, d_in, m.A.device, wide[name])
+        else:
+            sums[name] = torch.zeros(d_out, d_in, dtype=wide[name], device=m.A.device)
     examples, predicted = sequences.shape[0], sequences.shape[1] - 1
     uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    def add_squares(name: str, x: Tensor, gradient: Tensor) -> None:
-        total = fisher[name]
-        for x_b, gradient_b in zip(x.to(total.dtype), gradient.to(total.dtype), strict=True):
-            of_example = gradient_b.T @ x_b  # Σ_t gradient[t] ⊗ x[t], (d_out, d_in)
-            total.addcmul_(of_example, of_example)
+    def add(name: str, x: Tensor, output_gradient: Tensor) -> None:
+        x, output_gradient = x.to(wide[name]), output_gradient.to(wide[name])
+        if gradient == "effective":
+            A, scale = matrices[name].A.detach().to(wide[name]), matrices[name].scale
+            x = scale**2 * (x @ A.T) @ A
+        add_squares_(sums[name], x, output_gradient)
 
     batches = range(0, examples, batch_size)
-    steps = track(batches, description="Fisher information", transient=True, console=Console(stderr=True))
+    steps = track(batches, description="squared gradients", transient=True, console=Console(stderr=True))
     with _at_pretrained_weights(model), torch.enable_grad():
         for start in steps:
             batch = sequences[start : start + batch_size].to(model.device)
-            with _output_gradients(matrices, len(batch), add_squares):
+            with _output_gradients(list(matrices.values()), len(batch), add):
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
                 logits = logits.to(_wide(logits))
-                labels = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                targets = batch[:, 1:].flatten()
+                if labels == "sampled":
+                    targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
+                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    for total in sums.values():
+        for part in encodings.parts(total).values():
+            part.div_(examples * predicted)
     return Importance(
         matrices={
-            m.name: ImportanceMatrix(
-                omega=_encode(fisher.pop(m.name).div_(examples * predicted), encoding),
+            name: ImportanceMatrix(
+                omega=_encode(sums.pop(name), encoding),
                 A=m.A.detach().clone(),
                 B=torch.zeros_like(m.B),
                 scale=m.scale,
-                undo_cost=0.0,
+                undo_cost=0.0,  # nothing moved
                 base_sample=m.base_sample(),
             )
-            for m in matrices
+            for name, m in matrices.items()
         },
         encoding=encoding,
-        lora_config=model.peft_config[matrices[0].adapter_name].to_dict(),
+        lora_config=model.peft_config[next(iter(matrices.values())).adapter_name].to_dict(),
         provenance={
-            "method": "ewc",
+            "method": "squared_gradients",
+            "labels": labels,
+            "gradient": gradient,
             "examples": examples,
             "max_length": predicted + 1,
             "tokens": examples * predicted,
@@ -125,6 +146,21 @@ def fisher_of_sequences(
             "base_model": str(getattr(model.config, "_name_or_path", "")),
         },
     )
+
+
+def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
+    """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
+
+    Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
+    d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
+    """
+    if isinstance(total, Factored):
+        total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
+        total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
+        return
+    for x_b, gradient_b in zip(x, gradient, strict=True):
+        of_example = gradient_b.T @ x_b
+        total.addcmul_(of_example, of_example)
 
 
 def whole_model_bytes(model: nn.Module) -> int:
@@ -192,10 +228,8 @@ def _output_gradients(
             handle.remove()
 
 
-def _encode(dense: Tensor, encoding: str) -> Encoded:
-    if encoding == "factored":
-        return Factored(dense.sum(1), dense.sum(0))
-    return dense.to(torch.bfloat16) if encoding == "bfloat16" else dense
+def _encode(total: Encoded, encoding: str) -> Encoded:
+    return total.to(torch.bfloat16) if encoding == "bfloat16" and isinstance(total, Tensor) else total
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

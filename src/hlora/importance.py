@@ -75,10 +75,14 @@ class Importance:
     def __add__(self, other: Importance) -> Importance:
         """Importance of several general tasks (Eq. 13, Σ_ν); the anchor θ^ν is the later one's, `other`'s.
 
-        Raises ArtifactError when the two differ in encoding or matrices.
+        Raises ArtifactError when the two differ in encoding, method, gradient or matrices.
         """
         if self.encoding != other.encoding:
             raise ArtifactError(f"cannot add importance in {self.encoding} to one in {other.encoding}")
+        for what, usual in (("method", "path_integral"), ("gradient", "effective")):  # their units differ
+            mine, theirs = (part.provenance.get(what, usual) for part in (self, other))
+            if mine != theirs:
+                raise ArtifactError(f"cannot add importance of {what} {mine} to one of {what} {theirs}")
         _same_names(self.matrices, other.matrices, "the first importance", "the second")
         matrices = {
             name: replace(
@@ -91,8 +95,35 @@ class Importance:
         provenance = {**other.provenance, "parts": [self.provenance, other.provenance]}
         return replace(other, matrices=matrices, provenance=provenance)
 
+    @property
+    def without_move(self) -> bool:
+        """Whether it was recorded at the base point, without training: then θ^ν is W₀."""
+        return self.provenance.get("method") == "squared_gradients"
+
+    def covering(self, matrices: list[AdaptedMatrix]) -> Importance:
+        """The part of the importance that concerns `matrices`, whatever their rank: all that anchor "base" needs.
+
+        Raises ArtifactError that names the first matrix which is not covered, and what to do.
+        """
+        for matrix in matrices:
+            mine = self.matrices.get(matrix.name)
+            if mine is None:
+                modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.matrices}))
+                raise ArtifactError(
+                    f"the adapter has {matrix.name!r}, which the importance does not cover (it covers {modules}). "
+                    "Record with these target_modules too, or adapt covered ones only."
+                )
+            expected, got = encodings.shape(mine.omega), (matrix.B.shape[0], matrix.A.shape[1])
+            if expected != got:
+                raise ArtifactError(
+                    f"{matrix.name}: importance was recorded for a matrix of {expected[0]} × {expected[1]}; "
+                    f"the adapter is for one of {got[0]} × {got[1]}. Load the recording's base model, or record again."
+                )
+            self._check_base(matrix)
+        return replace(self, matrices={matrix.name: self.matrices[matrix.name] for matrix in matrices})
+
     def check(self, matrices: list[AdaptedMatrix]) -> None:
-        """Raises ArtifactError that names the first matrix which does not fit, and what to do."""
+        """Raises ArtifactError that names the first matrix whose adapter is unlike the recording's, and what to do."""
         by_name = {matrix.name: matrix for matrix in matrices}
         _same_names(self.matrices, by_name, "the importance", "the model's adapter")
         for name, mine in self.matrices.items():
@@ -103,16 +134,20 @@ class Importance:
                 raise ArtifactError(
                     f"{name}: importance was recorded with A {expected[0]}, B {expected[1]}, scale {expected[2]}; "
                     f"the adapter has A {got[0]}, B {got[1]}, scale {got[2]}. "
-                    f"Use the recording's LoRA settings: {_short(self.lora_config)}"
+                    f"Use the recording's LoRA settings: {_short(self.lora_config)}; or the anchor base, "
+                    "which takes any rank."
                 )
-            sample = other.base_sample()
-            # Tolerance of one bfloat16 rounding: the same base may be loaded in another precision.
-            known = len(sample) == len(mine.base_sample) > 0
-            if known and not torch.allclose(sample, mine.base_sample, rtol=0.01, atol=1e-5):
-                raise ArtifactError(
-                    f"{name}: the base weights are not those the importance was recorded on "
-                    f"({self.provenance.get('base_model') or 'unnamed'}). Load that base model, or record again."
-                )
+            self._check_base(other)
+
+    def _check_base(self, matrix: AdaptedMatrix) -> None:
+        sample, kept = matrix.base_sample(), self.matrices[matrix.name].base_sample
+        # Tolerance of one bfloat16 rounding: the same base may be loaded in another precision.
+        known = len(sample) == len(kept) > 0
+        if known and not torch.allclose(sample, kept, rtol=0.01, atol=1e-5):
+            raise ArtifactError(
+                f"{matrix.name}: the base weights are not those the importance was recorded on "
+                f"({self.provenance.get('base_model') or 'unnamed'}). Load that base model, or record again."
+            )
 
     def load_adapter_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
         """Set the model's adapter to θ^ν, where the domain phase starts. Raises ArtifactError on a mismatch."""

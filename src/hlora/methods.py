@@ -6,6 +6,7 @@ replay, KL to the base model, OSF, CorDA and LoRA on the MLP, is in rivals.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from hlora import ops, recording, rivals
+from hlora import encodings, ops, recording, rivals
 from hlora.config import CellConfig
 from hlora.encodings import Factored
 from hlora.fisher import fisher_information
 from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.penalty import ImportancePenalty
-from hlora.pipeline import History, Job, train_on_domain
+from hlora.pipeline import History, Job, protected, train_on_domain
 
 Method = Callable[[Job, float | None], tuple[Any, History]]
 
@@ -59,12 +60,15 @@ def lora_after_general(job: Job, strength: float | None) -> tuple[PeftModel, His
 
 
 def hlora(job: Job, strength: float | None) -> tuple[PeftModel, History]:
-    """The paper's method: from θ^ν under φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16). strength: φ."""
+    """The paper's method: from θ^ν under φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16). strength: φ.
+
+    With penalty.anchor base from the base model, under the same sum over (θ_i − W₀_i)².
+    """
     return _protected(job, recording.importance(job), strength, job.config.penalty.layer_weights)
 
 
 def l2(job: Job, strength: float | None) -> tuple[PeftModel, History]:
-    """Plain L2 towards θ^ν: HLoRA with the same importance everywhere. Relative φ matches its strength to HLoRA's."""
+    """Plain L2 towards the anchor: HLoRA with its mean importance everywhere. Relative φ matches the strength."""
     return _protected(job, _uniform(recording.importance(job)), strength, "uniform")
 
 
@@ -72,7 +76,8 @@ def ewc(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     """EWC-LoRA (Xiang et al. 2023): a fresh adapter on the domain under λ Σ F (sBA)². strength: λ, nats/token."""
     information = fisher(job)
     model = attach_lora(job.base, job.config.lora, job.config.seed)
-    penalty = ImportancePenalty(model, information, 1.0 if strength is None else strength, "sum", "paper")
+    weight = 1.0 if strength is None else strength
+    penalty = ImportancePenalty(model, information, weight, "sum", "paper", anchor="base")
     return model, train_on_domain(job, model, "ewc", penalty)
 
 
@@ -85,7 +90,10 @@ def fisher(job: Job) -> Importance:
     def measure(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
         texts, sizes = job.general.train, (options.examples, options.max_length)
-        fisher_information(model, job.tokenizer, texts, *sizes, config.seed, options.batch_size).save(directory)
+        information = fisher_information(
+            model, job.tokenizer, texts, *sizes, config.seed, batch_size=options.batch_size
+        )
+        information.save(directory)
         model.unload()
 
     made_from = {**config.model_dump(include={"model", "lora", "fisher", "seed"}), "text": job.general.facts}
@@ -113,20 +121,19 @@ METHODS: dict[str, Method] = {
 def _protected(
     job: Job, importance: Importance, strength: float | None, layer_weights: str
 ) -> tuple[PeftModel, History]:
-    options = job.config.penalty
-    phi = options.phi if strength is None else strength
-    model = attach_lora(job.base, job.config.lora, job.config.seed)
-    importance.load_adapter_into(model)
-    penalty = ImportancePenalty(model, importance, phi, layer_weights, options.phi_scale, options.group)
+    phi = job.config.penalty.phi if strength is None else strength
+    model, penalty = protected(job, importance, phi, layer_weights)
     return model, train_on_domain(job, model, "hlora", penalty)
 
 
 def _uniform(importance: Importance) -> Importance:
-    """Importance 1 everywhere; what undoing the general phase costs is counted anew."""
+    """The mean importance everywhere; what undoing the general phase costs is counted anew."""
+    kept = importance.matrices.values()
+    mean = sum(float(encodings.total(m.omega)) for m in kept) / sum(math.prod(encodings.shape(m.omega)) for m in kept)
     matrices = {}
     for name, matrix in importance.matrices.items():
-        d_out, d_in = matrix.B.shape[0], matrix.A.shape[1]
-        ones = Factored(torch.full((d_out,), float(d_in)), torch.full((d_in,), float(d_out)))
-        delta = ops.difference(matrix.A, matrix.B, matrix.A, torch.zeros_like(matrix.B), matrix.scale)
-        matrices[name] = replace(matrix, omega=ones, undo_cost=float(ops.penalty(ones, delta)))
+        d_out, d_in = encodings.shape(matrix.omega)
+        same = Factored(torch.full((d_out,), mean * d_in), torch.full((d_in,), mean * d_out))
+        delta = ops.difference(matrix.A, matrix.B, None, matrix.scale)
+        matrices[name] = replace(matrix, omega=same, undo_cost=float(ops.penalty(same, delta)))
     return replace(importance, matrices=matrices, encoding="factored")

@@ -14,13 +14,20 @@ from torch import Tensor
 from hlora.encodings import Encoded, Factored, round_stochastically_
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
+Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
 
 _BLOCK = 1 << 18  # elements of one block. 3072², r 8, 2 cores: recording 13 ms (2¹⁶ 25, 2²⁰ 34), penalty 23 (35, 23)
 
 
-def difference(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor, scale: float) -> Pair:
-    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider. A: (r, d_in), B: (d_out, r)."""
-    A, B, A_start, B_start = (_wide(factor) for factor in (A, B, A_start, B_start))
+def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
+    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider. A: (r, d_in), B: (d_out, r).
+
+    start: A₀ and B₀; None for W₀, from where the difference is sBA, of rank r.
+    """
+    A, B = _wide(A), _wide(B)
+    if start is None:
+        return scale * B, A
+    A_start, B_start = (_wide(factor) for factor in start)
     return scale * torch.cat([B - B_start, B_start], 1), torch.cat([A, A - A_start], 0)
 
 
@@ -98,12 +105,11 @@ def penalty_with_gradients(
     importance: Encoded,  # (d_out, d_in)
     A: Tensor,  # (r, d_in)
     B: Tensor,  # (d_out, r)
-    A_anchor: Tensor,
-    B_anchor: Tensor,
+    anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
-    """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν), with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω."""
-    value, grad_A, grad_B = _penalty(importance, difference(A, B, A_anchor, B_anchor, scale), (_wide(A), _wide(B)))
+    """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω."""
+    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
     assert grad_A is not None and grad_B is not None
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 

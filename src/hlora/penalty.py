@@ -1,9 +1,13 @@
-"""φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16): a value to add to the loss, or its gradient once a step."""
+"""φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i*)² (Eqs. 14–16): a value to add to the loss, or its gradient once a step.
+
+The anchor θ* is the paper's θ^ν, or W₀ (`anchor="base"`), where the penalised square is that of sBA itself.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from hlora import encodings, equations, ops
 from hlora.adapters import adapted_matrices, layer_number
+from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.importance import Importance
 
@@ -19,13 +24,16 @@ if TYPE_CHECKING:
 
 
 class ImportancePenalty:
-    """Holds the adapted weights of `model` to θ^ν, each element by its importance.
+    """Holds the adapted weights of `model` to an anchor, each element by its importance.
 
     phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
     Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and
-    run length.
+    run length. Of an importance recorded without a move (squared gradients), relative φ is the loss, in nats, of one
+    nat a token of expected forgetting (½ Σ F δ², see fisher.py); layer weights keep that of a move alike everywhere.
     layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share, uniform, or sum (all ones).
     group: one c_l for each adapted "matrix", or for each transformer "block".
+    anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's); or
+    "base", W₀, for a fresh adapter of any rank on any of the matrices that the importance covers.
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
@@ -42,30 +50,28 @@ class ImportancePenalty:
         phi_scale: str = "relative",
         group: str = "matrix",
         adapter_name: str | None = None,
+        anchor: str = "general",
     ) -> None:
         if not 0 <= phi < math.inf:
             raise ValueError(f"phi: expected a finite weight of at least 0, got {phi}")
         if phi_scale not in ("relative", "paper"):
             raise ValueError(f"phi_scale: expected relative or paper, got {phi_scale!r}")
+        if anchor not in ("general", "base"):
+            raise ValueError(f"anchor: expected general or base, got {anchor!r}")
         self.phi = phi
         self.matrices = adapted_matrices(model, adapter_name, unprotected="warn")
-        importance.check(self.matrices)
+        if anchor == "base":
+            importance = importance.covering(self.matrices)
+        else:
+            importance.check(self.matrices)
         self.coefficients = layer_coefficients(importance, layer_weights, group)
-        cost = sum(self.coefficients[name] * m.undo_cost for name, m in importance.matrices.items())
-        if phi_scale == "relative" and not cost > 0:
-            raise ArtifactError(
-                "the importance is zero on everything that the general phase moved, so a relative phi has no "
-                "unit. Record more steps, or at a larger learning rate."
-            )
-        self.unit = cost if phi_scale == "relative" else 1.0
-        self._kept = {}
+        self.unit = _relative_unit(importance, self.coefficients) if phi_scale == "relative" else 1.0
+        self._omega: dict[str, Encoded] = {}
+        self._anchor: dict[str, ops.Factors | None] = {}
         for matrix in self.matrices:
             mine, device = importance.matrices[matrix.name], matrix.A.device
-            self._kept[matrix.name] = (
-                encodings.to_device(mine.omega, device),
-                mine.A.to(device),
-                mine.B.to(device),
-            )
+            self._omega[matrix.name] = encodings.to_device(mine.omega, device)
+            self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
 
     def __call__(self) -> Tensor:
         """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B."""
@@ -99,11 +105,9 @@ class ImportancePenalty:
         """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
         values, gradients = [], []
         for matrix in self.matrices:
-            omega, A_anchor, B_anchor = self._kept[matrix.name]
             weight = self.coefficients[matrix.name] / self.unit
-            value, grad_A, grad_B = ops.penalty_with_gradients(
-                omega, matrix.A, matrix.B, A_anchor, B_anchor, matrix.scale
-            )
+            omega, anchor = self._omega[matrix.name], self._anchor[matrix.name]
+            value, grad_A, grad_B = ops.penalty_with_gradients(omega, matrix.A, matrix.B, anchor, matrix.scale)
             values.append(weight * value)
             gradients += [grad_A.mul_(weight), grad_B.mul_(weight)]
         return torch.stack([value.to(values[0].device) for value in values]).sum(), gradients
@@ -151,6 +155,23 @@ def layer_coefficients(
             stacklevel=2,
         )
     return {name: weights[groups[name]] for name in groups}
+
+
+def _relative_unit(importance: Importance, coefficients: Mapping[str, float]) -> float:
+    """What L_reg is divided by under a relative φ (see ImportancePenalty)."""
+    if importance.without_move:
+        traces = {name: float(encodings.total(m.omega)) for name, m in importance.matrices.items()}
+        whole = sum(traces.values())
+        # ½ Σ F δ² is the nats; c_l that favour some layers leave the cost of a move alike in all elements unchanged.
+        unit = 2 * sum(coefficients[name] * trace for name, trace in traces.items()) / whole if whole > 0 else 0.0
+    else:
+        unit = sum(coefficients[name] * m.undo_cost for name, m in importance.matrices.items())
+    if not unit > 0:
+        raise ArtifactError(
+            "the importance is zero on everything that the general phase moved, so a relative phi has no "
+            "unit. Record more steps, or at a larger learning rate."
+        )
+    return unit
 
 
 def _block(name: str) -> str:

@@ -25,6 +25,7 @@ from hlora.config import ImportanceConfig, RunConfig
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, write_text
+from hlora.fisher import fisher_information
 from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
@@ -50,7 +51,8 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
         model, importance, results["history"]["record"] = record_phase(job)
     importance.save(job.output / "importance")
     results["importance"] = describe(importance, config)
-    _measure(job, results, "after_general", model)
+    if not importance.without_move:
+        _measure(job, results, "after_general", model)
     model.unload()
 
     with _timed(results, "tune"):
@@ -108,23 +110,55 @@ class Job:
 
 
 def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
-    """LoRA on general text with a recorder watching (Eqs. 7–13); returns the model at θ^ν, Ω and the losses."""
-    config = job.config
+    """Record importance on general text; returns the model at θ^ν, Ω and the losses.
+
+    The path integral of LoRA training (Eqs. 7–13), or the squared gradients at the base model, where θ^ν is θ₀.
+    """
+    config, options = job.config, job.config.importance
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = ImportanceRecorder(model, config.importance.encoding, gradient=config.importance.gradient)
+    if options.method == "squared_gradients":
+        return model, squared_gradients(job, model), []
+    recorder = ImportanceRecorder(model, options.encoding, gradient=options.gradient)
     arguments = {"packing": True, **config.training.common, **config.training.record}
     logs = job.output / "logs" / "record"
-    history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, [recorder.callback()])
-    return model, recorder.consolidate(config.importance.xi, job.general.facts), history
+    callbacks = [recorder.callback(options.stop_at_move)]
+    history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
+    return model, recorder.consolidate(options.xi, job.general.facts), history
+
+
+def squared_gradients(job: Job, model: PeftModel) -> Importance:
+    """Ω of the job's general text without a general phase: its squared gradients at the base model."""
+    options = job.config.importance
+    importance = fisher_information(
+        model,
+        job.tokenizer,
+        job.general.train,
+        options.sequences,
+        options.sequence_length,
+        job.config.seed,
+        encoding=options.encoding,
+        labels="text",
+        gradient=options.gradient,
+    )
+    importance.provenance["data"] = job.general.facts
+    return importance
 
 
 def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
-    """LoRA on the domain from θ^ν under the penalty (Eqs. 14–16); returns the tuned model and the losses."""
-    config, options = job.config, job.config.penalty
-    model = attach_lora(job.base, config.lora, config.seed)
-    importance.load_adapter_into(model)
-    penalty = ImportancePenalty(model, importance, options.phi, options.layer_weights, options.phi_scale, options.group)
+    """LoRA on the domain under the penalty (Eqs. 14–16); returns the tuned model and the losses."""
+    options = job.config.penalty
+    model, penalty = protected(job, importance, options.phi, options.layer_weights)
     return model, train_on_domain(job, model, "tune", penalty)
+
+
+def protected(job: Job, importance: Importance, phi: float, layer_weights: str) -> tuple[PeftModel, ImportancePenalty]:
+    """The model where its domain phase starts, θ^ν or the base model by `penalty.anchor`, and the penalty."""
+    options = job.config.penalty
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    if options.anchor == "general":
+        importance.load_adapter_into(model)
+    scale, group, anchor = options.phi_scale, options.group, options.anchor
+    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor)
 
 
 def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:

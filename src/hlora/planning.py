@@ -11,12 +11,15 @@ import torch
 from rich.table import Table
 
 from hlora.comparison import Cell, Grid, choose
-from hlora.config import CompareConfig
+from hlora.config import CellConfig, CompareConfig
 from hlora.models import attach_lora
 from hlora.pipeline import Job
+from hlora.recording import digest
 from hlora.trainer import sft_arguments
 
 _AFTER_GENERAL = ("after_general", "lora_after_general", "hlora", "l2")
+_MADE_FROM = {"fisher": "fisher", "squares": "importance", "general": "training"}
+"""What is made once and kept for several cells, and the settings beside the general text that it depends on."""
 _CHARACTERS = 4  # of a token, about
 
 
@@ -53,7 +56,7 @@ def plan(config: CompareConfig) -> list[dict[str, Any]]:
             for place in ((cell.arm, cell.task), (cell.task,)):
                 measured.setdefault(place, []).append(sum(result["seconds"].values()))
     rows = []
-    paid: set[tuple[str, int]] = set()
+    paid: set[str] = set()
     for cell in cells:
         result = grid.read(cell)
         past = measured.get((cell.arm, cell.task)) or measured.get((cell.task,))
@@ -75,7 +78,7 @@ def plan_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[tuple[str, int]]) -> float:
+def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) -> float:
     """Seconds of a cell, as if it were plain LoRA's."""
     if cell.task not in speeds:
         speeds[cell.task] = _speed(grid.job(cell))
@@ -91,13 +94,18 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[tuple[
     rows = sum(max(1, len(example.choices)) for example in domain.test)
     texts = len(grid.general(config).evaluation)
     if grid.validates(cell.seed):
-        rows, texts = rows + len(held_out), texts + len(grid.held_out_texts(config))
-    shared = "fisher" if config.method == "ewc" else "general" if config.method in _AFTER_GENERAL else ""
+        rows, texts = rows + len(held_out), texts + len(grid.held_out_texts(cell.seed))
     tokens: float = 0
-    if shared and (shared, config.seed) not in paid:
-        paid.add((shared, config.seed))
-        tokens = config.fisher.examples * config.fisher.max_length
-        if shared == "general":
+    if shared := _shared(config):
+        key = digest({"shared": shared, **config.model_dump(include={"seed", "general", _MADE_FROM[shared]})})
+        if key in paid:
+            shared = ""
+        paid.add(key)
+        if shared == "fisher":
+            tokens = config.fisher.examples * config.fisher.max_length
+        elif shared == "squares":
+            tokens = config.importance.sequences * config.importance.sequence_length
+        elif shared == "general":
             record = sft_arguments(grid.output, {**config.training.common, **config.training.record}, config.seed)
             batch = record.per_device_train_batch_size * record.gradient_accumulation_steps
             corpus = record.num_train_epochs * sum(map(len, grid.general(config).train)) / _CHARACTERS
@@ -108,6 +116,15 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[tuple[
         + rows * speed.row
         + texts * config.evaluation.max_tokens * speed.token
     )
+
+
+def _shared(config: CellConfig) -> str:
+    """What the cell needs that is made once and kept for others too."""
+    if config.method == "ewc":
+        return "fisher"
+    if config.method not in _AFTER_GENERAL:
+        return ""
+    return "squares" if config.importance.method == "squared_gradients" else "general"
 
 
 def _speed(job: Job) -> Speed:

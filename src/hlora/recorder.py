@@ -65,6 +65,7 @@ class ImportanceRecorder:
         self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
         self._captured: dict[str, Snapshot] | None = None
         self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
+        self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
         self.reset()
         if self._exact is not None:
             self._exact.open()
@@ -137,11 +138,26 @@ class ImportanceRecorder:
         if self._exact is not None:
             self._exact.close()
 
-    def callback(self) -> TrainerCallback:
-        """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients."""
+    def callback(self, stop_at_move: float | None = None) -> TrainerCallback:
+        """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients.
+
+        stop_at_move: ends the training once `move()` reaches it.
+        """
         from hlora.trainer import RecordingCallback
 
-        return RecordingCallback(self)
+        return RecordingCallback(self, stop_at_move)
+
+    @torch.no_grad()
+    def move(self) -> float:
+        """How far the adapter has moved the recorded matrices, as a share of their base weights' norm."""
+        moved, whole = 0.0, 0.0
+        for matrix in self.matrices:
+            left, right = ops.difference(matrix.A, matrix.B, self._start[matrix.name], matrix.scale)
+            moved += float(((left.T @ left) * (right @ right.T)).sum())
+            if matrix.name not in self._base_squares:
+                self._base_squares[matrix.name] = matrix.base_square()
+            whole += self._base_squares[matrix.name]
+        return (max(moved, 0.0) / whole) ** 0.5
 
     def capture_from(self, optimizer: Any) -> None:
         """Keep factors and gradients as they are now, with the learning rates of the optimizer's groups."""
@@ -198,7 +214,7 @@ class ImportanceRecorder:
             return
         for matrix in self.matrices:
             A, B, grad_A, grad_B, lr = captured[matrix.name]
-            delta = ops.difference(matrix.A, matrix.B, A, B, matrix.scale)
+            delta = ops.difference(matrix.A, matrix.B, (A, B), matrix.scale)
             if exact is None:
                 gradient = ops.effective_gradient(A, B, grad_A, grad_B, lr, matrix.scale)
                 ops.accumulate_(self._omega[matrix.name], gradient, delta)
@@ -228,8 +244,7 @@ class ImportanceRecorder:
             )
         matrices, negative, elements = {}, 0.0, 0
         for matrix in self.matrices:
-            start_A, start_B = self._start[matrix.name]
-            delta = ops.difference(matrix.A, matrix.B, start_A, start_B, matrix.scale)
+            delta = ops.difference(matrix.A, matrix.B, self._start[matrix.name], matrix.scale)
             omega, share = ops.consolidate(self._omega[matrix.name], delta, xi)
             count = matrix.B.shape[0] * matrix.A.shape[1]
             negative, elements = negative + share * count, elements + count

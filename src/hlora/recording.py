@@ -23,7 +23,7 @@ from hlora.adapters import adapted_matrices
 from hlora.files import building, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora
-from hlora.pipeline import Job
+from hlora.pipeline import Job, squared_gradients
 from hlora.recorder import ImportanceRecorder
 from hlora.trainer import train
 
@@ -33,8 +33,10 @@ class Busy(Exception):
 
 
 def importance(job: Job) -> Importance:
-    """Ω of the job's general phase (Eq. 13) in its encoding and at its ξ, anchored at θ^ν. Raises Busy."""
+    """Ω of the job's general text in its encoding and, of a general phase, at its ξ (Eq. 13). Raises Busy."""
     config = job.config
+    if config.importance.method == "squared_gradients":
+        return _squared_gradients(job)
     directory = general_phase(job)
     model = attach_lora(job.base, config.lora, config.seed)
     recorder = ImportanceRecorder(model, config.importance.encoding, gradient=config.importance.gradient)
@@ -60,7 +62,7 @@ def general_phase(job: Job) -> Path:
         recorders = {kind: ImportanceRecorder(model, each.encoding, gradient=each.gradient) for kind, each in kinds}
         arguments = {"packing": True, **config.training.common, **config.training.record}
         logs = job.output / "logs" / f"general phase, seed {config.seed}"
-        callbacks = [recorder.callback() for recorder in recorders.values()]
+        callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
         history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
         seconds = time.perf_counter() - started
@@ -81,9 +83,22 @@ def general_phase(job: Job) -> Path:
         **config.model_dump(include={"model", "lora", "seed"}),
         "kinds": [kind for kind, _ in kinds],
         "training": training,
+        "stop_at_move": config.importance.stop_at_move,
         "text": job.general.facts,
     }
     return once(job, "general", made_from, record)
+
+
+def _squared_gradients(job: Job) -> Importance:
+    config = job.config
+
+    def record(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        squared_gradients(job, model).save(directory)
+        model.unload()
+
+    made_from = {**config.model_dump(include={"model", "lora", "importance", "seed"}), "text": job.general.facts}
+    return Importance.load(once(job, "squares", made_from, record))
 
 
 def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:

@@ -29,6 +29,10 @@ class Interval(NamedTuple):
     high: float
 
 
+_NO_INTERVAL = Interval(math.nan, math.nan, math.nan)
+_TAIL = 0.025  # of the resamples, outside each end of a 95 % interval
+
+
 class Comparison(NamedTuple):
     """Two independent samples compared, ours − theirs."""
 
@@ -138,19 +142,6 @@ def nll_at(points: Iterable[Point], target: float) -> float:
     return y_0 + (y_1 - y_0) * (target - x_0) / (x_1 - x_0)
 
 
-def hypervolume(points: Iterable[Point], reference: Point) -> float:
-    """Area between the points and `reference` (the worst of both) that the points dominate, both minimised.
-
-    Unit: the product of the two. Points beyond the reference dominate nothing in it; no interpolation.
-    """
-    area, ceiling = 0.0, reference[1]
-    for domain, general in pareto_front(points):
-        if domain < reference[0] and general < ceiling:
-            area += (reference[0] - domain) * (ceiling - general)
-            ceiling = general
-    return area
-
-
 def cells_of(
     comparison: Mapping[str, Any], arm: str, task: str, strength: float | Literal["chosen", "all"] | None = "chosen"
 ) -> list[dict[str, Any]]:
@@ -236,20 +227,24 @@ def equal_domain_ratio(
     target: float,
     seed: int = 0,
     resamples: int = 2000,
-) -> Interval:
+) -> tuple[Interval, float]:
     """Perplexity of `arm` over that of `other`, as in `equal_domain` but on the same seeds, blocks and rows drawn.
 
     The spread that both share (a hard text, a lucky seed) cancels, so this tells two arms apart where their intervals
-    overlap. Where one has its curve for fewer seeds, both are taken on the seeds that they share.
+    overlap. Where one has its curve for fewer seeds, both are taken on the seeds that they share; NaN if they share
+    none. The second value is the share of the resamples in which `other` misses the target. Nothing bounds the ratio
+    from below there, so that from 2.5 % on its bounds are NaN.
     """
     one, two = (_curve(comparison, name, task, text) for name in (arm, other))
     shared = [each for each in one.seeds if each in two.seeds] if one and two else []
-    if one and two and shared:
-        one, two = one.of(shared), two.of(shared)
-    value, draws = _draws(comparison, one, task, target, seed, resamples)
-    beside, others = _draws(comparison, two, task, target, seed, resamples)
+    if not (one and two and shared):
+        return _NO_INTERVAL, math.nan
+    value, draws = _draws(comparison, one.of(shared), task, target, seed, resamples)
+    beside, others = _draws(comparison, two.of(shared), task, target, seed, resamples)
     with np.errstate(invalid="ignore"):  # both miss the target: ∞ − ∞, a resample that says nothing
-        return _percentile(value - beside, draws - others)
+        found = _percentile(value - beside, draws - others)
+    missed = float(np.isinf(others).mean())
+    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
 
 
 def _base(comparison: Mapping[str, Any]) -> str:
@@ -366,7 +361,7 @@ def _percentile(log_value: float, log_draws: np.ndarray) -> Interval:
     """exp of a value with the 95 % of its resamples; those that are NaN say nothing and are left out."""
     known = log_draws[~np.isnan(log_draws)]
     if math.isnan(log_value) or not len(known):
-        return Interval(math.nan, math.nan, math.nan)
-    low, high = np.quantile(known, [0.025, 0.975], method="inverted_cdf")  # takes observed values, ∞ among them
+        return _NO_INTERVAL
+    low, high = np.quantile(known, [_TAIL, 1 - _TAIL], method="inverted_cdf")  # takes observed values, ∞ among them
     with np.errstate(over="ignore"):
         return Interval(*(float(np.exp(x)) for x in (log_value, low, high)))

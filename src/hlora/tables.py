@@ -1,4 +1,4 @@
-"""The tables of a comparison, each as Markdown, CSV, LaTeX and HTML.
+"""What the tables of a comparison say; table_formats.py writes them.
 
 `comparison` is what comparison.json holds (see comparison.py). Every number is from the test rows, of the cells at the
 strength that validation chose, mean ± standard deviation over seeds; one seed has no deviation.
@@ -6,18 +6,12 @@ strength that validation chose, mean ± standard deviation over seeds; one seed 
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from hlora.files import write_text
 from hlora.statistics import (
     Interval,
     cells_of,
@@ -32,6 +26,7 @@ from hlora.statistics import (
     values_of,
     welch,
 )
+from hlora.table_formats import Cell, Look, Table, one_line
 
 PAPER: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
     "llama-3.2-3b": {
@@ -57,136 +52,6 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
 
 _NONE = "–"
 _SHORT = 36  # characters of a reason in a cell; the whole one is in the notes
-
-Look = Literal["", "best", "second"]
-
-
-class Cell(NamedTuple):
-    """One cell: what it says, and whether it is the best or second of its column."""
-
-    text: str
-    look: Look = ""
-
-
-@dataclass
-class Table:
-    """A titled table of ready-made texts. Each row has a cell for each column of all groups together."""
-
-    name: str
-    """File name without suffix."""
-    title: str
-    groups: list[tuple[str, list[str]]]
-    """Heading over some columns ("" for none) and the columns' own headings."""
-    rows: list[list[Cell]]
-    notes: list[str] = field(default_factory=list)
-    labels: int = 1
-    """Leading columns that name the row; the others are set flush right."""
-
-    @property
-    def columns(self) -> list[str]:
-        """One heading a column, the group's before its own."""
-        return [f"{group} {column}".strip() for group, columns in self.groups for column in columns]
-
-    def markdown(self) -> str:
-        """GitHub's dialect. Best is bold, second underlined by <ins>."""
-
-        def look(cell: Cell) -> str:
-            text = _markdown(cell.text)
-            return {"": text, "best": f"**{text}**", "second": f"<ins>{text}</ins>"}[cell.look]
-
-        rules = ["---" if column < self.labels else "---:" for column in range(len(self.columns))]
-        body = [[_markdown(column) for column in self.columns], rules, *([look(c) for c in row] for row in self.rows)]
-        lines = [f"**{_markdown(self.title)}**", "", *(f"| {' | '.join(row)} |" for row in body)]
-        return "\n".join([*lines, *(f"\n{_markdown(note)}" for note in self.notes)]) + "\n"
-
-    def csv(self) -> str:
-        """The plain texts under one line of headings, with ASCII minus signs; looks and notes are left out."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        for row in [self.columns, *([cell.text for cell in row] for row in self.rows)]:
-            writer.writerow([_one_line(text).replace("−", "-") for text in row])
-        return stream.getvalue()
-
-    def latex(self) -> str:
-        """A table environment for a document that uses the package booktabs."""
-
-        def look(cell: Cell) -> str:
-            text = _latex(cell.text)
-            return {"": text, "best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}"}[cell.look]
-
-        count = len(self.columns)
-        headings = " & ".join(_latex(column) for _, columns in self.groups for column in columns)
-        above, rules, start = [], [], 1
-        for group, columns in self.groups:
-            end = start + len(columns) - 1
-            above.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{_latex(group)}}}")
-            if group:
-                rules.append(rf"\cmidrule(lr){{{start}-{end}}}")
-            start = end + 1
-        return "\n".join(
-            [
-                r"% \usepackage{booktabs}",
-                r"\begin{table}",
-                r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-                rf"\caption{{{_latex(self.title)}}}",
-                rf"\begin{{tabular}}{{{'l' * self.labels}{'r' * (count - self.labels)}}}",
-                r"\toprule",
-                *([" & ".join(above) + r" \\", "".join(rules)] if rules else []),
-                headings + r" \\",
-                r"\midrule",
-                *(" & ".join(look(cell) for cell in row) + r" \\" for row in self.rows),
-                r"\bottomrule",
-                r"\end{tabular}",
-                *(rf"\par\smallskip {_latex(note)}" for note in self.notes),
-                r"\end{table}",
-                "",
-            ]
-        )
-
-    def html(self) -> str:
-        """A <table> to put into a page, everything escaped; notes are its <tfoot>."""
-
-        def row(cells: Sequence[Cell]) -> str:
-            looks = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}
-            texts = [looks[cell.look].format(_html(cell.text)) for cell in cells]
-            names = "".join(f'<th scope="row">{text}</th>' for text in texts[: self.labels])
-            return f"<tr>{names}{''.join(f'<td>{text}</td>' for text in texts[self.labels :])}</tr>"
-
-        grouped = any(group for group, _ in self.groups)
-        above, below = "", ""
-        for group, columns in self.groups:
-            if group:
-                above += f'<th scope="colgroup" colspan="{len(columns)}">{_html(group)}</th>'
-            headings = "".join(f'<th scope="col">{_html(column)}</th>' for column in columns)
-            if grouped and not group:
-                above += headings.replace("<th ", '<th rowspan="2" ')
-            else:
-                below += headings
-        notes = "".join(f'<tr><td colspan="{len(self.columns)}">{_html(note)}</td></tr>' for note in self.notes)
-        return "\n".join(
-            [
-                f"<table><caption>{_html(self.title)}</caption>",
-                f"<thead>{f'<tr>{above}</tr>' if grouped else ''}<tr>{below}</tr></thead>",
-                "<tbody>",
-                *(row(cells) for cells in self.rows),
-                "</tbody>",
-                *([f"<tfoot>{notes}</tfoot>"] if notes else []),
-                "</table>",
-                "",
-            ]
-        )
-
-
-def write_tables(tables: Sequence[Table], directory: Path) -> list[Path]:
-    """Write each table as .md, .csv, .tex and .html into `directory`; returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for table in tables:
-        forms = {".md": table.markdown, ".csv": table.csv, ".tex": table.latex, ".html": table.html}
-        for suffix, form in forms.items():
-            paths.append(directory / f"{table.name}{suffix}")
-            write_text(paths[-1], form())
-    return paths
 
 
 def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
@@ -308,11 +173,10 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
             looks = _looks({arm: round(each.value, 2) for arm, each in zip(arms, found, strict=True)}, lower=True)
             for row, arm, interval in zip(rows, arms, found, strict=True):
                 status = _status(comparison, arm, task)
-                missed = _NONE if math.isnan(target) else "not reached"
-                row.append(Cell(status or _bounds(interval, missed), looks[arm]))
-                ratio = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
-                excess = Interval(*(100 * (bound - 1) for bound in ratio))
-                row.append(Cell(_NONE if arm == ours else _bounds(excess, _NONE, sign=True)))
+                without = _NONE if math.isnan(target) else "not reached"
+                row.append(Cell(status or _bounds(interval, without), looks[arm]))
+                ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
+                row.append(Cell(_NONE if arm == ours else _excess(ratio, missed, ours)))
     at = "; ".join(
         f"{task} {target:.2f}" if math.isfinite(target) else f"{task} none: no improvement measured"
         for task, target in targets.items()
@@ -324,7 +188,8 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
     about = (
         "Straight between neighbouring strengths of each trade-off curve; intervals by bootstrap over seeds, blocks of "
         "text and domain rows, the difference on those that both arms share. ∞: more than 2.5 % of the resamples do "
-        "not reach the domain NLL."
+        f"not reach the domain NLL. {ours} misses in n %: in so many resamples {ours} itself does not reach it, which "
+        "leaves the difference without an interval. –: not both reach it on the seeds that they share."
     )
     return Table("equal_domain", title, groups, rows, [about, *_curve_seeds(comparison, arms)])
 
@@ -422,7 +287,7 @@ def _status(comparison: Mapping[str, Any], arm: str, task: str) -> str:
     if "done" in states:
         return ""
     if "cannot" in states:
-        reason = _one_line(states["cannot"])
+        reason = one_line(states["cannot"])
         return f"cannot run: {shorten(reason, _SHORT, placeholder='…')}" if reason else "cannot run"
     return "failed" if "failed" in states else _NONE
 
@@ -443,7 +308,7 @@ def _unfinished(comparison: Mapping[str, Any], arms: Iterable[str]) -> list[str]
             for cell in cells:
                 if cell["status"] != "done":
                     where = f"{task} seed {cell['seed']}" if partly and cell["seed"] is not None else task
-                    found = places.setdefault((arm, cell["status"], _one_line(cell.get("error"))), [])
+                    found = places.setdefault((arm, cell["status"], one_line(cell.get("error"))), [])
                     found += [where] if where not in found else []
     words = {"cannot": "cannot run", "failed": "failed", "missing": "not run yet"}
     return [
@@ -515,6 +380,13 @@ def _bounds(interval: Interval, missing: str, sign: bool = False) -> str:
     return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
+def _excess(ratio: Interval, missed: float, ours: str) -> str:
+    """How far a ratio to ours is above 1 in %, with its interval, or why it has none: ours misses the target."""
+    shown = _bounds(Interval(*(100 * (bound - 1) for bound in ratio)), _NONE, sign=True)
+    unbounded = math.isfinite(ratio.value) and math.isnan(ratio.low)
+    return f"{shown}, {ours} misses in {100 * missed:.0f} %" if unbounded else shown
+
+
 def _p(p: float) -> str:
     return "<0.001" if p < 0.001 else _number(p, "{:.3f}")
 
@@ -528,38 +400,5 @@ def _largest(values: Iterable[float | None], unit: float, form: str) -> str:
     return _number(max(found) / unit, form) if found else _NONE
 
 
-def _one_line(text: str | None) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text or "").split())
-
-
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "text"
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\|*`<$]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(text))
-
-
-def _html(text: str) -> str:
-    return html.escape(_one_line(text))
-
-
-_GREEK = {
-    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
-    "κ": "kappa", "λ": "lambda", "μ": "mu", "µ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma",
-    "τ": "tau", "φ": "varphi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta",
-    "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
-}  # fmt: skip
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "±": r"$\pm$",
-    "−": "$-$", "×": r"$\times$", "·": r"$\cdot$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$",
-    "→": r"$\to$", "–": "--", "—": "---", "…": r"\ldots{}", "‖": r"$\|$", "√": r"$\surd$",
-    "[": "{[}", "*": "{*}",  # at the start of a row, \\ would take them for its own
-    **{letter: rf"$\{name}$" for letter, name in _GREEK.items()},
-}  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    """Escaped for LaTeX, Greek and signs as mathematics. Other letters stay: accents are fine, CJK needs XeLaTeX."""
-    return "".join(_LATEX.get(character, character) for character in _one_line(text))

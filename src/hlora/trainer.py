@@ -37,8 +37,9 @@ _QUICK = 10_000  # rows that TRL prepares in a few seconds, not worth its five p
 class RecordingCallback(TrainerCallback):
     """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`."""
 
-    def __init__(self, recorder: ImportanceRecorder) -> None:
+    def __init__(self, recorder: ImportanceRecorder, stop_at_move: float | None = None) -> None:
         self.recorder = recorder
+        self.stop_at_move = stop_at_move
         self._detach: Any = None
 
     def on_train_begin(
@@ -58,6 +59,8 @@ class RecordingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.recorder.discard()  # left over only when a gradient scaler skipped the step
+        if self.stop_at_move is not None and self.recorder.move() >= self.stop_at_move:
+            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,12 +136,13 @@ def protect(
     phi_scale: str = "relative",
     group: str = "matrix",
     adapter_name: str | None = None,
+    anchor: str = "general",
 ) -> ImportancePenalty:
     """Protect what `importance` covers while `trainer` trains: the two-line way in for an existing script.
 
-    importance: an Importance, a directory or a hub repository. An untouched adapter (all B zero) is first set
-    to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is left as it is.
-    The remaining arguments are those of ImportancePenalty, which is returned.
+    importance: an Importance, a directory or a hub repository. With the anchor "general" an untouched adapter (all B
+    zero) is first set to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is
+    left as it is, and so is any with the anchor "base". The rest are arguments of ImportancePenalty, which is returned.
 
     Raises AdapterError when the trainer's model has no LoRA, ArtifactError when the importance does not fit it.
     """
@@ -148,10 +152,10 @@ def protect(
     if model is None:
         raise AdapterError("the trainer has no model yet; build it with model=, not model_init=")
     untouched = all(not matrix.B.any() for matrix in adapted_matrices(model, adapter_name, unprotected="warn"))
-    if untouched:
+    if untouched and anchor == "general":
         importance.load_adapter_into(model, adapter_name)
         logger.info("the adapter was untouched; it starts from the general adapter of the importance")
-    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name)
+    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name, anchor)
     add_callback_first(trainer, penalty.callback())
     return penalty
 

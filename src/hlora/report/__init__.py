@@ -3,6 +3,7 @@
 `results` is what results.json holds; any part may be missing:
 
 arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr, forgetting, tokens, bytes}},
+             forgetting: {mean, worst, text} over the texts, text names the worst,
              domain: {rows, answer_nll, acc, acc_norm, exact_match, each with _stderr, generated},
              samples: [{prompt, expected, answer}]}; `base` is what all are compared with
 seconds      phase → seconds
@@ -85,6 +86,7 @@ def summary_rows(results: Mapping[str, Any]) -> list[Row]:
         if "forgetting" in other:
             values = (_value(one, "forgetting"), _optional(middle, "forgetting"), _value(other, "forgetting"))
             rows.append(Row(f"forgetting, {text}", *values, f"{_rise_spread(one, other)} nats".lstrip(), better))
+    rows += _overall_forgetting(base, general, tuned)
     one, middle, other = (each.get("domain") or {} for each in (base, general, tuned))
     for key, (label, lower_is_better) in _DOMAIN_MEASURES.items():
         if key in one or key in other:
@@ -100,6 +102,17 @@ def summary_rows(results: Mapping[str, Any]) -> list[Row]:
                 )
             )
     return rows
+
+
+def _overall_forgetting(base: Mapping[str, Any], general: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[Row]:
+    """Mean and worst forgetting over several texts; they have no noise of their own here, so no judgement either."""
+    one, middle, other = (each.get("forgetting") or {} for each in (base, general, tuned))
+    if not other or len(tuned["texts"]) < 2:
+        return []
+    return [
+        Row(label, _value(one, key), _optional(middle, key), _value(other, key), "nats", None)
+        for key, label in (("mean", "forgetting, mean of texts"), ("worst", f"forgetting, worst text: {other['text']}"))
+    ]
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
@@ -182,7 +195,9 @@ def _value(evaluation: Mapping[str, Any], key: str) -> str:
     if key not in evaluation:
         return "–"
     value = number(evaluation[key])
-    if key == "forgetting" and math.isfinite(value):  # a rise: with its sign, to the digits of PEFT's own tables
+    if key in ("forgetting", "mean", "worst") and math.isfinite(
+        value
+    ):  # a rise: with its sign, to the digits of PEFT's own tables
         return "0" if value == 0 else f"{value:+.3f}".replace("-", "−")
     return f"{100 * value:.1f}" if key in ("acc", "acc_norm", "exact_match") and math.isfinite(value) else figure(value)
 

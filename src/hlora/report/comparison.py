@@ -23,7 +23,7 @@ from hlora.comparison_figures import Measure, measures, t_tests, values
 from hlora.files import write_text
 from hlora.report.verdict import Tone, figure
 from hlora.statistics import measure
-from hlora.tables import Table
+from hlora.table_formats import Table
 
 State = Literal["better", "worse", "same", "untested"]
 

@@ -121,11 +121,22 @@ def _kept(base: Mapping[str, Any], arm: Mapping[str, Any]) -> tuple[Kept, str]:
         (lost if forgotten else held).append(f"{text} {_perplexities(before, after)}")
     if not lost and not held:
         return "not measured", "Forgetting was not measured: no text was scored before and after."
+    worst = _worst(arm)
     if not lost:
-        return "kept", f"Kept: perplexity on {', '.join(held)}."
+        return "kept", f"Kept: perplexity on {', '.join(held)}.{worst}"
     if not held:
-        return "forgotten", f"Forgotten: perplexity on {', '.join(lost)}."
-    return "forgotten in part", f"Forgotten: perplexity on {', '.join(lost)}. Kept: {', '.join(held)}."
+        return "forgotten", f"Forgotten: perplexity on {', '.join(lost)}.{worst}"
+    return "forgotten in part", f"Forgotten: perplexity on {', '.join(lost)}. Kept: {', '.join(held)}.{worst}"
+
+
+def _worst(arm: Mapping[str, Any]) -> str:
+    """Of several texts the one that fared worst, and the mean of all."""
+    overall = arm.get("forgetting") or {}
+    rise, mean = number(overall.get("worst")), number(overall.get("mean"))
+    if len(arm.get("texts") or {}) < 2 or not math.isfinite(rise + mean):
+        return ""
+    signed = [percent(math.expm1(min(value, 700))) for value in (rise, mean)]
+    return f" Worst text: {overall['text']}, {signed[0]}; mean of all: {signed[1]}."
 
 
 def _perplexities(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
