@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from made_comparison import SMALL, make_comparison
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -214,3 +215,9 @@ def comparison_file(tmp_path: Path, model_dir: str, general_file: str, questions
 @pytest.fixture
 def comparison_config(comparison_file: Path) -> CompareConfig:
     return load_comparison(comparison_file)
+
+
+@pytest.fixture
+def small_comparison() -> dict[str, Any]:
+    """What comparison.json holds, made up: Base, LoRA(μ), EWC-LoRA and HLoRA on one task by three seeds."""
+    return make_comparison(SMALL, ["piqa"])

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_comparison_figures import COST, SMALL, cell, make_comparison, undone
+from made_comparison import COST, SMALL, cell, make_comparison, undone
 from test_report import HOSTILE, Page
 
 from hlora.comparison_figures import all_figures
 from hlora.report.comparison import comparison_verdict, outcomes, write_comparison_report
 from hlora.tables import all_tables
-
-
-@pytest.fixture
-def small() -> dict[str, Any]:
-    return make_comparison(SMALL, ["piqa"])
 
 
 @pytest.fixture
@@ -54,22 +49,22 @@ def state(comparison: dict[str, Any], other: str, text: str | None, name: str = 
 LOW, HIGH, SAME = [19.0, 19.1, 19.2], [25.0, 25.1, 25.2], [0.60, 0.61, 0.62]
 
 
-def test_verdict_praises_only_what_is_better_beyond_noise(small):
-    set_values(small, "HLoRA", {"wikitext": LOW, "shakespeare": LOW}, SAME)
-    set_values(small, "EWC-LoRA", {"wikitext": HIGH, "shakespeare": HIGH}, SAME)
-    set_values(small, "LoRA(μ)", {"wikitext": HIGH, "shakespeare": HIGH}, SAME)
-    found = comparison_verdict(small)
+def test_verdict_praises_only_what_is_better_beyond_noise(small_comparison):
+    set_values(small_comparison, "HLoRA", {"wikitext": LOW, "shakespeare": LOW}, SAME)
+    set_values(small_comparison, "EWC-LoRA", {"wikitext": HIGH, "shakespeare": HIGH}, SAME)
+    set_values(small_comparison, "LoRA(μ)", {"wikitext": HIGH, "shakespeare": HIGH}, SAME)
+    found = comparison_verdict(small_comparison)
     assert found.headline == (
         "Against EWC-LoRA, HLoRA keeps more on wikitext and more on shakespeare, with no loss of accuracy beyond noise."
     )
     assert found.tone == "good"
 
 
-def test_verdict_says_where_ours_loses_as_plainly(small):
-    set_values(small, "HLoRA", {"wikitext": HIGH, "shakespeare": HIGH}, [0.50, 0.51, 0.52])
+def test_verdict_says_where_ours_loses_as_plainly(small_comparison):
+    set_values(small_comparison, "HLoRA", {"wikitext": HIGH, "shakespeare": HIGH}, [0.50, 0.51, 0.52])
     for arm in ("EWC-LoRA", "LoRA(μ)"):
-        set_values(small, arm, {"wikitext": LOW, "shakespeare": LOW}, SAME)
-    found = comparison_verdict(small)
+        set_values(small_comparison, arm, {"wikitext": LOW, "shakespeare": LOW}, SAME)
+    found = comparison_verdict(small_comparison)
     assert (
         found.headline == "Against EWC-LoRA, HLoRA keeps less on wikitext and less on shakespeare, at lower accuracy."
     )
@@ -83,20 +78,20 @@ def test_verdict_says_where_ours_loses_as_plainly(small):
     ]
 
 
-def test_verdict_is_mixed_when_one_text_is_kept_and_the_other_lost(small):
-    set_values(small, "HLoRA", {"wikitext": LOW, "shakespeare": HIGH}, SAME)
-    set_values(small, "EWC-LoRA", {"wikitext": HIGH, "shakespeare": LOW}, SAME)
-    found = comparison_verdict(small)
+def test_verdict_is_mixed_when_one_text_is_kept_and_the_other_lost(small_comparison):
+    set_values(small_comparison, "HLoRA", {"wikitext": LOW, "shakespeare": HIGH}, SAME)
+    set_values(small_comparison, "EWC-LoRA", {"wikitext": HIGH, "shakespeare": LOW}, SAME)
+    found = comparison_verdict(small_comparison)
     assert "keeps more on wikitext and less on shakespeare" in found.headline
     assert found.tone == "mixed"
 
 
-def test_a_difference_within_the_interval_is_no_difference(small):
-    set_values(small, "HLoRA", {"wikitext": [19.0, 21.0, 23.0], "shakespeare": LOW}, SAME)
-    set_values(small, "EWC-LoRA", {"wikitext": [20.0, 22.0, 24.0], "shakespeare": LOW}, SAME)
-    assert state(small, "EWC-LoRA", "wikitext") == "same"
-    assert "as much within noise on wikitext" in comparison_verdict(small).headline
-    against = dict(comparison_verdict(small).paragraphs)["Against EWC-LoRA"]
+def test_a_difference_within_the_interval_is_no_difference(small_comparison):
+    set_values(small_comparison, "HLoRA", {"wikitext": [19.0, 21.0, 23.0], "shakespeare": LOW}, SAME)
+    set_values(small_comparison, "EWC-LoRA", {"wikitext": [20.0, 22.0, 24.0], "shakespeare": LOW}, SAME)
+    assert state(small_comparison, "EWC-LoRA", "wikitext") == "same"
+    assert "as much within noise on wikitext" in comparison_verdict(small_comparison).headline
+    against = dict(comparison_verdict(small_comparison).paragraphs)["Against EWC-LoRA"]
     assert against[0].startswith("Perplexity on wikitext: no difference beyond noise on piqa (21.0 against 22.0; p")
 
 
@@ -119,18 +114,18 @@ def test_a_task_without_a_result_is_not_counted_as_won():
     assert "keeps more (1 of 2 tasks) on wikitext" in comparison_verdict(comparison).headline
 
 
-def test_base_is_a_constant_that_the_seeds_are_tested_against(small):
-    set_values(small, "HLoRA", {"wikitext": [19.0, 19.5, 20.0]}, SAME)
-    set_values(small, "Base", {"wikitext": [21.0]}, [0.6])
-    assert state(small, "Base", "wikitext") == "better"  # 19.5 ± 4.303 · 0.5/√3 = ± 1.24
-    set_values(small, "Base", {"wikitext": [20.7]}, [0.6])
-    assert state(small, "Base", "wikitext") == "same"
+def test_base_is_a_constant_that_the_seeds_are_tested_against(small_comparison):
+    set_values(small_comparison, "HLoRA", {"wikitext": [19.0, 19.5, 20.0]}, SAME)
+    set_values(small_comparison, "Base", {"wikitext": [21.0]}, [0.6])
+    assert state(small_comparison, "Base", "wikitext") == "better"  # 19.5 ± 4.303 · 0.5/√3 = ± 1.24
+    set_values(small_comparison, "Base", {"wikitext": [20.7]}, [0.6])
+    assert state(small_comparison, "Base", "wikitext") == "same"
 
 
-def test_one_seed_claims_nothing(small):
-    small["cells"] = [each for each in small["cells"] if each["seed"] in (None, 0)]
-    assert {outcome.state for outcome in outcomes(small)} == {"untested"}
-    found = comparison_verdict(small)
+def test_one_seed_claims_nothing(small_comparison):
+    small_comparison["cells"] = [each for each in small_comparison["cells"] if each["seed"] in (None, 0)]
+    assert {outcome.state for outcome in outcomes(small_comparison)} == {"untested"}
+    found = comparison_verdict(small_comparison)
     assert found.tone == "unknown"
     assert "accuracy untested" in found.headline
     assert "more, untested on wikitext and less, untested on shakespeare" in found.headline
@@ -140,27 +135,29 @@ def test_one_seed_claims_nothing(small):
 
 
 @pytest.mark.parametrize(("diverged", "expected"), [("HLoRA", "worse"), ("EWC-LoRA", "better")])
-def test_an_arm_that_diverged_on_a_seed_loses_to_one_that_did_not(small, diverged, expected):
-    set_values(small, diverged, {"wikitext": [10.0, math.inf, 10.0]}, SAME)
-    assert state(small, "EWC-LoRA", "wikitext") == expected
+def test_an_arm_that_diverged_on_a_seed_loses_to_one_that_did_not(small_comparison, diverged, expected):
+    set_values(small_comparison, diverged, {"wikitext": [10.0, math.inf, 10.0]}, SAME)
+    assert state(small_comparison, "EWC-LoRA", "wikitext") == expected
 
 
-def test_verdict_without_finished_cells_claims_nothing(small):
-    small["cells"] = [undone(each, "failed", "why") for each in small["cells"]]
-    found = comparison_verdict(small)
+def test_verdict_without_finished_cells_claims_nothing(small_comparison):
+    small_comparison["cells"] = [undone(each, "failed", "why") for each in small_comparison["cells"]]
+    found = comparison_verdict(small_comparison)
     assert found.tone == "unknown"
     assert "nothing to compare yet" in found.headline
 
 
-def test_verdict_falls_back_to_the_unprotected_arm_where_the_rival_cannot_run(small):
-    small["cells"] = [undone(each, "cannot", "why") if each["arm"] == "EWC-LoRA" else each for each in small["cells"]]
-    found = comparison_verdict(small)
+def test_verdict_falls_back_to_the_unprotected_arm_where_the_rival_cannot_run(small_comparison):
+    small_comparison["cells"] = [
+        undone(each, "cannot", "why") if each["arm"] == "EWC-LoRA" else each for each in small_comparison["cells"]
+    ]
+    found = comparison_verdict(small_comparison)
     assert found.headline.startswith("Against LoRA(μ), HLoRA keeps")
     assert "Against EWC-LoRA" not in dict(found.paragraphs)
 
 
-def test_report_is_one_safe_file_with_tables_figures_and_unique_ids(small, tmp_path):
-    page = write(small, tmp_path, COST)
+def test_report_is_one_safe_file_with_tables_figures_and_unique_ids(small_comparison, tmp_path):
+    page = write(small_comparison, tmp_path, COST)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert page.tags.count("svg") == 6
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
@@ -174,8 +171,8 @@ def test_report_is_one_safe_file_with_tables_figures_and_unique_ids(small, tmp_p
 
 
 @pytest.mark.usefixtures("plain")
-def test_report_has_the_verdict_first_and_the_command_last(small, tmp_path):
-    text = write(small, tmp_path, COST).text
+def test_report_has_the_verdict_first_and_the_command_last(small_comparison, tmp_path):
+    text = write(small_comparison, tmp_path, COST).text
     order = [
         "Against EWC-LoRA, HLoRA keeps",
         "HLoRA against every other arm",
@@ -194,12 +191,12 @@ def test_report_has_the_verdict_first_and_the_command_last(small, tmp_path):
 
 
 @pytest.mark.usefixtures("plain")
-def test_every_cell_is_listed_with_its_whole_configuration(small, tmp_path):
-    write(small, tmp_path)
+def test_every_cell_is_listed_with_its_whole_configuration(small_comparison, tmp_path):
+    write(small_comparison, tmp_path)
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = [part.split("</pre>")[0].split("\n", 1) for part in source.split("<pre>cells/")[1:]]
     found = {key.removesuffix(".json"): json.loads(settings) for key, settings in shown}
-    assert found == {each["key"]: each["config"] for each in small["cells"]}
+    assert found == {each["key"]: each["config"] for each in small_comparison["cells"]}
 
 
 @pytest.mark.usefixtures("plain")
@@ -216,15 +213,15 @@ def test_cells_without_a_result_come_first_with_their_reason_and_what_to_do(tmp_
 
 
 @pytest.mark.usefixtures("plain")
-def test_a_command_that_retries_is_not_told_to_retry_twice(small, tmp_path):
-    small["command"] += " --retry"
-    small["cells"][0] = undone(small["cells"][0], "failed", "why")
-    assert "--retry --retry" not in write(small, tmp_path).text
+def test_a_command_that_retries_is_not_told_to_retry_twice(small_comparison, tmp_path):
+    small_comparison["command"] += " --retry"
+    small_comparison["cells"][0] = undone(small_comparison["cells"][0], "failed", "why")
+    assert "--retry --retry" not in write(small_comparison, tmp_path).text
 
 
 @pytest.mark.usefixtures("plain")
-def test_report_shows_what_users_and_libraries_wrote_as_text(small, tmp_path):
-    hostile = copy.deepcopy(small)
+def test_report_shows_what_users_and_libraries_wrote_as_text(small_comparison, tmp_path):
+    hostile = copy.deepcopy(small_comparison)
     renamed = {"EWC-LoRA": HOSTILE}
     hostile["arms"] = [renamed.get(arm, arm) for arm in hostile["arms"]]
     hostile["rival"], hostile["tasks"], hostile["texts"] = HOSTILE, [HOSTILE], [HOSTILE]
@@ -241,19 +238,19 @@ def test_report_shows_what_users_and_libraries_wrote_as_text(small, tmp_path):
 
 
 @pytest.mark.usefixtures("plain")
-def test_three_hundred_cells_stay_a_small_file(small, tmp_path):
+def test_three_hundred_cells_stay_a_small_file(small_comparison, tmp_path):
     config = {f"field_{i}": "a value of some twenty letters" for i in range(100)}
     for seed in range(3, 303):
-        small["cells"].append({**cell("HLoRA", "piqa", seed, 9.0), "config": config})
-    write(small, tmp_path)
+        small_comparison["cells"].append({**cell("HLoRA", "piqa", seed, 9.0), "config": config})
+    write(small_comparison, tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 3_000_000  # the figures are about 1.5 MB
 
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("part", ["provenance", "config", "command"])
-def test_report_renders_without_what_is_not_measured(small, tmp_path, part):
-    del small[part]
-    for each in small["cells"]:
+def test_report_renders_without_what_is_not_measured(small_comparison, tmp_path, part):
+    del small_comparison[part]
+    for each in small_comparison["cells"]:
         each.update(history=[], importance=None, seconds={})
         each["test"]["domain"].pop("acc")
-    assert "hlora comparison" in write(small, tmp_path).text
+    assert "hlora comparison" in write(small_comparison, tmp_path).text

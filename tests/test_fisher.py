@@ -190,6 +190,9 @@ def test_a_text_too_short_is_refused_with_the_number_of_sequences_it_has(model_d
     tokens = len(tokenizer("assert x")["input_ids"]) + 1
     with pytest.raises(DataError, match=rf"has {tokens // 2} sequences of 2 tokens, expected 100\. Give more text"):
         pack(tokenizer, ["assert x"], 100, 2)
+    assert pack(tokenizer, ["assert x"], 100, 2, at_most=True).shape == (tokens // 2, 2)
+    with pytest.raises(DataError, match="has 0 sequences of 50 tokens"):
+        pack(tokenizer, ["assert x"], 100, 50, at_most=True)
     with pytest.raises(DataError, match="at least 1 sequence of at least 2 tokens, got 0 of 8"):
         pack(tokenizer, ["assert x"], 0, 8)
 

@@ -354,9 +354,7 @@ def test_a_matrix_that_the_importance_does_not_cover_is_refused_by_name(
     importance = record(peft_model, token_ids)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
-    with pytest.raises(
-        ArtifactError, match=r"0\.mlp\.down_proj', which .* \(it covers q_proj, v_proj\)"
-    ):
+    with pytest.raises(ArtifactError, match=r"0\.mlp\.down_proj', which .* \(it covers q_proj, v_proj\)"):
         ImportancePenalty(model, importance, 1.0, anchor="base")
     with pytest.raises(ValueError, match="anchor: expected general or base, got 'nu'"):
         ImportancePenalty(peft_model, importance, 1.0, anchor="nu")

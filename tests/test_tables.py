@@ -232,7 +232,7 @@ def test_where_our_arm_misses_the_domain_nll_the_difference_says_so_in_place_of_
         found = row(table, arm)["piqa, wikitext % above HLoRA [95 %]"].text
         assert re.fullmatch(r"\+[\d.]+, HLoRA misses in \d+ %", found)
         assert row(table, arm)["medmcqa, wikitext % above HLoRA [95 %]"].text.endswith("]")
-    assert "HLoRA misses in n %: in so many resamples HLoRA itself does not reach it" in table.notes[0]
+    assert "HLoRA misses in n %: in n % of the resamples HLoRA itself does not reach it" in table.notes[0]
     assert "−100" not in table.markdown() and "−∞" not in table.markdown()
 
 

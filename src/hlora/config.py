@@ -149,7 +149,7 @@ class ImportanceConfig(_Section):
     """Gradient in the path integral: effective, Eq. 11 (the paper's), or exact, that of the adapted matrix itself
     (4 bytes an element more memory while recording)."""
     sequences: int = Field(default=256, ge=1)
-    """squared_gradients: sequences of general text to take."""
+    """squared_gradients: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
     """squared_gradients: tokens of each."""
     stop_at_move: float | None = Field(default=None, gt=0)

@@ -33,19 +33,22 @@ def fisher_information(
     examples: int,
     max_length: int,
     seed: int,
+    at_most: bool = False,
     **options: Any,
 ) -> Importance:
     """Squared gradients of the adapted matrices on general text: `pack`, then `fisher_of_sequences` with `options`.
 
     Raises DataError when the text is too short for so many examples, AdapterError as `fisher_of_sequences` does.
     """
-    return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length), seed, **options)
+    return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length, at_most), seed, **options)
 
 
-def pack(tokenizer: Any, documents: list[str], examples: int, max_length: int) -> Tensor:  # (examples, max_length)
+def pack(
+    tokenizer: Any, documents: list[str], examples: int, max_length: int, at_most: bool = False
+) -> Tensor:  # (examples, max_length)
     """The first `examples` sequences of `max_length` token ids of the documents, joined by the end token.
 
-    Raises DataError that says how many sequences the text has when they are too few.
+    at_most: as many as the text has, if it has fewer. Raises DataError that says how many it has when they are too few.
     """
     if examples < 1 or max_length < 2:
         raise DataError(f"expected at least 1 sequence of at least 2 tokens, got {examples} of {max_length}")
@@ -55,8 +58,11 @@ def pack(tokenizer: Any, documents: list[str], examples: int, max_length: int) -
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(ids) >= wanted:
             return torch.tensor(ids[:wanted]).view(examples, max_length)
+    whole = len(ids) // max_length
+    if at_most and whole:
+        return torch.tensor(ids[: whole * max_length]).view(whole, max_length)
     raise DataError(
-        f"the general text has {len(ids) // max_length} sequences of {max_length} tokens, expected {examples}. "
+        f"the general text has {whole} sequences of {max_length} tokens, expected {examples}. "
         "Give more text in general.paths, or ask for fewer or shorter sequences."
     )
 

@@ -136,6 +136,7 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
         options.sequences,
         options.sequence_length,
         job.config.seed,
+        at_most=True,
         encoding=options.encoding,
         labels="text",
         gradient=options.gradient,

@@ -188,8 +188,8 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
     about = (
         "Straight between neighbouring strengths of each trade-off curve; intervals by bootstrap over seeds, blocks of "
         "text and domain rows, the difference on those that both arms share. ∞: more than 2.5 % of the resamples do "
-        f"not reach the domain NLL. {ours} misses in n %: in so many resamples {ours} itself does not reach it, which "
-        "leaves the difference without an interval. –: not both reach it on the seeds that they share."
+        f"not reach the domain NLL. {ours} misses in n %: in n % of the resamples {ours} itself does not reach it, and "
+        "the difference has no interval. –: not both reach it on the seeds that they share."
     )
     return Table("equal_domain", title, groups, rows, [about, *_curve_seeds(comparison, arms)])
 

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from hlora import figures, statistics
-from hlora.comparison_figures import Measure, measures, t_tests, values
 from hlora.files import write_text
+from hlora.measures import Measure, measures, t_tests, values
 from hlora.report.verdict import Tone, figure
 from hlora.statistics import measure
 from hlora.table_formats import Table
