@@ -34,7 +34,7 @@ def record(config: RunConfig) -> None:
     job = Job.open(config)
     model = attach_lora(job.base, config.lora, config.seed)
     recorders = {encoding: ImportanceRecorder(model, encoding) for encoding in ("float32", "factored")}
-    arguments = {"packing": True, **config.training.common, **config.training.record}
+    arguments = config.training.of_record()
     callbacks = [recorder.callback() for recorder in recorders.values()]
     started = time.perf_counter()
     dataset = job.general.dataset()

@@ -171,18 +171,35 @@ def record(
 
 
 @pytest.fixture
-def comparison_file(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Path:
+def job_fields(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> dict[str, Any]:
+    """Settings of the smallest job, the tiny Llama on made-up questions, for a test to change and parse."""
+    return {
+        "output": str(tmp_path / "out"),
+        "model": {"name": model_dir, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "general": {"paths": [general_file]},
+        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
+        "training": {
+            "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4},
+            "record": {"max_steps": 4, "max_length": 32},
+            "tune": {"max_steps": 4, "max_length": 64},
+        },
+    }
+
+
+@pytest.fixture
+def comparison_file(tmp_path: Path, job_fields: dict[str, Any], general_file: str) -> Path:
     """A comparison of five arms on the tiny Llama, two seeds, a few seconds each."""
     text = Path(general_file).read_text(encoding="utf-8")
     general, other = tmp_path / "general.jsonl", tmp_path / "other.txt"
     general.write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")), encoding="utf-8")
     other.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
-    task = {"task": "multiple_choice", "train": questions[0], "test": questions[1]}
+    job_fields["training"]["common"]["learning_rate"] = 2e-2
+    task = job_fields.pop("domain")
     fields = {
+        **job_fields,
         "output": str(tmp_path / "grid"),
         "seeds": [0, 1],
-        "model": {"name": model_dir, "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8},
         "general": {"paths": [str(general)]},
         "tasks": {"sums": task},
         "arms": {
@@ -193,11 +210,6 @@ def comparison_file(tmp_path: Path, model_dir: str, general_file: str, questions
             "HLoRA": {"method": "hlora", "strengths": [1, 1000]},
         },
         "fisher": {"examples": 4, "max_length": 16},
-        "training": {
-            "common": {"learning_rate": 2e-2, "per_device_train_batch_size": 4},
-            "record": {"max_steps": 3, "max_length": 32},
-            "tune": {"max_steps": 4, "max_length": 64},
-        },
         "evaluation": {
             "texts": {"other": str(other)},
             "max_tokens": 200,

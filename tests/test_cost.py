@@ -25,19 +25,11 @@ Q_AND_V = 2 * (32 * 32 + 16 * 32)  # elements of the adapted matrices, two layer
 
 
 @pytest.fixture
-def fields(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> dict[str, Any]:
-    return {
-        "output": str(tmp_path / "out"),
-        "model": {"name": model_dir, "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8},
-        "general": {"paths": [general_file]},
-        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
-        "training": {
-            # What a run sets for itself must not reach the measurement.
-            "common": {"learning_rate": 5e-3, "max_steps": 1, "gradient_accumulation_steps": 2},
-            "record": {"max_length": LENGTH, "per_device_train_batch_size": 3},
-        },
-    }
+def fields(job_fields: dict[str, Any]) -> dict[str, Any]:
+    # What a run sets for itself must not reach the measurement.
+    job_fields["training"]["common"] |= {"max_steps": 1, "gradient_accumulation_steps": 2}
+    job_fields["training"]["record"] = {"max_length": LENGTH, "per_device_train_batch_size": 3}
+    return job_fields
 
 
 @pytest.fixture

@@ -17,21 +17,13 @@ from hlora.pipeline import Job, record_phase
 
 
 @pytest.fixture
-def job(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Job:
-    fields: dict[str, Any] = {
-        "output": str(tmp_path / "grid"),
-        "model": {"name": model_dir, "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8},
-        "general": {"paths": [general_file]},
-        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
+def job(job_fields: dict[str, Any]) -> Job:
+    job_fields["training"]["common"] |= {"learning_rate": 2e-2, "report_to": []}
+    fields = {
+        **job_fields,
         "method": "hlora",
         "fisher": {"examples": 4, "max_length": 16},
         "importance": {"encoding": "float32"},
-        "training": {
-            "common": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "report_to": []},
-            "record": {"max_steps": 3, "max_length": 32},
-            "tune": {"max_steps": 4, "max_length": 64},
-        },
     }
     config = parse_config(fields, kind=CellConfig)
     return Job(config, *load_base(config.model), Path(config.output))

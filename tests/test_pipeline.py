@@ -37,18 +37,9 @@ def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def config(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Path:
+def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
     fields = {
-        "output": str(tmp_path / "out"),
-        "model": {"name": model_dir, "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8},
-        "general": {"paths": [general_file]},
-        "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
-        "training": {
-            "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4},
-            "record": {"max_steps": 4, "max_length": 32},
-            "tune": {"max_steps": 4, "max_length": 64},
-        },
+        **job_fields,
         "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 4, "max_new_tokens": 4},
         "baselines": ["lora_mu", "lora_nu_mu"],
     }
@@ -273,3 +264,49 @@ def test_demo_runs_whole_and_names_the_report(hlora: Invoke, tmp_path: Path, mod
     assert "report.html" in out and (output / "report.html").is_file()
     assert set(results_of(output)["arms"]) == {"base", "after_general", "hlora", "lora_mu"}
     assert set(results_of(output)["arms"]["hlora"]["texts"]) == {"Python documentation", "other prose"}
+
+
+@pytest.mark.parametrize("probe", ["texts", "own samples"])
+def test_a_run_on_a_budget_steers_phi_and_reports_what_it_cost(
+    hlora: Invoke, config: Path, tmp_path: Path, probe: str
+) -> None:
+    changes = ["penalty.budget=1%", "penalty.anchor=base", "penalty.probe_every=1", "baselines=[]"]
+    if probe == "texts":
+        text = tmp_path / "probe.txt"
+        text.write_text("Some other prose that nobody trains on or is measured by. " * 40, encoding="utf-8")
+        changes.append(f"penalty.probe_texts={{prose: {text}}}")
+    status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
+    assert status == 0, err
+    history = results_of(tmp_path / "out")["history"]["tune"]
+    probes = [entry for entry in history if "probe_rise" in entry]
+    assert [entry["probe_step"] for entry in probes] == [1, 2, 3, 4]
+    assert all(entry["budget"] == pytest.approx(0.00995, rel=1e-3) for entry in probes)
+    assert probes[-1]["probe_rise"] <= probes[-1]["budget"] and probes[-1]["alpha"] > 0
+    assert len({entry["phi"] for entry in history}) > 1
+    assert "The forgetting budget" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_without_a_general_phase_records_squared_gradients_and_keeps_to_the_base(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    changes = ["penalty.anchor=base", "importance.method=squared_gradients", "importance.sequences=4", "baselines=[]"]
+    changes.append("importance.sequence_length=16")
+    status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
+    assert status == 0, err
+    results = results_of(tmp_path / "out")
+    assert set(results["arms"]) == {"base", "hlora"} and results["history"]["record"] == []
+    assert results["importance"]["method"] == "squared_gradients" and results["importance"]["examples"] == 4
+    assert results["history"]["tune"][-1]["regularisation_loss"] > 0
+
+
+def test_a_budget_that_cannot_be_watched_honestly_is_refused(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 400, encoding="utf-8")
+    same = [f"evaluation.texts={{a: {text}}}", f"penalty.probe_texts={{b: {text}}}", "penalty.budget=1%"]
+    for changes, problem in (
+        (same, "'b' is the evaluation text 'a'"),
+        (["penalty.budget=much"], "penalty.budget: budget: expected a rise of perplexity"),
+        (["importance.method=squared_gradients"], "set penalty.anchor to base"),
+    ):
+        status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
+        assert status == 2 and problem in " ".join(err.split())

@@ -39,21 +39,13 @@ Open = Callable[..., Job]
 
 
 @pytest.fixture
-def open_job(tmp_path: Path, model_dir: str, general_file: str, questions: tuple[str, str]) -> Open:
+def open_job(job_fields: dict[str, Any]) -> Open:
     """A job of three steps on the tiny Llama, with changes as `section__field=value`."""
 
     def build(**changes: Any) -> Job:
-        fields: dict[str, Any] = {
-            "output": str(tmp_path / "out"),
-            "model": {"name": model_dir, "device": "cpu"},
-            "lora": {"rank": 4, "alpha": 8},
-            "general": {"paths": [general_file]},
-            "domain": {"task": "multiple_choice", "train": questions[0], "test": questions[1]},
-            "training": {
-                "common": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "report_to": []},
-                "tune": {"max_steps": 3, "max_length": 64},
-            },
-        }
+        fields = copy.deepcopy(job_fields)
+        fields["training"]["common"]["report_to"] = []
+        fields["training"]["tune"]["max_steps"] = 3
         for path, value in changes.items():
             section, name = path.rsplit("__", 1)
             part = fields

@@ -40,6 +40,7 @@ from hlora.trainer import sft_arguments
 logger = logging.getLogger("hlora")
 
 _LOSSES = ("step", "loss", "regularisation_loss", "weighted_regularisation_loss", "total_loss")
+_BUDGET = ("phi", "probe_rise", "probe_stderr", "budget", "alpha")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class Grid:
             raise ConfigError(
                 f"output: {output} cannot be written ({error.strerror}). Name another directory."
             ) from None
-        for arguments in (config.training.record, config.training.tune):
-            sft_arguments(output, {**config.training.common, **arguments}, config.seeds[0])
+        for arguments in (config.training.of_record(), config.training.of_tune()):
+            sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
         grid = cls(config, output, base, tokenizer)
         grid.first_cells()  # a wrong arm or row is reported now
@@ -316,7 +317,7 @@ class Grid:
             "status": "done",
             "test": test,
             "validation": validation,
-            "history": [{key: entry[key] for key in _LOSSES if key in entry} for entry in history],
+            "history": [{key: entry[key] for key in (*_LOSSES, *_BUDGET) if key in entry} for entry in history],
             "importance": importance_used,
             "seconds": {"importance": shared, "train": train, "evaluate": time.perf_counter() - started},
             "peak_memory_bytes": peak,

@@ -171,9 +171,29 @@ class PenaltyConfig(_Section):
     anchor: Literal["general", "base"] = "general"
     """What the domain phase is held to: general, where the general phase ended and the domain phase then starts (the
     paper's), or base, the base model, from a fresh adapter."""
+    budget: str | float | None = None
+    """Forgetting budget in place of phi: how much the general loss may rise over the base model, as a rise of
+    perplexity (1%) or in nats a token (0.01). phi is where the steering starts."""
+    probe_texts: dict[str, str] = {}
+    """Texts that the budget is watched on, name to file, others than in evaluation.texts; the worst counts. Without one
+    it is the KL divergence from the base model on its own samples."""
+    probe_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two probes; a tenth of the run if not given."""
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_budget(cls, value: str | float | None) -> str | float | None:
+        if value is not None:
+            from hlora.budget import parse_budget
+
+            parse_budget(value)
+        return value
 
 
 class TrainingConfig(_Section):
+    general_rate: float = Field(default=0.25, gt=0)
+    """Learning rate of the general phase as a share of `common`'s, where `record` names none. A gentle general phase
+    spares text unlike its own (docs/results.md); 1 is the paper's."""
     common: dict[str, Any] = {}
     """Arguments of TRL's SFTConfig for both phases (learning_rate, max_length, ...)."""
     record: dict[str, Any] = {}
@@ -199,6 +219,15 @@ class TrainingConfig(_Section):
                 raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {value!r}") from None
         return arguments
 
+    def of_record(self) -> dict[str, Any]:
+        """Arguments of the general phase."""
+        gentle = {k: self.general_rate * v for k, v in self.common.items() if k == "learning_rate"}
+        return {"packing": True, **self.common, **gentle, **self.record}
+
+    def of_tune(self) -> dict[str, Any]:
+        """Arguments of the domain phase."""
+        return {**self.common, **self.tune}
+
 
 class EvaluationConfig(_Section):
     texts: dict[str, str] = {}
@@ -221,7 +250,32 @@ class EvaluationConfig(_Section):
     """Sequences scored at once."""
 
 
-class RunConfig(_Section):
+PAPER: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "importance": {"method": "path_integral", "encoding": "float32", "gradient": "effective"},
+    "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix"},
+    "training": {"general_rate": 1.0},
+}
+"""What `preset: paper` puts in place of our defaults."""
+
+
+class _Preset(_Section):
+    preset: Literal["paper"] | None = None
+    """paper: the paper's setting wherever the configuration says nothing else. It does not give xi, nor a phi that has
+    a meaning on another model, so those stay ours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_the_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("preset") != "paper":
+            return fields
+        given = {name: fields.get(name) or {} for name in PAPER}
+        if not all(isinstance(section, dict) for section in given.values()):
+            return fields  # not a section; said where it is validated
+        return {**fields, **{name: {**PAPER[name], **section} for name, section in given.items()}}
+
+
+class RunConfig(_Preset):
     output: str
     """Directory for everything the run writes."""
     seed: int = 0
@@ -244,6 +298,17 @@ class RunConfig(_Section):
     """What is measured, before and after."""
     baselines: list[Arm] = []
     """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
+
+    @model_validator(mode="after")
+    def _probe_is_not_evaluated(self) -> RunConfig:
+        for name, path in self.penalty.probe_texts.items():
+            same = [text for text, file in self.evaluation.texts.items() if Path(file) == Path(path)]
+            if same:
+                raise ValueError(
+                    f"penalty.probe_texts: {name!r} is the evaluation text {same[0]!r}; a budget steered on what it is "
+                    "measured by says nothing of other text. Name another file"
+                )
+        return self
 
     @model_validator(mode="after")
     def _importance_has_its_anchor(self) -> RunConfig:
@@ -291,7 +356,7 @@ class SelectionConfig(_Section):
     rows), the one with the lowest general loss is chosen."""
 
 
-class CompareConfig(_Section):
+class CompareConfig(_Preset):
     output: str
     """Directory of the grid: finished cells, tables, figures, report."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)

@@ -191,8 +191,7 @@ def _recording(job: Job, ids: Tensor, encoding: str, epochs: int, batch_size: in
     for name in ("capture_from", "integrate", "consolidate"):
         setattr(recorder, name, clock.inside(getattr(recorder, name)))
     arguments = {
-        **config.training.common,
-        **config.training.record,
+        **config.training.of_record(),
         "num_train_epochs": epochs,
         "max_steps": -1,
         "per_device_train_batch_size": batch_size,
@@ -261,8 +260,7 @@ def _now() -> Span:
 
 
 def _sequence_length(job: Job) -> int:
-    arguments = {**job.config.training.common, **job.config.training.record}
-    length = sft_arguments(job.output, arguments, job.config.seed).max_length
+    length = sft_arguments(job.output, job.config.training.of_record(), job.config.seed).max_length
     if length is None:
         raise ConfigError("training.record.max_length: expected a number of tokens to measure at, got null")
     return length

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from datasets import Dataset, load_dataset
+from peft import PeftModel
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -163,7 +164,7 @@ def _documents(
     elif source.source == "hub":
         documents = _hub_documents(source)
     else:
-        documents = _model_samples(source, model, tokenizer, seed, cache)
+        documents = model_samples(source, model, tokenizer, seed, cache)
     documents = [document for document in documents if document.strip()][: source.max_documents]
     if not documents:
         raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
@@ -319,8 +320,12 @@ def _hub_documents(config: GeneralSource) -> list[str]:
 
 
 @torch.no_grad()
-def _model_samples(
-    config: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path
+def model_samples(
+    config: GeneralSource,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    cache: Path,
 ) -> list[str]:
     """Text that the base model writes by itself from its first token; seeded, and read from `cache` if made before."""
     asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]

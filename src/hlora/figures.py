@@ -146,6 +146,38 @@ def loss_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def budget_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """A forgetting budget over the optimizer steps: what the probe measured, and φ as it was steered.
+
+    entries: Trainer's log entries of the phase, with phi, and after a probe probe_step, probe_rise, probe_stderr and
+    budget (nats/token). The last probe is the larger one after training, where the adapter was landed on the budget.
+    """
+    probes = [entry for entry in entries if math.isfinite(number(entry.get("probe_rise")))]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 2.7), layout="constrained", facecolor="white")
+        if not probes:
+            return nothing(figure, "no probe of the budget logged")
+        left, right = figure.subplots(1, 2)
+        steps = [number(entry.get("probe_step", entry.get("step"))) for entry in probes]
+        rises, errors = ([number(entry.get(key)) for entry in probes] for key in ("probe_rise", "probe_stderr"))
+        allowed = number(probes[-1].get("budget"))
+        left.axhline(allowed, color=BLACK, linestyle="--", linewidth=1.2, label=f"budget, {allowed:.3g}")
+        left.errorbar(steps, rises, errors, color=BLUE, marker="o", markersize=4, linewidth=1.4, label="probe ± s.e.")
+        landed = number(probes[-1].get("alpha"))
+        if landed < 1:
+            left.plot(steps[-1:], rises[-1:], "D", color=VERMILION, markersize=6, label=f"landed, α {landed:.2f}")
+        left.set(title="rise of the general loss over the base", xlabel="optimizer step", ylabel="nats/token")
+        left.legend(frameon=False)
+        phi = [(number(e.get("step")), number(e.get("phi"))) for e in entries if number(e.get("phi")) > 0]
+        if phi:
+            right.plot(*zip(*phi, strict=True), color=VERMILION, linewidth=1.6)
+            right.set_yscale("log")
+        right.set(title="penalty weight φ", xlabel="optimizer step")
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
+    return figure
+
+
 def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
     """Fig. 7: ‖Ω_l‖₂ of each adapted matrix on a log scale, kinds of matrix × transformer blocks.
 

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hlora import data, report
-from hlora.config import ImportanceConfig, RunConfig
+from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
+from hlora.config import GeneralSource, ImportanceConfig, RunConfig
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, write_text
-from hlora.fisher import fisher_information
+from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
@@ -33,6 +34,8 @@ from hlora.recorder import ImportanceRecorder
 from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
+
+_PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
 
 History = list[dict[str, Any]]
 
@@ -91,8 +94,8 @@ class Job:
             raise ConfigError(
                 f"output: {output} cannot be written ({error.strerror}). Name another directory."
             ) from None
-        for arguments in (config.training.record, config.training.tune):
-            sft_arguments(output, {**config.training.common, **arguments}, config.seed)
+        for arguments in (config.training.of_record(), config.training.of_tune()):
+            sft_arguments(output, arguments, config.seed)
         base, tokenizer = load_base(config.model)
         job = cls(config, base, tokenizer, output)
         job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
@@ -119,7 +122,7 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     if options.method == "squared_gradients":
         return model, squared_gradients(job, model), []
     recorder = ImportanceRecorder(model, options.encoding, gradient=options.gradient)
-    arguments = {"packing": True, **config.training.common, **config.training.record}
+    arguments = config.training.of_record()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
     history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
@@ -171,11 +174,33 @@ def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, Histo
 
 
 def train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None = None) -> History:
-    """The domain phase of any method: the same arguments, seed and data order, with or without a penalty."""
-    arguments = {**job.config.training.common, **job.config.training.tune}
+    """The domain phase of any method: the same arguments, seed and data order, with or without a penalty.
+
+    A forgetting budget, where the configuration has one, steers the penalty.
+    """
+    arguments = job.config.training.of_tune()
     logs = job.output / "logs" / phase
-    callbacks = [penalty.callback()] if penalty else []
+    callbacks: list[TrainerCallback] = []
+    if penalty is not None:
+        callbacks.append(penalty.callback())
+        if job.config.penalty.budget is not None:
+            callbacks.append(forgetting_budget(job, model, penalty).callback())
     return train(model, job.tokenizer, job.domain.dataset(), logs, arguments, job.config.seed, callbacks)
+
+
+def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:
+    """The configured budget on its probe: the worst of the probe texts, or the base model's own samples."""
+    options, seed = job.config.penalty, job.config.seed
+    assert options.budget is not None
+    if options.probe_texts:
+        texts = {name: "\n\n".join(data.read_documents(path)) for name, path in options.probe_texts.items()}
+        probe: TextProbe | SampleProbe = TextProbe(model, job.tokenizer, texts, window=job.config.evaluation.window)
+    else:
+        source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
+        with model.disable_adapter():
+            samples = data.model_samples(source, model, job.tokenizer, seed, job.output / "probe-samples.json")
+        probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
+    return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
 
 
 def record(config: RunConfig) -> Path:

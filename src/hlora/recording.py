@@ -60,11 +60,10 @@ def general_phase(job: Job) -> Path:
     def record(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
         recorders = {kind: ImportanceRecorder(model, each.encoding, gradient=each.gradient) for kind, each in kinds}
-        arguments = {"packing": True, **config.training.common, **config.training.record}
         logs = job.output / "logs" / f"general phase, seed {config.seed}"
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
-        history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
+        history = train(model, job.tokenizer, job.general.dataset(), logs, training, config.seed, callbacks)
         seconds = time.perf_counter() - started
         factors: dict[str, torch.Tensor] = {}
         for matrix in adapted_matrices(model):
@@ -78,7 +77,7 @@ def general_phase(job: Job) -> Path:
         write_text(directory / "recording.json", json.dumps(facts, indent=1))
         model.unload()
 
-    training = {**config.training.common, **config.training.record}
+    training = config.training.of_record()
     made_from = {
         **config.model_dump(include={"model", "lora", "seed"}),
         "kinds": [kind for kind, _ in kinds],

@@ -283,7 +283,7 @@ def _check_head(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _arguments(job: Job) -> dict[str, Any]:
-    return {**job.config.training.common, **job.config.training.tune}
+    return job.config.training.of_tune()
 
 
 def _train(

@@ -222,7 +222,7 @@ def train(
         trainer.train()
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
 
 
 def _clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:

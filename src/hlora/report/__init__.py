@@ -137,6 +137,9 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
     importance = results.get("importance") or {}
     history = {phase: entries for phase, entries in (results.get("history") or {}).items() if entries}
     norms = importance.get("layer_norms") or {}
+    steered: Any = next(
+        (entries for entries in history.values() if any("probe_rise" in entry for entry in entries)), []
+    )
     heading, numbers = _numbers(arms)
     config = json.loads(json.dumps(results.get("config") or {}, default=str))
     return {
@@ -146,6 +149,7 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "numbers": numbers,
         "costs": _costs(results),
         "curves": Markup(figures.svg(figures.loss_curves(history))) if history else None,
+        "budget": Markup(figures.svg(figures.budget_curves(steered))) if steered else None,
         "heatmap": Markup(figures.svg(figures.importance_heatmap(norms))) if norms else None,
         "weights": _weights(importance),
         "sample_arms": [arm_label(arm) for arm in arms if arms[arm].get("samples")],
