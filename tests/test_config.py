@@ -212,3 +212,28 @@ def test_a_file_that_is_no_configuration_is_one_line_that_names_it(
 def test_a_missing_file_says_how_to_get_a_starting_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file. `hlora config > .*my.yaml` writes a starting one"):
         load_config(tmp_path / "my.yaml")
+
+
+def test_the_general_phase_takes_a_quarter_of_the_learning_rate_unless_told_otherwise() -> None:
+    common = {"learning_rate": 8e-4, "warmup_steps": 3}
+    config = parse_config({**minimal(), "training": {"common": common}})
+    assert config.training.of_record() == {"packing": True, "learning_rate": 2e-4, "warmup_steps": 3}
+    assert config.training.of_tune() == common
+    config = parse_config({**minimal(), "training": {"common": common, "record": {"learning_rate": 1e-3}}})
+    assert config.training.of_record()["learning_rate"] == 1e-3
+    assert "learning_rate" not in parse_config(minimal()).training.of_record()
+
+
+def test_the_papers_preset_gives_way_to_what_is_said() -> None:
+    config = parse_config({**minimal(), "preset": "paper", "lora": {"rank": 4}}, overrides=["penalty.phi=3"])
+    assert (config.lora.rank, config.lora.alpha) == (4, 32)
+    assert (config.importance.encoding, config.training.general_rate) == ("float32", 1.0)
+    assert (config.penalty.anchor, config.penalty.layer_weights, config.penalty.phi) == ("general", "softmax", 3)
+    ours = parse_config(minimal())
+    assert (ours.importance.encoding, ours.training.general_rate) == ("factored", 0.25)
+    assert errors({**minimal(), "preset": "paper", "lora": 3}) == ["my.yaml: lora: expected a section of fields; got 3"]
+
+
+@pytest.mark.parametrize("budget", ["1%", "0.5 %", 0.01, "0.01"])
+def test_a_budget_is_a_percentage_or_nats(budget: Any) -> None:
+    assert parse_config({**minimal(), "penalty": {"budget": budget}}).penalty.budget == budget

@@ -186,3 +186,23 @@ def test_save_writes_png_and_svg_beside_each_other(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"fig.7.png", "fig.7.svg"}
     assert png.read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(vector).getroot().tag.endswith("svg")
+
+
+def test_budget_curves_show_probes_with_their_errors_the_budget_and_phi_on_a_log_scale():
+    entries = [{"step": i, "loss": 3.0, "phi": 2.0**i} for i in range(1, 5)]
+    entries[1] |= {"probe_step": 2, "probe_rise": 0.004, "probe_stderr": 0.001, "budget": 0.01}
+    entries.append(
+        {"step": 4, "phi": 16.0, "probe_step": 4, "probe_rise": 0.0098, "probe_stderr": 0.0005, "budget": 0.01}
+        | {"alpha": 0.8}
+    )
+    left, right = figures.budget_curves(entries).axes
+    (bars,) = left.containers
+    np.testing.assert_allclose(bars.lines[0].get_xydata(), [[2, 0.004], [4, 0.0098]])
+    assert [label.get_text() for label in left.get_legend().get_texts()] == [
+        "budget, 0.01",
+        "landed, α 0.80",
+        "probe ± s.e.",
+    ]
+    assert right.get_yscale() == "log"
+    np.testing.assert_allclose(right.get_lines()[0].get_ydata(), [2, 4, 8, 16, 16])
+    assert words(figures.budget_curves([{"step": 1, "loss": 2.0}])) == ["no probe of the budget logged"]
