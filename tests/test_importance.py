@@ -86,7 +86,7 @@ def test_describe_reports_encoding_bytes_norms_and_provenance_as_json(
 ) -> None:
     result = record(peft_model, token_ids, "factored", data={"source": "pydoc", "rows": 16})
     facts = json.loads(json.dumps(result.describe()))
-    assert facts["encoding"] == "factored"
+    assert facts["encoding"] == "factored" and facts["anchors"] == ["general", "base"]
     assert facts["bytes"] == 2 * 4 * ((32 + 32) + (16 + 32)) == result.nbytes()
     assert facts["undo_cost"] == pytest.approx(sum(m.undo_cost for m in result.matrices.values()))
     assert (facts["xi"], facts["steps"], facts["skipped_steps"]) == (XI, 3, 0)

@@ -364,6 +364,7 @@ def test_a_relative_phi_on_squared_gradients_is_per_nat_of_expected_forgetting(
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
     importance = fisher_of_sequences(peft_model, token_ids, 0, encoding="factored", labels="text")
+    assert importance.describe()["anchors"] == ["base"]
     plain = ImportancePenalty(peft_model, importance, 5.0, "sum", "paper", anchor="base")
     relative = ImportancePenalty(peft_model, importance, 5.0, "sum", "relative", anchor="base")
     move_adapter(peft_model)

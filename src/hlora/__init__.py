@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from hlora.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
 
 if TYPE_CHECKING:
+    from hlora.budget import ForgettingBudget, SampleProbe, TextProbe
     from hlora.importance import Importance
     from hlora.penalty import ImportancePenalty
     from hlora.recorder import ImportanceRecorder
@@ -17,14 +18,20 @@ __all__ = [
     "ArtifactError",
     "ConfigError",
     "DataError",
+    "ForgettingBudget",
     "HloraError",
     "Importance",
     "ImportancePenalty",
     "ImportanceRecorder",
+    "SampleProbe",
+    "TextProbe",
     "protect",
 ]
 
 _LAZY = {
+    "ForgettingBudget": "hlora.budget",
+    "SampleProbe": "hlora.budget",
+    "TextProbe": "hlora.budget",
     "Importance": "hlora.importance",
     "ImportancePenalty": "hlora.penalty",
     "ImportanceRecorder": "hlora.recorder",

@@ -67,6 +67,7 @@ class Importance:
         return {
             "encoding": self.encoding,
             "bytes": self.nbytes(),
+            "anchors": ["base"] if self.without_move else ["general", "base"],  # what it can hold a model to
             "layer_norms": self.norms(),
             "undo_cost": sum(matrix.undo_cost for matrix in self.matrices.values()),
             **self.provenance,
