@@ -97,11 +97,13 @@ def test_the_divergence_is_that_of_the_full_distributions(peft_model, token_ids)
     move_adapter(peft_model, deviation=0.3)
     peft_model.eval()
     with torch.no_grad():
+        peft_model.get_output_embeddings().weight.mul_(20)  # far enough apart to tell the direction
         q = peft_model(input_ids=token_ids).logits[:, :-1].double().log_softmax(-1)
         with peft_model.disable_adapter():
             p = peft_model(input_ids=token_ids).logits[:, :-1].double().log_softmax(-1)
     expected = float((p.exp() * (p - q)).sum(-1).mean())
-    assert expected > 1e-4
+    backwards = float((q.exp() * (q - p)).sum(-1).mean())
+    assert abs(backwards / expected - 1) > 0.01
     assert SampleProbe(peft_model, token_ids).measure(10_000).nats == pytest.approx(expected, rel=1e-3)
 
 
@@ -131,6 +133,7 @@ def test_a_probe_leaves_modes_random_numbers_and_what_is_trained_alone(peft_mode
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
+    peft_model.register_forward_hook(lambda *_: torch.rand(1) and None)  # a model that draws, also in evaluation mode
     for probe in (text_probe(peft_model, tokenizer), SampleProbe(peft_model, token_ids)):
         probe.measure(128)
     assert torch.rand(1) == expected
@@ -212,11 +215,11 @@ def test_phi_stays_within_its_bounds_and_comes_back_from_them_at_once():
     assert steering.next_phi(1.0, 1.0, 1.0) > 1.2 * lowest
 
 
-def test_one_step_changes_phi_by_a_factor_of_e_at_most_after_the_first():
+def test_one_step_changes_phi_by_a_factor_of_e_at_most():
     for seed in range(3):
         _, phis = plant(0.01, 0.3, seed=seed)
         moves = [abs(math.log(b / a)) for a, b in pairwise(phis)]
-        assert sum(move > 1.0001 for move in moves) <= 1
+        assert 0.9 < max(moves) < 1.0001
 
 
 def test_a_probe_counts_by_its_standard_error():

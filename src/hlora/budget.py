@@ -46,7 +46,6 @@ _INTEGRAL = 0.45  # of log φ a step for a radius missed by a factor of e, at th
 _PROPORTIONAL = 2.5  # of log φ for a change of L_reg by a factor of e
 _FAR = 0.7  # log (L_reg / radius) from which on an approach is not braked
 _LARGEST_STEP = 1.0  # of log φ
-_LARGEST_FIRST_STEP = 3.0  # of log φ at the first probe, before which nothing is known
 _LARGEST_ERROR = 3.0  # of log (L_reg / radius) that the steering reacts to
 _SPAN = 1e4  # φ stays within this factor of its start
 _WARMING = 0.35  # share of the steps in which the radius grows to its full size, so that φ is learned on the way
@@ -404,13 +403,10 @@ class Steering:
             allowed = max(self.target - self.at_anchor, 0.05 * self.target)
             size = math.log(max(value, 1e-30)) - growing
             error = _clip(size + math.log(self.ratio / allowed), _LARGEST_ERROR)
-            if self.before is None:
-                change = _clip(error, _LARGEST_FIRST_STEP)
-            else:
-                moved = size - self.before
-                if abs(error) > _FAR and moved * error < 0:
-                    moved = 0.0  # on its way from afar
-                change = _clip(rate * _INTEGRAL * error + _PROPORTIONAL * moved, _LARGEST_STEP)
+            moved = 0.0 if self.before is None else size - self.before
+            if abs(error) > _FAR and moved * error < 0:
+                moved = 0.0  # on its way from afar
+            change = _clip(rate * _INTEGRAL * error + _PROPORTIONAL * moved, _LARGEST_STEP)
             self.before = size
             self.log_phi = self.start + _clip(self.log_phi + change - self.start, math.log(_SPAN))
         return math.exp(self.log_phi)
