@@ -239,7 +239,7 @@ def test_printed_configuration_is_valid(hlora: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "start.yaml"
     path.write_text(out, encoding="utf-8")
     assert status == 0
-    assert load_config(path).penalty.phi == 9
+    assert load_config(path).penalty.phi == 1
 
 
 def test_version_is_the_packages(hlora: Invoke) -> None:

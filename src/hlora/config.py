@@ -158,8 +158,9 @@ class ImportanceConfig(_Section):
 
 
 class PenaltyConfig(_Section):
-    phi: float = Field(default=9.0, ge=0)
-    """Weight of the penalty, Eq. 16. With phi_scale relative: nats it costs to undo the general phase once."""
+    phi: float = Field(default=1.0, ge=0)
+    """Weight of the penalty, Eq. 16. With phi_scale relative: nats it costs to undo the general phase once; 1 goes with
+    a gentle general phase, one at the domain's learning rate moves farther and takes about 9."""
     phi_scale: PhiScale = "relative"
     """relative: importance is divided by what undoing the general phase would cost, so phi carries over between models.
     paper: as in Eq. 16."""
@@ -253,7 +254,7 @@ class EvaluationConfig(_Section):
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
     "importance": {"method": "path_integral", "encoding": "float32", "gradient": "effective"},
-    "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix"},
+    "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix", "phi": 9.0},
     "training": {"general_rate": 1.0},
 }
 """What `preset: paper` puts in place of our defaults."""
