@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from hlora.adapters import adapted_matrices
 from hlora.budget import ForgettingBudget, Rise, SampleProbe, Steering, TextProbe, parse_budget
 from hlora.errors import ConfigError, DataError
-from hlora.evaluation import text_likelihood
+from hlora.evaluation import _sliding_window
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 
@@ -78,19 +78,24 @@ def test_an_untouched_adapter_has_risen_by_exactly_nothing(peft_model, tokenizer
         assert rise.stderr == pytest.approx(0.0, abs=1e-7)
 
 
-def test_the_rise_on_a_text_is_the_difference_of_its_two_losses(peft_model, tokenizer):
-    from hlora.config import EvaluationConfig
-
+def test_the_rise_on_a_text_is_that_of_its_sliding_window_loss_without_what_has_no_context(peft_model, tokenizer):
     move_adapter(peft_model, deviation=0.3)
-    settings = EvaluationConfig(max_tokens=64, window=64, stride=64, batch_size=4)
     peft_model.eval()
-    after = text_likelihood(peft_model, tokenizer, GENERAL_TEXT, settings)["nll"]
-    with peft_model.disable_adapter():
-        before = text_likelihood(peft_model, tokenizer, GENERAL_TEXT, settings)["nll"]
-    assert abs(after - before) > 1e-3
-    rise = text_probe(peft_model, tokenizer).measure(64)
-    assert rise.nats == pytest.approx(after - before, abs=1e-5)
-    assert rise.tokens == 63
+    tokens = tokenizer(GENERAL_TEXT, return_tensors="pt")["input_ids"][0][:256]  # 64 + 4 · 48 tokens
+    with torch.no_grad():
+        after = _sliding_window(peft_model, tokens, window=64, stride=48, batch_size=2)
+        with peft_model.disable_adapter():
+            before = _sliding_window(peft_model, tokens, window=64, stride=48, batch_size=2)
+    expected = (after - before)[15:]  # evaluation scores the whole of its first window
+    assert abs(float(expected.mean())) > 1e-3
+    rise = TextProbe(peft_model, tokenizer, {"": GENERAL_TEXT}, 256, 256, window=64).measure(10_000)
+    assert rise.tokens == len(expected) == 240
+    assert rise.nats == pytest.approx(float(expected.mean()), abs=1e-5)
+
+
+def test_a_text_shorter_than_a_window_is_scored_whole(peft_model, tokenizer):
+    count = len(tokenizer(GENERAL_TEXT[:60])["input_ids"])
+    assert TextProbe(peft_model, tokenizer, {"": GENERAL_TEXT[:60]}).measure(512).tokens == count - 1
 
 
 def test_the_divergence_is_that_of_the_full_distributions(peft_model, token_ids):
@@ -361,11 +366,14 @@ def test_landing_uses_what_is_left_of_the_budget_only_where_the_penalty_held_the
 
 def test_each_probe_reads_another_part_in_turn_and_the_landing_all(peft_model, tokenizer):
     move_adapter(peft_model, deviation=0.3)
-    for probe in (text_probe(peft_model, tokenizer), sample_probe(peft_model)):
-        parts = [probe.measure(256, turn).nats for turn in range(4)]
-        assert len(set(parts)) == 4
-        assert probe.measure(1024).nats == pytest.approx(sum(parts) / 4, abs=1e-6)
-        assert probe.measure(256, 4).nats == pytest.approx(parts[0], abs=1e-9)
+    for probe, same in (
+        (text_probe(peft_model, tokenizer), 7),
+        (sample_probe(peft_model), 4),
+    ):  # 7 · 6 = 2 · 21 windows
+        parts = [probe.measure(256, turn).nats for turn in range(same)]
+        assert len(set(parts[:4])) == 4
+        assert probe.measure(1024).nats == pytest.approx(sum(parts) / same, abs=1e-6)
+        assert probe.measure(256, same).nats == pytest.approx(parts[0], abs=1e-9)
 
 
 def test_an_adapter_within_its_budget_is_not_moved(peft_model, tokenizer, importance):

@@ -82,6 +82,7 @@ class PenaltyCallback(TrainerCallback):
         self.penalty = penalty
         self._handle: Any = None
         self._sum: torch.Tensor | float = 0.0
+        self._weighted: torch.Tensor | float = 0.0
         self._count = 0
 
     def on_train_begin(
@@ -91,12 +92,14 @@ class PenaltyCallback(TrainerCallback):
             self._handle.remove()
         optimizer = _unwrapped(kwargs["optimizer"])
         check_trained_by(optimizer, self.penalty.matrices)
-        self._sum, self._count = 0.0, 0
+        self._sum, self._weighted, self._count = 0.0, 0.0, 0
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         _clip_after_callbacks(args, optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._sum = self._sum + self.penalty.add_gradients_()
+        value = self.penalty.add_gradients_()
+        self._sum = self._sum + value
+        self._weighted = self._weighted + self.penalty.phi * value  # a budget changes φ from step to step
         self._count += 1
 
     def on_log(
@@ -109,9 +112,8 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or self._count == 0:
             return
-        value = float(self._sum) / self._count
-        self._sum, self._count = 0.0, 0
-        weighted = self.penalty.phi * value
+        value, weighted = float(self._sum) / self._count, float(self._weighted) / self._count
+        self._sum, self._weighted, self._count = 0.0, 0.0, 0
         losses = {
             "regularisation_loss": value,
             "weighted_regularisation_loss": weighted,
