@@ -145,9 +145,9 @@ class ImportanceConfig(_Section):
     or factored (row sums x column sums)."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
-    gradient: Literal["effective", "exact"] = "effective"
-    """Gradient in the path integral: effective, Eq. 11 (the paper's), or exact, that of the adapted matrix itself
-    (4 bytes an element more memory while recording)."""
+    gradient: Literal["effective", "exact"] = None  # type: ignore[assignment]  # by the method
+    """effective, Eq. 11, the paper's and the default of a path integral; or exact, that of the adapted matrix itself, the
+    default of squared gradients (for a path integral it takes 4 bytes an element more memory while recording)."""
     sequences: int = Field(default=256, ge=1)
     """squared_gradients: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
@@ -155,6 +155,13 @@ class ImportanceConfig(_Section):
     stop_at_move: float | None = Field(default=None, gt=0)
     """path_integral: end the general phase early, once it has moved the adapted matrices by this share of their
     norm."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gradient_by_the_method(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("gradient") is not None:
+            return fields
+        return {**fields, "gradient": "exact" if fields.get("method") == "squared_gradients" else "effective"}
 
 
 class PenaltyConfig(_Section):
