@@ -146,8 +146,8 @@ class ImportanceConfig(_Section):
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] = None  # type: ignore[assignment]  # by the method
-    """effective, Eq. 11, the paper's and the default of a path integral; or exact, that of the adapted matrix itself, the
-    default of squared gradients (for a path integral it takes 4 bytes an element more memory while recording)."""
+    """effective, Eq. 11, the paper's and the default of a path integral; or exact, that of the adapted matrix itself,
+    the default of squared gradients (for a path integral it takes 4 bytes an element more memory while recording)."""
     sequences: int = Field(default=256, ge=1)
     """squared_gradients: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
