@@ -1,7 +1,7 @@
 """`hlora compare`: methods × tasks × seeds × strengths, each cell computed once, then tables, figures and a report.
 
 cells/<key>.json   one cell, named by the hash of all that determines it; a run that was killed goes on from here
-general/, fisher/  what several cells share, made once a seed
+general/, fisher/, squares/  what several cells share, made once a seed
 comparison.json    everything that tables, figures and the report are made from
 
 Several processes may work on one output directory at a time, one for each GPU: a cell is claimed by a file lock.

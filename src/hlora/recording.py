@@ -3,6 +3,8 @@
 recording.json           what it was made from, losses, seconds
 adapter.safetensors      θ^ν, the factors of each matrix
 <kind>.safetensors       state of one recorder, <kind> such as factored-effective; all kinds watch the same training
+
+Squared gradients, where an arm asks for them in place of a general phase, are kept in the same way as an Importance.
 """
 
 from __future__ import annotations
