@@ -1,90 +1,146 @@
-"""Time of recording and of the penalty as a share of the plain LoRA training step, in one run.
+"""Time and peak memory of recording and of the penalty beside those of plain LoRA training, in one run.
 
-    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--encodings factored float32 bfloat16]
+    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--encodings factored float32 bfloat16 int8]
+    python benchmarks/overhead.py --model llama-3.2-3b --batch 20      # of random weights, for a GPU
 
 Each round makes two plain steps, one recorded step per encoding and one protected step per encoding, in random order,
-on the same 8×128 random tokens. Two figures for each: the median over rounds of the time spent inside hlora's calls
+on the same random tokens. Two figures for each: the median over rounds of the time spent inside hlora's calls
 divided by that round's plain step, and the ratio of whole steps, which carries the noise of the step itself: the second
-plain step shows how much.
+plain step shows how much. Then each kind of step runs alone in a process of its own, three times; its peak memory, that
+allocated by PyTorch on a GPU and resident otherwise, is compared with the plain one's. Two plain runs show the noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hlora import Importance, ImportancePenalty, ImportanceRecorder
+from hlora import Importance, ImportancePenalty, ImportanceRecorder, encodings
 from hlora.config import LoraSettings, ModelConfig
 from hlora.models import attach_lora, load_base
+
+LLAMA_3B = LlamaConfig(
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128_256,
+    tie_word_embeddings=True,
+)
+STEPS = 3  # of a process whose peak memory is measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--encodings", nargs="+", default=["factored", "float32", "bfloat16"])
-    arguments = parser.parse_args()
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--encodings", nargs="+", default=["factored", "float32", "bfloat16", "int8"])
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # what the processes of their own are called with
+    options = parser.parse_args()
+    if options.peak:
+        print(json.dumps(peak(options.model, options.batch, *options.peak)))
+        return
+    model, tokens = prepared(options.model, options.batch)
+    with tempfile.TemporaryDirectory() as directory:
+        times(model, tokens, options, Path(directory))
+        del model
+        memory(options, Path(directory))
 
-    base, _ = load_base(ModelConfig(name=arguments.model))
+
+def prepared(name: str, batch: int) -> tuple[PeftModel, Tensor]:
+    base: PreTrainedModel
+    if name == "llama-3.2-3b":
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            base = LlamaForCausalLM(LLAMA_3B).to(torch.bfloat16)
+        base.requires_grad_(False)
+    else:
+        base, _ = load_base(ModelConfig(name=name))
     model = attach_lora(base, LoraSettings(), seed=0).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-4)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, model.config.vocab_size, (8, 128), generator=generator).to(model.device)
+    return model, torch.randint(3, model.config.vocab_size, (batch, 128), generator=generator).to(model.device)
+
+
+def adamw(model: PeftModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-4)
+
+
+def backward(model: PeftModel, tokens: Tensor) -> None:
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def recorded(recorder: ImportanceRecorder, optimizer: torch.optim.Optimizer) -> float:
+    """An optimizer step and its recording; seconds inside of the recording."""
+    started = _now()
+    recorder.capture_from(optimizer)
+    inside = _now() - started
+    optimizer.step()
+    started = _now()
+    recorder.integrate()
+    return inside + _now() - started
+
+
+def protected(penalty: ImportancePenalty, optimizer: torch.optim.Optimizer) -> float:
+    started = _now()
+    penalty.add_gradients_()
+    inside = _now() - started
+    optimizer.step()
+    return inside
+
+
+def times(model: PeftModel, tokens: Tensor, arguments: argparse.Namespace, directory: Path) -> None:
+    """The table of times; leaves an importance in each encoding in the directory."""
+    optimizer = adamw(model)
     recorders = {name: ImportanceRecorder(model, name) for name in arguments.encodings}
 
-    def backward() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-
     def plain() -> float:
-        backward()
         optimizer.step()
         return 0.0
 
-    def recorded(recorder: ImportanceRecorder) -> float:
-        backward()
-        started = _now()
-        recorder.capture_from(optimizer)
-        inside = _now() - started
-        optimizer.step()
-        started = _now()
-        recorder.integrate()
-        return inside + _now() - started
-
-    def protected(penalty: ImportancePenalty) -> float:
-        backward()
-        started = _now()
-        penalty.add_gradients_()
-        inside = _now() - started
-        optimizer.step()
-        return inside
-
     for recorder in recorders.values():  # warm-up, and the steps that the penalties below need
-        recorded(recorder)
+        backward(model, tokens)
+        recorded(recorder, optimizer)
         optimizer.zero_grad()
     importances: dict[str, Importance] = {name: recorder.consolidate() for name, recorder in recorders.items()}
+    for name, importance in importances.items():
+        importance.save(directory / name)
     penalties = {name: ImportancePenalty(model, importance, 9.0) for name, importance in importances.items()}
 
+    steps: dict[tuple[str, str], Callable[[], float]]
     steps = {("plain", ""): plain, ("plain again", ""): plain}  # the second shows what of a ratio is noise
-    steps |= {("recording", name): lambda r=recorder: recorded(r) for name, recorder in recorders.items()}
-    steps |= {("penalty", name): lambda p=penalty: protected(p) for name, penalty in penalties.items()}
+    steps |= {("recording", name): lambda r=r: recorded(r, optimizer) for name, r in recorders.items()}
+    steps |= {("penalty", name): lambda p=p: protected(p, optimizer) for name, p in penalties.items()}
     whole: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     inside: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     draw = random.Random(0)
     for _ in range(arguments.rounds):
         for key in draw.sample(list(steps), len(steps)):  # no kind of step always follows the same other
-            step = steps[key]
             started = _now()
-            inside[key].append(step())
+            backward(model, tokens)
+            inside[key].append(steps[key]())
             whole[key].append(_now() - started)
             optimizer.zero_grad()
 
-    table = Table(title=f"{arguments.model}, 8x128 tokens, {arguments.rounds} rounds, {model.device}, {model.dtype}")
+    size = f"{arguments.batch}x128 tokens"
+    table = Table(title=f"{arguments.model}, {size}, {arguments.rounds} rounds, {model.device}, {model.dtype}")
     for heading in (
         "step",
         "encoding",
@@ -107,6 +163,51 @@ def main() -> None:
             f"{statistics.median(times) / statistics.median(base_times):.3f}",
         )
     Console(width=120).print(table)
+
+
+def memory(arguments: argparse.Namespace, directory: Path) -> None:
+    """The table of peak memory, and whether it is at most the stored importance and 64 MiB above the plain one."""
+    table = Table(title=f"peak memory, {STEPS} steps in a process of its own")
+    for heading in ("step", "encoding", "peak MiB", "above plain", "importance MiB", "of it beyond"):
+        table.add_column(heading, justify="right")
+    plain = 0.0
+    kinds = [("plain", "-"), ("plain again", "-")]
+    kinds += [(kind, name) for kind in ("recording", "penalty") for name in arguments.encodings]
+    for kind, name in kinds:
+        command = [sys.executable, __file__, "--model", arguments.model, "--batch", str(arguments.batch)]
+        argument = name if kind == "recording" else str(directory / name)
+        done = subprocess.run([*command, "--peak", kind, argument], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        plain = plain or found["peak"]
+        above, stored = (found["peak"] - plain) / 2**20, found["importance"] / 2**20
+        table.add_row(
+            kind, name, f"{found['peak'] / 2**20:.0f}", f"{above:+.0f}", f"{stored:.1f}", f"{above - stored:+.0f}"
+        )
+    Console(width=120).print(table)
+
+
+def peak(name: str, batch: int, kind: str, argument: str) -> dict[str, int]:
+    """Bytes at the peak of a few steps of one kind, and of ω or Ω. argument: an encoding, or where an importance is."""
+    model, tokens = prepared(name, batch)
+    optimizer, stored = adamw(model), 0
+    recorder = ImportanceRecorder(model, argument) if kind == "recording" else None
+    penalty = ImportancePenalty(model, Importance.load(argument), 9.0) if kind == "penalty" else None
+    for _ in range(STEPS):
+        backward(model, tokens)
+        if recorder is not None:
+            recorded(recorder, optimizer)
+        elif penalty is not None:
+            protected(penalty, optimizer)
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    if recorder is not None:
+        stored = sum(encodings.nbytes(omega) for omega in recorder.omega.values())
+    elif penalty is not None:
+        stored = Importance.load(argument).nbytes()
+    if torch.cuda.is_available():
+        return {"peak": torch.cuda.max_memory_allocated(), "importance": stored}
+    return {"peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "importance": stored}
 
 
 def _now() -> float:

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import move_adapter, record
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import KasaConfig
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, layer_number
 from hlora.errors import AdapterError
+from hlora.importance import Importance
+from hlora.penalty import ImportancePenalty
 
 Q_AND_V = ["q_proj", "v_proj"]
 
@@ -85,6 +99,70 @@ def test_gpt2_convolution_named_linear_layers_are_read_in_the_right_orientation(
         assert len(matrix.base_sample()) == 16
         nn.init.normal_(matrix.B)
         torch.testing.assert_close(matrix.scale * matrix.B @ matrix.A, weight_change(matrix))
+
+
+def tied_llama(model_dir: str) -> PreTrainedModel:
+    config = LlamaForCausalLM.from_pretrained(model_dir).config
+    config.tie_word_embeddings = True
+    return LlamaForCausalLM(config)
+
+
+def gpt2(model_dir: str) -> PreTrainedModel:
+    """Conv1D layers, query, key and value in one."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+def phi3(model_dir: str) -> PreTrainedModel:
+    """Query, key and value in one linear layer, gate and up in another."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=384, num_key_value_heads=2, pad_token_id=2, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (tied_llama, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        (gpt2, "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+        (phi3, "o_proj qkv_proj gate_up_proj down_proj"),
+    ],
+)
+def test_all_linear_layers_are_recorded_saved_loaded_held_and_merged(
+    model_dir: str, token_ids: torch.Tensor, tmp_path: Path, make: Any, layers: str
+) -> None:
+    torch.manual_seed(0)
+    make(model_dir).save_pretrained(tmp_path / "base")
+
+    def fresh() -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    importance = Importance.load(record(fresh(), token_ids, "factored").save(tmp_path / "importance"))
+    assert len(importance.matrices) == 2 * len(layers.split())
+    for name in importance.matrices:
+        assert layer_number(name) in (0, 1) and name.endswith(tuple(layers.split()))
+    assert all(norm > 0 for norm in importance.norms().values())
+
+    model = fresh()
+    importance.load_adapter_into(model)
+    penalty = ImportancePenalty(model, importance, phi=1.0)
+    move_adapter(model)
+    (model(input_ids=token_ids, labels=token_ids).loss + penalty()).backward()
+    expected = 0.0
+    for m in penalty.matrices:
+        assert m.A.grad is not None and m.A.grad.any() and m.B.grad is not None and m.B.grad.any()
+        mine = importance.matrices[m.name]
+        moved = (m.scale * (m.B @ m.A - mine.B @ mine.A)).detach()
+        expected += penalty.coefficients[m.name] / penalty.unit * float((mine.omega.dense() * moved**2).sum())
+    assert float(penalty.regularisation_loss()) == pytest.approx(expected, rel=1e-4)
+
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        unmerged = model(input_ids=token_ids).logits
+        merged = loaded.merge_and_unload()(input_ids=token_ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_of_any_name_is_found(model_dir: str) -> None:
@@ -221,6 +299,24 @@ def test_lora_on_expert_parameters_is_refused_by_name() -> None:
     config = LoraConfig(r=2, target_modules=["gate"], target_parameters=["experts.up"])
     with pytest.raises(AdapterError, match=r"experts \(LoRA on the parameter up\)"):
         adapted_matrices(get_peft_model(Mixture(), config))
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_all_linear_of_a_mixture_of_experts_is_refused_by_name_and_its_attention_is_not() -> None:
+    """PEFT takes its router and its experts, which are parameters, for linear layers too."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
+    config = Qwen3MoeConfig(vocab_size=384, **sizes, **experts)
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.experts \(LoRA on the parameter down_proj\)"):
+        adapted_matrices(get_peft_model(Qwen3MoeForCausalLM(config), LoraConfig(target_modules="all-linear")))
+    attention = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert len(adapted_matrices(get_peft_model(Qwen3MoeForCausalLM(config), attention))) == 4
 
 
 def test_two_active_adapters_are_refused_until_one_is_named_and_the_other_frozen(peft_model: PeftModel) -> None:

@@ -140,7 +140,8 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
         ),
         (
             "importance.encoding=factord",
-            "importance.encoding: expected one of float32, bfloat16, factored; got 'factord'; did you mean 'factored'?",
+            "importance.encoding: expected one of float32, bfloat16, int8, factored; got 'factord'; "
+            "did you mean 'factored'?",
         ),
         ("domain.task=xyz", "domain.task: expected one of sciq, piqa, medmcqa, multiple_choice, rows; got 'xyz'"),
         (
@@ -158,6 +159,13 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
 )
 def test_a_wrong_field_is_one_line_with_path_expectation_and_nearest_name(override: str, expected: str) -> None:
     assert errors(minimal(), override) == [f"my.yaml: {expected}"]
+
+
+def test_steps_of_the_exact_gradient_cannot_be_kept() -> None:
+    (line,) = errors(minimal(), "importance.gradient=exact", "importance.flush_every=2")
+    assert line == (
+        "my.yaml: importance: flush_every: the exact gradient of a step is dense, so none is kept; expected 1"
+    )
 
 
 def test_output_directory_and_seed_of_a_phase_cannot_be_set_past_the_configuration() -> None:

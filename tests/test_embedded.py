@@ -14,13 +14,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora import embedded
-from hlora.config import ModelConfig, parse_config
+from hlora.adapters import adapted_matrices
+from hlora.config import LoraSettings, ModelConfig, parse_config
 from hlora.data import domain_rows, general_text, read_rows
 from hlora.errors import ConfigError
-from hlora.models import load_base
+from hlora.models import attach_lora, load_base
+from hlora.trainer import train
 
 
 def write_gguf(model_dir: str, path: Path) -> None:
@@ -113,6 +116,17 @@ def test_a_gguf_file_loads_as_the_model_it_was_made_from(model_dir: str, tmp_pat
     torch.testing.assert_close(logits(model), logits(original))
     text = "Assert statements, e.g. `assert x`."
     assert tokenizer(text)["input_ids"] == original_tokenizer(text)["input_ids"]
+
+
+def test_a_model_from_a_gguf_file_can_be_trained(model_dir: str, tmp_path: Path) -> None:
+    write_gguf(model_dir, tmp_path / "tiny.gguf")
+    base, tokenizer = load_base(ModelConfig(name=str(tmp_path), gguf_file="tiny.gguf", device="cpu"))
+    model = attach_lora(base, LoraSettings(), seed=0)
+    rows = Dataset.from_dict({"text": ["Assert statements are checked."] * 4})
+    arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": []}
+    (entry,) = train(model, tokenizer, rows, tmp_path / "out", arguments, seed=0)
+    assert entry["loss"] > 0
+    assert any(matrix.B.any() for matrix in adapted_matrices(model))
 
 
 def test_the_model_is_fetched_once_checked_and_kept_as_an_ordinary_directory(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hlora import equations
 from hlora.adapters import adapted_matrices
-from hlora.encodings import ENCODINGS, Factored
+from hlora.encodings import ENCODINGS, Eight, Factored
 from hlora.errors import AdapterError, DataError
 from hlora.fisher import add_squares_, fisher_information, fisher_of_sequences, pack, whole_model_bytes
 from hlora.importance import Importance
@@ -162,6 +162,8 @@ def test_every_encoding_is_of_the_same_fisher_and_survives_saving(
         if isinstance(kept, Factored):
             torch.testing.assert_close(kept.row, exact.sum(1))
             torch.testing.assert_close(kept.column, exact.sum(0))
+        elif isinstance(kept, Eight):
+            torch.testing.assert_close(kept.dense().sqrt(), exact.sqrt(), rtol=0, atol=0.501 * float(kept.scale.max()))
         else:
             torch.testing.assert_close(kept.float(), exact, rtol=0 if encoding == "float32" else 2**-8, atol=0)
 
@@ -227,8 +229,8 @@ def test_a_layer_used_twice_is_refused_by_name(model_dir: str, token_ids: Tensor
 
 
 def test_an_unknown_encoding_is_refused_before_any_work(peft_model: PeftModel) -> None:
-    with pytest.raises(ValueError, match="expected one of float32, bfloat16, factored, got 'int8'"):
-        fisher_of_sequences(peft_model, torch.zeros(0, 2, dtype=torch.long), SEED, encoding="int8")
+    with pytest.raises(ValueError, match="expected one of float32, bfloat16, int8, factored, got 'int3'"):
+        fisher_of_sequences(peft_model, torch.zeros(0, 2, dtype=torch.long), SEED, encoding="int3")
 
 
 def test_whole_model_bytes_are_four_for_each_parameter_of_the_base(peft_model: PeftModel, model_dir: str) -> None:
@@ -257,6 +259,9 @@ def test_text_labels_take_the_next_tokens_of_the_text(
         if isinstance(matrix.omega, Factored):
             torch.testing.assert_close(matrix.omega.row, total.sum(1))
             torch.testing.assert_close(matrix.omega.column, total.sum(0))
+        elif isinstance(matrix.omega, Eight):
+            bound = 0.501 * float(matrix.omega.scale.max())
+            torch.testing.assert_close(matrix.omega.dense().double().sqrt(), total.sqrt(), rtol=0, atol=bound)
         else:
             torch.testing.assert_close(
                 matrix.omega.double(), total, rtol=1e-9 if encoding == "float32" else 2**-8, atol=0

@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import move_adapter, record
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hlora import encodings, equations, importance
-from hlora.encodings import ENCODINGS, Factored
+from hlora.encodings import ENCODINGS, Eight, Factored
 from hlora.errors import ArtifactError
 from hlora.fisher import fisher_of_sequences
 from hlora.importance import Importance
@@ -101,7 +102,12 @@ def test_describe_reports_encoding_bytes_norms_and_provenance_as_json(
 def test_bytes_by_encoding(peft_model: PeftModel, token_ids: Tensor) -> None:
     sizes = {encoding: record(peft_model, token_ids, encoding, steps=1).nbytes() for encoding in ENCODINGS}
     elements = 2 * (32 * 32 + 16 * 32)
-    assert sizes == {"float32": 4 * elements, "bfloat16": 2 * elements, "factored": 4 * 2 * (32 + 32 + 16 + 32)}
+    assert sizes == {
+        "float32": 4 * elements,
+        "bfloat16": 2 * elements,
+        "int8": elements + 4 * 96,
+        "factored": 4 * 2 * (32 + 32 + 16 + 32),
+    }
 
 
 # Addition
@@ -116,8 +122,13 @@ def test_sum_of_two_general_tasks_adds_importance_and_keeps_the_later_anchor(
     for name, matrix in total.matrices.items():
         one, two = first.matrices[name], second.matrices[name]
         for part, tensor in encodings.parts(matrix.omega).items():
-            expected = encodings.parts(one.omega)[part].float() + encodings.parts(two.omega)[part].float()
-            assert torch.equal(tensor, expected.to(tensor.dtype))
+            if encoding != "int8":
+                expected = encodings.parts(one.omega)[part].float() + encodings.parts(two.omega)[part].float()
+                assert torch.equal(tensor, expected.to(tensor.dtype))
+        if isinstance(matrix.omega, Eight):
+            root = (one.omega.dense() + two.omega.dense()).sqrt()
+            bound = 0.501 * float(matrix.omega.scale.max())
+            torch.testing.assert_close(matrix.omega.dense().sqrt(), root, rtol=0, atol=bound)
         assert torch.equal(matrix.A, two.A)
         assert not torch.equal(matrix.A, one.A)
         assert matrix.undo_cost == one.undo_cost + two.undo_cost
@@ -359,6 +370,31 @@ def test_a_damaged_importance_is_refused_by_its_directory(saved: Path, name: str
         path.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
     with pytest.raises(ArtifactError, match=r"importance: not a readable importance.*copy it again or record again"):
         Importance.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "part", "change", "message"),
+    [
+        ("int8", "codes", lambda t: t.to(torch.int16), r"q_proj\.codes: int8 has torch\.uint8 .*, got torch\.int16"),
+        ("int8", "codes", lambda t: t[:, 1:], r"q_proj\.codes: .* of \(32, 32\) there, got .* of \(32, 31\)"),
+        ("int8", "scale", lambda t: t[1:], r"q_proj\.scale: .* of \(32, 1\) there, got .* of \(31, 1\)"),
+        ("int8", "scale", lambda t: t.half(), r"q_proj\.scale: .*torch\.float32 .*, got torch\.float16"),
+        ("int8", "scale", lambda t: None, r"q_proj\.scale: .* there, got nothing"),
+        ("bfloat16", "dense", lambda t: t.float(), r"q_proj\.dense: bfloat16 has .*, got torch\.float32"),
+        ("float32", "dense", lambda t: t.flatten(), r"q_proj\.dense: .* of \(32, 32\) there, got .* of \(1024,\)"),
+        ("factored", "row", lambda t: t[:-1], r"q_proj\.row: .* of \(32,\) there, got .* of \(31,\)"),
+    ],
+)
+def test_importance_of_another_dtype_or_shape_than_its_encoding_has_is_refused_by_name(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, encoding: str, part: str, change: Any, message: str
+) -> None:
+    path = record(peft_model, token_ids, encoding, steps=1).save(tmp_path / "importance") / "importance.safetensors"
+    tensors = load_file(path)
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else {**tensors, name: changed.contiguous()}, path)
+    with pytest.raises(ArtifactError, match=message):
+        Importance.load(tmp_path / "importance")
 
 
 @pytest.mark.parametrize("document", ["[]", "{}", '{"format": 1}', '{"format": 1, "matrices": {"a": {}}}'])

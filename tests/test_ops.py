@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hlora import encodings, equations, ops
-from hlora.encodings import Factored
+from hlora import encodings, equations, kernels, ops
+from hlora.encodings import ENCODINGS, Eight, Encoded, Factored
+from hlora.offload import Offload
 
 SHAPES = [(1, 1), (7, 13), (33, 17), (64, 3), (5, 101)]
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-12}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}
@@ -46,6 +48,10 @@ def sums(matrix: Tensor) -> Factored:
     return Factored(matrix.sum(1), matrix.sum(0))
 
 
+def dense(matrix: Encoded) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.dense()
+
+
 def streamed_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[ops.Pair, ops.Pair]:
     gradient = ops.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr, scale)
     return gradient, ops.difference(step.A_next, step.B_next, (step.A, step.B), scale)
@@ -58,14 +64,14 @@ def reference_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[T
 
 @pytest.fixture(params=[1, 50, 1 << 18], ids=["one-row-blocks", "small-blocks", "one-block"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(ops, "_BLOCK", request.param)
+    monkeypatch.setattr(encodings, "_BLOCK", request.param)
     return request.param
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 def test_row_blocks_cover_every_row_once(d_out: int, d_in: int, block: int) -> None:
     rows = torch.zeros(d_out)
-    for rows_of_block in ops._row_blocks(d_out, d_in):
+    for rows_of_block in encodings.row_blocks(d_out, d_in):
         rows[rows_of_block] += 1
         assert (rows_of_block.stop - rows_of_block.start) * d_in <= max(block, d_in)
     assert torch.equal(rows, torch.ones(d_out))
@@ -98,7 +104,7 @@ def test_streamed_accumulation_equals_the_reference(d_out: int, d_in: int, dtype
     step = draw(d_out, d_in, dtype=dtype)
     omega = positive(d_out, d_in, dtype)
     expected = equations.path_integral(omega, *reference_pairs(step))
-    ops.accumulate_(omega, *streamed_pairs(step))
+    ops.accumulate_(omega, [streamed_pairs(step)])
     torch.testing.assert_close(omega, expected, **TOLERANCE[dtype])
 
 
@@ -111,8 +117,8 @@ def test_factored_accumulation_is_the_row_and_column_sums_of_the_dense(
     factored = sums(omega)
     for number in range(3):
         pairs = streamed_pairs(draw(d_out, d_in, rank, seed=seed + number))
-        ops.accumulate_(omega, *pairs)
-        ops.accumulate_(factored, *pairs)
+        ops.accumulate_(omega, [pairs])
+        ops.accumulate_(factored, [pairs])
     torch.testing.assert_close(factored, sums(omega), rtol=1e-10, atol=1e-10)
 
 
@@ -127,8 +133,8 @@ def test_accumulation_of_a_dense_gradient_equals_the_reference(
     omega, factored = positive(d_out, d_in, dtype), sums(positive(d_out, d_in, dtype))
     expected = equations.path_integral(omega, gradient, reference_pairs(step)[1])
     given = gradient.clone()
-    ops.accumulate_(omega, gradient, delta)
-    ops.accumulate_(factored, gradient, delta)
+    ops.accumulate_(omega, [(gradient, delta)])
+    ops.accumulate_(factored, [(gradient, delta)])
     torch.testing.assert_close(omega, expected, **TOLERANCE[dtype])
     torch.testing.assert_close(factored, sums(expected), rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
     assert torch.equal(gradient, given)
@@ -138,7 +144,7 @@ def test_bfloat16_accumulation_of_a_dense_gradient_follows_float32_over_many_sma
     torch.manual_seed(0)
     omega = torch.zeros(40, 50, dtype=torch.bfloat16)
     for _ in range(2000):
-        ops.accumulate_(omega, torch.ones(40, 50), (-1e-3 * torch.ones(40, 1), torch.ones(1, 50)))
+        ops.accumulate_(omega, [(torch.ones(40, 50), (-1e-3 * torch.ones(40, 1), torch.ones(1, 50)))])
     assert float(omega.float().mean()) == pytest.approx(2.0, abs=5 * 0.0028)  # as below
 
 
@@ -149,9 +155,110 @@ def test_bfloat16_accumulation_follows_float32_over_many_small_steps() -> None:
     minus = (-1e-3 * torch.ones(40, 1), torch.ones(1, 50))
     omega = torch.zeros(40, 50, dtype=torch.bfloat16)
     for _ in range(2000):
-        ops.accumulate_(omega, ones, minus)
+        ops.accumulate_(omega, [(ones, minus)])
     # √(2·2⁻⁷) = 0.125 an element at most, 0.0028 over 2000 elements
     assert float(omega.float().mean()) == pytest.approx(2.0, abs=5 * 0.0028)
+
+
+MATRICES = [(7, 13, 3, 1.7), (33, 17, 2, 0.5), (7, 13, 3, 1.7), (7, 13, 3, 0.9), (64, 130, 2, 2.0)]  # d_out, d_in, r, s
+
+
+def drawn_steps(count: int, dtype: torch.dtype = torch.float32) -> list[list[kernels.Step]]:
+    """Of each of MATRICES its steps, with a learning rate of their own."""
+    steps = []
+    for number, (d_out, d_in, rank, _) in enumerate(MATRICES):
+        drawn = (draw(d_out, d_in, rank, dtype, seed=10 * number + k) for k in range(count))
+        steps.append(
+            [kernels.Step(d.A, d.B, d.grad_A, d.grad_B, 0.01 * (number + 1), d.A_next, d.B_next) for d in drawn]
+        )
+    return steps
+
+
+def integrated(omega: Tensor, steps: list[kernels.Step], scale: float) -> Tensor:
+    """By the equations, one step after the other, in float64."""
+    for step in steps:
+        A, B, grad_A, grad_B, lr, A_next, B_next = (t.double() if isinstance(t, Tensor) else t for t in step)
+        gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr, scale)
+        omega = equations.path_integral(omega, gradient, equations.movement(A, B, A_next, B_next, scale))
+    return omega
+
+
+def all_counted(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+SCALES = [scale for *_, scale in MATRICES]
+
+
+@pytest.mark.parametrize("encoding", ["float32", "factored"])
+def test_every_matrix_of_a_model_gets_its_own_steps(encoding: str, block: int) -> None:
+    """Different shapes, ranks, scales and learning rates in one list."""
+    steps = drawn_steps(2)
+    starts = [positive(d_out, d_in, torch.float32, number) for number, (d_out, d_in, *_) in enumerate(MATRICES)]
+    omegas = [encodings.encode(start.clone(), encoding) for start in starts]
+    ops.accumulate_all_(omegas, steps, SCALES, all_counted(2))
+    for omega, start, mine, scale in zip(omegas, starts, steps, SCALES, strict=True):
+        expected = integrated(start.double(), mine, scale)
+        for got, wanted in zip(
+            *(
+                encodings.parts(encodings.encode(w, encoding) if isinstance(w, Tensor) else w).values()
+                for w in (omega, expected)
+            ),
+            strict=True,
+        ):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("encoding", ["float32", "factored"])
+def test_several_steps_in_one_pass_equal_one_pass_each_bit_by_bit(encoding: str, block: int) -> None:
+    steps = drawn_steps(4)
+    together, apart = (
+        [encodings.encode(positive(*sizes[:2], torch.float32), encoding) for sizes in MATRICES] for _ in range(2)
+    )
+    ops.accumulate_all_(together, steps, SCALES, all_counted(4))
+    for k in range(4):
+        ops.accumulate_all_(apart, [mine[k : k + 1] for mine in steps], SCALES, all_counted(1))
+    for mine, other in zip(together, apart, strict=True):
+        for name, part in encodings.parts(mine).items():
+            assert part.any()
+            assert torch.equal(part, encodings.parts(other)[name])
+
+
+def test_several_steps_in_bfloat16_are_rounded_once_and_without_bias() -> None:
+    """Each of 500 results is one of the two neighbours of the exact sum, and their mean is the sum."""
+    torch.manual_seed(0)
+    steps, (d_out, d_in, _, scale) = drawn_steps(4)[0], MATRICES[0]
+    start = positive(d_out, d_in, torch.float32).to(torch.bfloat16)
+    exact = integrated(start.double(), steps, scale)
+    results = torch.empty(500, d_out, d_in, dtype=torch.float64)
+    for result in results:
+        omega = start.clone()
+        ops.accumulate_all_([omega], [steps], [scale], all_counted(4))
+        result.copy_(omega)
+    unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - 8)  # between bfloat16 numbers there
+    assert ((results - exact).abs() < 1.001 * unit).all()
+    # One result is off by at most half a unit in the standard deviation; 91 elements, 500 draws.
+    bias = ((results - exact) / unit).mean()
+    assert abs(float(bias)) < 5 * 0.5 / (500 * 91) ** 0.5
+
+
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "factored"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_does_not_count_leaves_no_trace_whatever_it_holds(encoding: str, bad: float) -> None:
+    steps = drawn_steps(3)
+    broken = [
+        [mine[0], mine[1]._replace(grad_A=mine[1].grad_A * bad, B_next=mine[1].B_next * bad), mine[2]] for mine in steps
+    ]
+    device, left_out = torch.device("cpu"), torch.tensor([True, False, True])
+    results = []
+    for these, counted in ((broken, left_out), ([[mine[0], mine[2]] for mine in steps], all_counted(2))):
+        torch.manual_seed(0)
+        results.append([encodings.zeros(encoding, *sizes[:2], device) for sizes in MATRICES])
+        ops.accumulate_all_(results[-1], these, SCALES, counted)
+    for mine, other in zip(*results, strict=True):
+        for name, part in encodings.parts(mine).items():
+            assert part.any()
+            assert torch.equal(part, encodings.parts(other)[name])
 
 
 def test_zero_movement_leaves_omega_exactly_as_it_was(block: int) -> None:
@@ -160,8 +267,8 @@ def test_zero_movement_leaves_omega_exactly_as_it_was(block: int) -> None:
     before, factored = omega.clone(), sums(omega)
     gradient, _ = streamed_pairs(step)
     still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
-    ops.accumulate_(omega, gradient, still)
-    ops.accumulate_(factored, gradient, still)
+    ops.accumulate_(omega, [(gradient, still)])
+    ops.accumulate_(factored, [(gradient, still)])
     assert torch.equal(omega, before)
     torch.testing.assert_close(factored, sums(before), rtol=1e-13, atol=1e-13)
 
@@ -199,7 +306,7 @@ def test_factored_consolidation_takes_negative_sums_as_zero_and_reports_their_sh
     assert importance.row[1] > 0
 
 
-@pytest.mark.parametrize("encoding", encodings.ENCODINGS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_consolidating_zero_omega_and_zero_movement_gives_zero(encoding: str) -> None:
     step = draw(7, 13)
     still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
@@ -231,9 +338,8 @@ def test_closed_form_gradients_equal_autograd_of_the_reference(
 ) -> None:
     step = draw(d_out, d_in)
     importance = positive(d_out, d_in) if encoding == "dense" else sums(positive(d_out, d_in))
-    dense = importance.dense() if isinstance(importance, Factored) else importance
     got = ops.penalty_with_gradients(importance, step.A_next, step.B_next, (step.A, step.B), 1.7)
-    for mine, expected in zip(got, autograd_penalty(dense, step, 1.7), strict=True):
+    for mine, expected in zip(got, autograd_penalty(dense(importance), step, 1.7), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -243,7 +349,7 @@ def test_closed_form_gradients_equal_autograd_of_the_reference(
     rank=st.integers(1, 5),
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    kept=st.sampled_from(["float32", "bfloat16", "factored"]),
+    kept=st.sampled_from(ENCODINGS),
 )
 @settings(max_examples=60, deadline=None)
 def test_penalty_of_any_shape_and_dtype_equals_float64_autograd(
@@ -252,11 +358,10 @@ def test_penalty_of_any_shape_and_dtype_equals_float64_autograd(
     """Factors in `dtype`, importance kept as `kept`; computed in float32 or wider whatever they are."""
     step = draw(d_out, d_in, rank, dtype, seed)
     importance = positive(d_out, d_in, torch.float32, seed)
-    encoded = sums(importance) if kept == "factored" else importance.to(getattr(torch, kept))
-    dense = encoded.dense() if isinstance(encoded, Factored) else encoded
+    encoded = encodings.encode(importance, kept)
     value, grad_A, grad_B = ops.penalty_with_gradients(encoded, step.A_next, step.B_next, (step.A, step.B), 1.7)
     assert value.dtype == grad_A.dtype == grad_B.dtype == torch.promote_types(dtype, torch.float32)
-    expected = autograd_penalty(dense.double(), Step(*(t.double() for t in step)), 1.7)
+    expected = autograd_penalty(dense(encoded).double(), Step(*(t.double() for t in step)), 1.7)
     for mine, other in zip((value, grad_A, grad_B), expected, strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
@@ -287,7 +392,37 @@ def test_factored_penalty_equals_the_penalty_of_its_dense_form() -> None:
     torch.testing.assert_close(ops.penalty(factored, delta), ops.penalty(factored.dense(), delta), rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("encoding", encodings.ENCODINGS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("anchored", [True, False])
+def test_the_penalties_of_a_model_are_those_of_each_matrix(encoding: str, anchored: bool, block: int) -> None:
+    steps = [mine[0] for mine in drawn_steps(1)]
+    importances = [
+        encodings.encode(positive(d_out, d_in, torch.float32, number), encoding)
+        for number, (d_out, d_in, *_) in enumerate(MATRICES)
+    ]
+    anchors = [(step.A, step.B) if anchored else None for step in steps]
+    As, Bs = [step.A_next for step in steps], [step.B_next for step in steps]
+    values, grad_As, grad_Bs = ops.penalties_with_gradients(importances, As, Bs, anchors, SCALES)
+    assert values.shape == (len(MATRICES),)
+    for number, importance in enumerate(importances):
+        reference = Step(
+            *(
+                torch.zeros_like(t) if t is None else t.double()
+                for t in (
+                    *(anchors[number] or (0 * steps[number].A, 0 * steps[number].B)),
+                    As[number],
+                    Bs[number],
+                    As[number],
+                    Bs[number],
+                )
+            )
+        )
+        expected = autograd_penalty(dense(importance).double(), reference, SCALES[number])
+        for mine, other in zip((values[number], grad_As[number], grad_Bs[number]), expected, strict=True):
+            torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zero_importance_costs_nothing_and_pulls_nowhere(encoding: str) -> None:
     step = draw(7, 13)
     zero = encodings.zeros(encoding, 7, 13, torch.device("cpu"))
@@ -305,24 +440,53 @@ def test_penalty_at_its_anchor_is_zero_with_zero_gradients(encoding: str) -> Non
     assert not grad_B.any()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor that an operation makes; views and in-place results do not count."""
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+def test_what_passes_through_the_device_in_blocks_gives_the_same_bit_by_bit(encoding: str, block: int) -> None:
+    """All operations in turn on ω and Ω in host memory; on a CPU the blocks are copies too."""
+    steps, results = drawn_steps(2), []
+    As, Bs = [mine[1].A_next for mine in steps], [mine[1].B_next for mine in steps]
+    starts = [(mine[0].A, mine[0].B) for mine in steps]
+    for offload in (None, Offload()):
+        torch.manual_seed(0)
+        recorded = encodings.while_recording(encoding)
+        omegas = [encodings.zeros(recorded, *sizes[:2], torch.device("cpu")) for sizes in MATRICES]
+        ops.accumulate_all_(omegas, steps, SCALES, all_counted(2), offload)
+        found = ops.consolidate_all(omegas, As, Bs, starts, SCALES, 1e-3, encoding, offload)
+        penalties = ops.penalties_with_gradients([each.importance for each in found], As, Bs, starts, SCALES, offload)
+        numbers = torch.tensor([number for each in found for number in each[1:]])
+        parts = [part for each in found for part in encodings.parts(each.importance).values()]
+        torch.testing.assert_close(
+            numbers.view(-1, 3)[:, 2], torch.stack([dense(e.importance).float().norm() for e in found])
+        )
+        results.append([numbers, *parts, penalties[0], *penalties[1], *penalties[2]])
+    for mine, other in zip(*results, strict=True):
+        assert mine.any()
+        assert torch.equal(mine, other)
 
-    def __init__(self, known: list[Tensor]) -> None:
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that an operation makes; views and in-place results do not count.
+
+    wider_than: bytes of an element; narrower ones do not count either.
+    """
+
+    def __init__(self, known: list[Tensor], wider_than: int) -> None:
         super().__init__()
+        self.wider_than = wider_than
         self.storages = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.storages:
+            new = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.storages
+            if new and tensor.element_size() > self.wider_than:
                 self.largest = max(self.largest, tensor.numel())
         return result
 
 
-def largest_tensor_made_by(operation: Callable[[], Any], *known: Tensor) -> int:
-    with LargestTensor(list(known)) as mode:
+def largest_tensor_made_by(operation: Callable[[], Any], *known: Tensor, wider_than: int = 0) -> int:
+    with LargestTensor(list(known), wider_than) as mode:
         operation()
     return mode.largest
 
@@ -335,19 +499,26 @@ def memory_cases() -> list[Any]:
     gradient, delta = streamed_pairs(step)
     exact = positive(D_OUT, D_IN, torch.float32)
 
-    def penalty(importance: encodings.Encoded) -> Any:
-        return lambda: ops.penalty_with_gradients(importance, step.A_next, step.B_next, (step.A, step.B), 1.7)
-
     cases = []
-    for encoding in encodings.ENCODINGS:
-        matrix = encodings.zeros(encoding, D_OUT, D_IN, torch.device("cpu"))
+    for encoding in ENCODINGS:
+        kept = encodings.zeros(encodings.while_recording(encoding), D_OUT, D_IN, torch.device("cpu"))
+        importance = encodings.encode(exact, encoding)
+        made = [*encodings.parts(kept).values(), *encodings.parts(importance).values()]
         for name, operation in {
-            "recording": lambda m=matrix: ops.accumulate_(m, gradient, delta),
-            "exact-recording": lambda m=matrix: ops.accumulate_(m, exact, delta),
-            "consolidation": lambda m=matrix: ops.consolidate(m, delta, 1e-3),
-            "penalty": penalty(matrix),
+            "recording": lambda m, _, o: ops.accumulate_(m, [(gradient, delta)], o),
+            "recording-three-steps": lambda m, _, o: ops.accumulate_(m, 3 * [(gradient, delta)], o),
+            "exact-recording": lambda m, _, o: ops.accumulate_(m, [(exact, delta)], o),
+            "consolidation": lambda m, e, o: ops.consolidate(m, delta, 1e-3, e if isinstance(e, Eight) else None, o),
+            "penalty": lambda _, m, o: ops.penalty_with_gradients(
+                m, step.A_next, step.B_next, (step.A, step.B), 1.7, o
+            ),
+            "norm": lambda _, m, o: encodings.norm(m),
+            "total": lambda _, m, o: encodings.total(m),
         }.items():
-            cases.append(pytest.param(operation, [exact, *encodings.parts(matrix).values()], id=f"{encoding}-{name}"))
+            for offload in (None, Offload()) if encoding != "factored" else (None,):
+                case = partial(operation, kept, importance, offload)
+                label = f"{encoding}-{name}{'-offloaded' if offload else ''}"
+                cases.append(pytest.param(case, [exact, *made], id=label))
     return cases
 
 
@@ -355,7 +526,7 @@ def memory_cases() -> list[Any]:
 def test_no_operation_makes_a_tensor_larger_than_one_block(
     operation: Callable[[], Any], known: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_BLOCK", BLOCK)
+    monkeypatch.setattr(encodings, "_BLOCK", BLOCK)
     largest = largest_tensor_made_by(operation, *known)
     assert 0 < largest <= BLOCK < D_OUT * D_IN
 
@@ -365,6 +536,18 @@ def test_factored_recording_and_penalty_make_nothing_larger_than_the_low_rank_fa
     """Not even one block: O((d_out + d_in) r)."""
     operation, known = next(case.values for case in memory_cases() if case.id == name)
     assert largest_tensor_made_by(operation, *known) <= D_OUT * 2 * RANK
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_encoding_and_adding_make_one_byte_codes_and_blocks_but_no_wide_matrix(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encodings, "_BLOCK", BLOCK)
+    matrix = positive(D_OUT, D_IN, torch.float32).to(torch.bfloat16)
+    encoded = encodings.encode(matrix, encoding)
+    known = [matrix, *encodings.parts(encoded).values()]
+    for operation in (lambda: encodings.encode(matrix, encoding), lambda: encodings.add(encoded, encoded)):
+        assert largest_tensor_made_by(operation, *known, wider_than=2) <= BLOCK
 
 
 def test_the_memory_measure_sees_a_dense_temporary() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hlora import encodings, equations
-from hlora.encodings import ENCODINGS, Factored
+from hlora.encodings import ENCODINGS
 from hlora.errors import ArtifactError
 from hlora.fisher import fisher_of_sequences
 from hlora.importance import Importance
@@ -23,7 +23,7 @@ from hlora.penalty import ImportancePenalty, layer_coefficients
 
 
 def dense(omega: encodings.Encoded) -> Tensor:
-    return (omega.dense() if isinstance(omega, Factored) else omega).double()
+    return (omega if isinstance(omega, Tensor) else omega.dense()).double()
 
 
 def by_the_equations(
@@ -123,6 +123,42 @@ def test_add_gradients_equals_backward_through_the_callable(
     penalty.add_gradients_()
     for m in penalty.matrices:
         assert torch.equal(m.A.grad, 2 * expected[m.name][0])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_importance_in_host_memory_gives_the_same_penalty(
+    peft_model: PeftModel, token_ids: Tensor, encoding: str
+) -> None:
+    importance = record(peft_model, token_ids, encoding)
+    move_adapter(peft_model)
+    gradients = []
+    for offload in (False, True):
+        peft_model.zero_grad()
+        penalty = ImportancePenalty(peft_model, importance, phi=3.0, offload=offload)
+        value = penalty.add_gradients_()
+        gradients.append([value, *(factor.grad for m in penalty.matrices for factor in (m.A, m.B))])
+    for mine, other in zip(*gradients, strict=True):
+        assert mine.any()
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("anchor", ["general", "base"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_penalty_never_waits_for_the_device(
+    peft_model: PeftModel, token_ids: Tensor, encoding: str, anchor: str, offload: bool
+) -> None:
+    """On a device whose numbers cannot be read: whatever asks for one, as a branch on it does, is an error there."""
+    importance = record(peft_model, token_ids, encoding)
+    penalty = ImportancePenalty(peft_model.to("meta"), importance, phi=3.0, anchor=anchor, offload=offload)
+    there = {part.device.type for omega in penalty._omega.values() for part in encodings.parts(omega).values()}
+    assert there == {"cpu" if offload and encoding != "factored" else "meta"}
+    for _ in range(2):  # without gradients there, and onto gradients
+        value = penalty.add_gradients_()
+    penalty().backward()
+    assert value.is_meta and all(m.A.grad.is_meta and m.B.grad.is_meta for m in penalty.matrices)
+    with pytest.raises(RuntimeError, match="meta"):
+        float(value)  # the measure sees what reads a number
 
 
 def test_a_frozen_factor_gets_no_gradient(peft_model: PeftModel, token_ids: Tensor) -> None:

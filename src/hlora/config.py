@@ -19,7 +19,7 @@ from hlora.errors import ConfigError
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
-EncodingName = Literal["float32", "bfloat16", "factored"]
+EncodingName = Literal["float32", "bfloat16", "int8", "factored"]
 LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
 PhiScale = Literal["relative", "paper"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
@@ -47,10 +47,19 @@ class ModelConfig(_Section):
     """GGUF file inside `name`, when the weights are kept in that format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights. auto: bfloat16 on an accelerator that has it, float32 on a CPU."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Keep the weights of the linear layers in 4 bits (nf4 with double quantisation, as QLoRA has it) or 8 bits
+    (LLM.int8), by bitsandbytes. See docs/guides/quantised.md."""
     device: str = "auto"
     """auto: cuda, else mps, else cpu. Or a torch device such as cuda:1."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you trust its author."""
+
+    @model_validator(mode="after")
+    def _quantises_what_is_whole(self) -> ModelConfig:
+        if self.quantization and self.gguf_file:
+            raise ValueError("quantization: a GGUF file cannot be quantised again; name a model in safetensors")
+        return self
 
 
 class LoraSettings(_Section):
@@ -61,7 +70,8 @@ class LoraSettings(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before A."""
     target_modules: list[str] | str = ["q_proj", "v_proj"]
-    """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`."""
+    """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`: every linear layer but the output's. Of a
+    mixture of experts name the attention's: experts kept as one parameter are refused."""
     rslora: bool = False
     """Scale by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
 
@@ -141,8 +151,14 @@ class ImportanceConfig(_Section):
     """path_integral: of the general phase's training (Eq. 12, the paper's). squared_gradients: of a few hundred
     sequences at the base model, without training it; it needs penalty.anchor base."""
     encoding: EncodingName = "factored"
-    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2),
+    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), int8 (1; 2 while recording),
     or factored (row sums x column sums)."""
+    flush_every: int = Field(default=1, ge=1)
+    """path_integral: optimizer steps that are integrated in one pass over the importance. Each one kept takes
+    16 x rank x (d_out + d_in) bytes of every adapted matrix; the result is the same."""
+    offload: bool = False
+    """Keep importance in host memory, in both phases, and pass it through the accelerator in blocks. Factored, it is
+    small and stays on the accelerator."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] = None  # type: ignore[assignment]  # by the method
@@ -155,6 +171,12 @@ class ImportanceConfig(_Section):
     stop_at_move: float | None = Field(default=None, gt=0)
     """path_integral: end the general phase early, once it has moved the adapted matrices by this share of their
     norm."""
+
+    @model_validator(mode="after")
+    def _keeps_small_factors(self) -> ImportanceConfig:
+        if self.gradient == "exact" and self.flush_every > 1:
+            raise ValueError("flush_every: the exact gradient of a step is dense, so none is kept; expected 1")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -51,8 +51,9 @@ class ExactGradient:
         """Put the hooks on the model, if they are not there."""
         if self._handles:
             return
+        watch = torch.compiler.disable(self._watch)  # what it does in the backward pass is not for a compiled graph
         for matrix in self.matrices:
-            self._handles.append(matrix.module.register_forward_hook(partial(self._watch, matrix)))
+            self._handles.append(matrix.module.register_forward_hook(partial(watch, matrix)))
             trained = [factor for factor in (matrix.A, matrix.B) if factor.requires_grad]
             self._handles += [factor.register_post_accumulate_grad_hook(self._measure) for factor in trained]
 
@@ -80,7 +81,8 @@ class ExactGradient:
                 raise AdapterError(
                     f"gradient 'exact': {matrix.name} has a gradient, but no backward pass was seen at its layer. "
                     "Make or attach the recorder before the forward pass, and do not close or detach it before the "
-                    "step. Where a fused kernel takes the LoRA layer's place, record with gradient='effective'."
+                    "step; a compiled model that ran before needs torch.compiler.reset(). Where a fused kernel takes "
+                    "the LoRA layer's place, record with gradient='effective'."
                 )
         pairs = [(norm, _norm(factor.grad)) for factor, norm in self._norms.items() if factor.grad is not None]
         if not pairs:

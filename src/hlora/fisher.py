@@ -84,7 +84,7 @@ def fisher_of_sequences(
     δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
     gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
     seed: of the sampled labels; they do not depend on `batch_size`.
-    encoding: float32 and bfloat16 form each example's dense gradient, factored never does (`add_squares_`). The sums
+    encoding: all but factored form each example's dense gradient, factored never does (`add_squares_`). The sums
     are float32 or wider, and memory beyond them is one matrix and one batch's activations.
 
     The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
@@ -130,7 +130,7 @@ def fisher_of_sequences(
     return Importance(
         matrices={
             name: ImportanceMatrix(
-                omega=_encode(sums.pop(name), encoding),
+                omega=_encoded(sums.pop(name), encoding),
                 A=m.A.detach().clone(),
                 B=torch.zeros_like(m.B),
                 scale=m.scale,
@@ -164,6 +164,7 @@ def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
         total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
         total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
         return
+    assert isinstance(total, Tensor)
     for x_b, gradient_b in zip(x, gradient, strict=True):
         of_example = gradient_b.T @ x_b
         total.addcmul_(of_example, of_example)
@@ -234,8 +235,8 @@ def _output_gradients(
             handle.remove()
 
 
-def _encode(total: Encoded, encoding: str) -> Encoded:
-    return total.to(torch.bfloat16) if encoding == "bfloat16" and isinstance(total, Tensor) else total
+def _encoded(total: Encoded, encoding: str) -> Encoded:
+    return encodings.encode(total, encoding) if isinstance(total, Tensor) else total
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

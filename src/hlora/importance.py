@@ -141,10 +141,7 @@ class Importance:
             self._check_base(other)
 
     def _check_base(self, matrix: AdaptedMatrix) -> None:
-        sample, kept = matrix.base_sample(), self.matrices[matrix.name].base_sample
-        # Tolerance of one bfloat16 rounding: the same base may be loaded in another precision.
-        known = len(sample) == len(kept) > 0
-        if known and not torch.allclose(sample, kept, rtol=0.01, atol=1e-5):
+        if not matrix.is_on_base_of(self.matrices[matrix.name].base_sample):
             raise ArtifactError(
                 f"{matrix.name}: the base weights are not those the importance was recorded on "
                 f"({self.provenance.get('base_model') or 'unnamed'}). Load that base model, or record again."
@@ -210,11 +207,13 @@ class Importance:
             factors = _read(directory / "adapter_model.safetensors")
             matrices = {}
             for name, facts in document["matrices"].items():
-                own = {p: tensors[f"{name}.{p}"] for p in ("dense", "row", "column") if f"{name}.{p}" in tensors}
+                own = {part: tensors[f"{name}.{part}"] for part in encodings.PARTS if f"{name}.{part}" in tensors}
+                A, B = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+                encodings.check(own, document["encoding"], B.shape[0], A.shape[1], name)
                 matrices[name] = ImportanceMatrix(
                     omega=encodings.from_parts(own),
-                    A=factors[f"base_model.model.{name}.lora_A.weight"],
-                    B=factors[f"base_model.model.{name}.lora_B.weight"],
+                    A=A,
+                    B=B,
                     scale=float(facts["scale"]),
                     undo_cost=float(facts["undo_cost"]),
                     base_sample=tensors[f"{name}.base_sample"],

@@ -77,7 +77,8 @@ def ewc(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     information = fisher(job)
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     weight = 1.0 if strength is None else strength
-    penalty = ImportancePenalty(model, information, weight, "sum", "paper", anchor="base")
+    offload = job.config.importance.offload
+    penalty = ImportancePenalty(model, information, weight, "sum", "paper", anchor="base", offload=offload)
     return model, train_on_domain(job, model, "ewc", penalty)
 
 

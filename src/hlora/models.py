@@ -1,4 +1,4 @@
-"""Base model and tokenizer: from a directory, the hub, a GGUF file or the embedded default; and LoRA on top."""
+"""Base model (quantised if asked) and tokenizer: from a directory, the hub, a GGUF file or embedded; LoRA on top."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
@@ -32,11 +43,12 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.gguf_file:
         options["gguf_file"] = config.gguf_file
+    quantised = _quantisation(config, dtype, device)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **quantised
             )
         model, found = loaded
         if found["missing_keys"]:  # Transformers makes them up at random and says so in a report
@@ -47,8 +59,21 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)
     model.requires_grad_(False).eval()
-    logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", model.dtype, model.device)
+    keep_trainable(model)
+    precision = config.quantization or model.dtype
+    logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", precision, model.device)
     return model, tokenizer
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call it before the first forward pass.
+
+    On a CPU with AVX512-BF16 it packs them at the first evaluation, and the packed product has no backward pass: layers
+    below it get no gradient, or zeros, after one warning of PyTorch's (bitsandbytes 0.50). Any other model stays as is.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
@@ -96,6 +121,32 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     # CPU, SmolLM2-135M, LoRA step of 8×128 tokens: float32 4.8 s, bfloat16 4.7 s. Nothing to gain.
     return torch.float32
+
+
+def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a base in few bits, or a GGUF file in full; nothing for a plain base."""
+    if config.gguf_file:  # else Trainer takes the model for one in few bits, and refuses it
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    if config.quantization is None:
+        return {}
+    if not is_bitsandbytes_available():
+        raise ConfigError(
+            f"model.quantization: {config.quantization} needs bitsandbytes: "
+            f"pip install 'bitsandbytes>={BITSANDBYTES_MIN_VERSION}'"
+        )
+    # It says for each layer and forward pass that 8-bit products are taken in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if config.quantization == "8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:  # as QLoRA (Dettmers et al. 2023)
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    # With its index: Accelerate takes cuda for another device than cuda:0.
+    return {"quantization_config": how, "device_map": {"": str(torch.empty(0, device=device).device)}}
 
 
 @contextmanager

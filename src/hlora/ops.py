@@ -2,25 +2,40 @@
 
 Low-rank products come as a pair (left, right) that stands for left @ right. A difference of two adapters is
 taken as s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32.
+What is small and low-rank takes stacks of matrices of one shape as well, (n, d_out, k) and (n, k, d_in): a few dozen
+matrices of 576×576 cost more in calls than in arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hlora.encodings import Encoded, Factored, round_stochastically_
+from hlora.encodings import (
+    Dense,
+    Eight,
+    Encoded,
+    Factored,
+    norm,
+    round_stochastically_,
+    row_blocks,
+    rows_of,
+    shape,
+    wide,
+    write_,
+)
+from hlora.kernels import Consolidated, Step
+from hlora.offload import Offload
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
 
-_BLOCK = 1 << 18  # elements of one block. 3072², r 8, 2 cores: recording 13 ms (2¹⁶ 25, 2²⁰ 34), penalty 23 (35, 23)
-
 
 def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
-    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider. A: (r, d_in), B: (d_out, r).
+    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider. A: (r, d_in), B: (d_out, r), or stacks of them.
 
     start: A₀ and B₀; None for W₀, from where the difference is sBA, of rank r.
     """
@@ -28,33 +43,77 @@ def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pai
     if start is None:
         return scale * B, A
     A_start, B_start = (_wide(factor) for factor in start)
-    return scale * torch.cat([B - B_start, B_start], 1), torch.cat([A, A - A_start], 0)
+    return scale * torch.cat([B - B_start, B_start], -1), torch.cat([A, A - A_start], -2)
 
 
-def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr: float, scale: float) -> Pair:
-    """g̃ of Eq. 11 as a pair of rank 2r: s·[g^B, B]·[A − ηg^A; g^A]."""
+def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr: float | Tensor, scale: float) -> Pair:
+    """g̃ of Eq. 11 as a pair of rank 2r: s·[g^B, B]·[A − ηg^A; g^A]. Of stacks with lr (n, 1, 1) where it differs."""
     A, B, grad_A, grad_B = (_wide(factor) for factor in (A, B, grad_A, grad_B))
-    return scale * torch.cat([grad_B, B], 1), torch.cat([A - lr * grad_A, grad_A], 0)
+    return scale * torch.cat([grad_B, B], -1), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
-def accumulate_(omega: Encoded, gradient: Pair | Tensor, delta: Pair) -> None:
-    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when it is factored.
+def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair | Tensor, Pair]], offload: Offload | None = None) -> None:
+    """ω −= Σ g̃ ⊙ Δθ (Eq. 12) over some steps, in place. One pass over ω, or O((d_out + d_in) r²) a step when factored.
 
-    gradient: g̃ as a pair, or the exact gradient G, dense (d_out, d_in), which is passed over once in any encoding.
+    Of each step the gradient, g̃ as a pair or the exact gradient G dense (d_out, d_in), and the movement Δθ as a pair.
+    In float32 the result is bit by bit that of one call a step: every element is added to in the same order. In
+    bfloat16 the changes are summed in float32 and rounded once. offload: when ω is in host memory.
     """
     if isinstance(omega, Factored):
-        row, column = product_sums(gradient, delta)
-        omega.row.sub_(row)
-        omega.column.sub_(column)
+        for gradient, delta in steps:
+            row, column = product_sums(gradient, delta)
+            omega.row.sub_(row)
+            omega.column.sub_(column)
         return
-    U, V = delta
-    # One visible line for a fused kernel: `if omega.is_cuda: return kernels.accumulate_(omega, *gradient, U, V)`
-    for rows in _row_blocks(*omega.shape):
-        change = (U[rows] @ V).mul_(_rows(gradient, rows))
-        if omega.dtype == torch.bfloat16:
-            round_stochastically_(omega[rows], change.neg_().add_(omega[rows]))
+    for rows, block in _blocks(omega, steps[0][1][0].device, offload, changed=True):
+        assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
+        changes = ((U[rows] @ V).mul_(_rows(gradient, rows)) for gradient, (U, V) in steps)
+        if block.dtype == torch.bfloat16:
+            whole = next(changes)
+            for change in changes:
+                whole.add_(change)
+            round_stochastically_(block, whole.neg_().add_(block))
         else:
-            omega[rows].sub_(change)
+            for change in changes:
+                block.sub_(change)
+
+
+def accumulate_all_(
+    omegas: Sequence[Encoded],
+    steps: Sequence[Sequence[Step]],  # the same K of each matrix
+    scales: Sequence[float],
+    counted: Tensor,  # bool (K,)
+    offload: Offload | None = None,
+) -> None:
+    """`accumulate_` for every matrix of a model, from the factors themselves.
+
+    counted: False for a step to leave out, whatever it holds; nobody asks the device which.
+    """
+    # One visible line for a fused kernel: `if ...: return kernels.accumulate_(omegas, steps, scales, counted, seed)`
+    for alike in alike_in([mine[0].A for mine in steps], [mine[0].B for mine in steps], scales):
+        stacks = [_pairs([steps[i][k] for i in alike], scales[alike[0]], counts) for k, counts in enumerate(counted)]
+        if isinstance(omegas[alike[0]], Factored):
+            for gradient, delta in stacks:
+                for i, *sums in zip(alike, *product_sums(gradient, delta), strict=True):
+                    for mine, change in zip(omegas[i], sums, strict=True):
+                        mine.sub_(change)
+            continue
+        for n, i in enumerate(alike):
+            mine = [((P[n], Q[n]), (U[n], V[n])) for (P, Q), (U, V) in stacks]
+            accumulate_(omegas[i], mine, offload)
+
+
+def _pairs(steps: Sequence[Step], scale: float, counts: Tensor) -> tuple[Pair, Pair]:
+    """Gradient and movement of one step of matrices of one shape, as stacks; all zero where it does not count."""
+    parts = ("A", "B", "grad_A", "grad_B", "A_next", "B_next")
+    A, B, grad_A, grad_B, A_next, B_next = (torch.stack([getattr(step, part) for step in steps]) for part in parts)
+    lr: float | Tensor = steps[0].lr
+    if any(step.lr != lr for step in steps):
+        lr = torch.tensor([step.lr for step in steps], dtype=grad_A.dtype, device=A.device).view(-1, 1, 1)
+    pairs = effective_gradient(A, B, grad_A, grad_B, lr, scale), difference(A_next, B_next, (A, B), scale)
+    for factor in (*pairs[0], *pairs[1]):
+        factor.masked_fill_(~counts.to(factor.device), 0.0)  # not times zero: it may hold NaN
+    return pairs
 
 
 def product_sums(first: Pair | Tensor, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
@@ -64,16 +123,18 @@ def product_sums(first: Pair | Tensor, second: Pair) -> tuple[Tensor, Tensor]:  
     """
     U, V = second
     if isinstance(first, Tensor):
-        return (first @ V.T).mul_(U).sum(1), (U.T @ first).mul_(V).sum(0)
+        return (first @ V.mT).mul_(U).sum(-1), (U.mT @ first).mul_(V).sum(-2)
     P, Q = first
-    return (P @ (Q @ V.T)).mul_(U).sum(1), ((U.T @ P) @ Q).mul_(V).sum(0)
+    return (P @ (Q @ V.mT)).mul_(U).sum(-1), ((U.mT @ P) @ Q).mul_(V).sum(-2)
 
 
-def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]:
+def consolidate(
+    omega: Encoded, delta: Pair, xi: float, eight: Eight | None = None, offload: Offload | None = None
+) -> tuple[Encoded, float]:
     """Ω (Eq. 13) and the share of elements whose ω was negative and is taken as 0.
 
-    Dense: in place, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is kept by the row and
-    column sums of their ratio, again streamed; the share is that of the row and column sums.
+    Dense: in place, or into `eight` where given, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is
+    kept by the row and column sums of their ratio, again streamed; the share is that of the row and column sums.
     """
     P, Q = delta
     if isinstance(omega, Factored):
@@ -83,22 +144,51 @@ def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]
         u, v = clamped.scaled()
         p, q = Factored(*product_sums(delta, delta)).scaled()
         row, column = torch.empty_like(u), torch.zeros_like(v)
-        for rows in _row_blocks(len(u), len(v)):
+        for rows in row_blocks(len(u), len(v), u.device):
             block = torch.outer(u[rows], v) / (torch.outer(p[rows], q) + xi)
             row[rows] = block.sum(1)
             column += block.sum(0)
         return Factored(row, column), negative / count
-    negative = 0
-    for rows in _row_blocks(*omega.shape):
-        block = omega[rows]
-        negative += int((block < 0).sum())
-        block.copy_(_wide(block).clamp(min=0) / ((P[rows] @ Q).square_() + xi))
-    return omega, negative / omega.numel()
+    below = torch.zeros((), dtype=torch.int64, device=P.device)
+    for rows, part in _blocks(omega, P.device, offload, changed=eight is None):
+        values = wide(part)
+        below += (values < 0).sum()
+        target = part if eight is None else rows_of(eight, rows)
+        write_(target, values.clamp(min=0) / ((P[rows] @ Q).square_() + xi))
+    d_out, d_in = shape(omega)
+    return omega if eight is None else eight, int(below) / (d_out * d_in)
 
 
-def penalty(importance: Encoded, delta: Pair) -> Tensor:
+def consolidate_all(
+    omegas: Sequence[Encoded],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[Factors],
+    scales: Sequence[float],
+    xi: float,
+    encoding: str,
+    offload: Offload | None = None,
+) -> list[Consolidated]:
+    """`consolidate` for every matrix of a model, with what else is known of each Ω."""
+    # One visible line for a fused kernel: `if ...: return kernels.consolidate_(omegas, As, Bs, starts, scales, xi, …)`
+    found: list[Consolidated] = []
+    for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
+        delta = difference(A, B, start, scale)
+        eight = None
+        if encoding == "int8":
+            assert isinstance(omega, Tensor)
+            eight = Eight.zeros(*shape(omega), omega.device)
+        importance, share = consolidate(omega, delta, xi, eight, offload)
+        undo_cost = float(penalty(importance, delta, offload))
+        if offload is not None:
+            offload.wait()
+        found.append(Consolidated(importance, share, undo_cost, float(norm(importance))))
+    return found
+
+
+def penalty(importance: Encoded, delta: Pair, offload: Offload | None = None) -> Tensor:
     """Σ_i Ω_i D_i² (Eq. 14) with D = left @ right, a scalar."""
-    return _penalty(importance, delta, None)[0]
+    return _penalty(importance, delta, None, offload)[0]
 
 
 def penalty_with_gradients(
@@ -107,35 +197,73 @@ def penalty_with_gradients(
     B: Tensor,  # (d_out, r)
     anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
+    offload: Offload | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
-    """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω."""
-    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
+    """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω.
+
+    Of a stack of factored matrices: (n,), (n, r, d_in), (n, d_out, r).
+    """
+    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)), offload)
     assert grad_A is not None and grad_B is not None
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 
 
+def penalties_with_gradients(
+    importances: Sequence[Encoded],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    anchors: Sequence[Factors | None],
+    scales: Sequence[float],
+    offload: Offload | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
+    """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
+    # One visible line for a fused kernel: `if ...: return kernels.penalties_with_gradients(importances, As, Bs, ...)`
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for alike in alike_in(As, Bs, scales):
+        if not isinstance(importances[alike[0]], Factored):
+            for i in alike:
+                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i], offload)
+            continue
+        importance = Factored(*_stacked(importances, alike))
+        anchor = None if anchors[alike[0]] is None else _stacked(anchors, alike)
+        A, B = _stacked(list(zip(As, Bs, strict=True)), alike)
+        results = penalty_with_gradients(importance, A, B, anchor, scales[alike[0]])  # type: ignore[arg-type]
+        found |= dict(zip(alike, zip(*results, strict=True), strict=True))
+    values, grad_As, grad_Bs = zip(*(found[i] for i in range(len(As))), strict=True)
+    return torch.stack([value.to(values[0].device) for value in values]), list(grad_As), list(grad_Bs)
+
+
+def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]) -> list[list[int]]:
+    """Indices of matrices that can be stacked: same shapes, precision, device and scale."""
+    groups: dict[object, list[int]] = {}
+    for i, (A, B, scale) in enumerate(zip(As, Bs, scales, strict=True)):
+        groups.setdefault((A.shape, B.shape, A.dtype, B.dtype, A.device, scale), []).append(i)
+    return list(groups.values())
+
+
 def _penalty(
-    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None
+    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None, offload: Offload | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Σ Ω D², and for factors (A, B) also Bᵀ(Ω⊙D) and (Ω⊙D)Aᵀ."""
     P, Q = delta
     if isinstance(importance, Factored):
         u, v = (vector.to(P.dtype) for vector in importance.scaled())
-        weighted = u[:, None] * P  # (d_out, 2r)
-        value = ((P.T @ weighted) * ((Q * v) @ Q.T)).sum()
+        weighted = u[..., None] * P  # (d_out, 2r)
+        spread = Q * v[..., None, :]  # (2r, d_in)
+        value = ((P.mT @ weighted) * (spread @ Q.mT)).sum((-2, -1))
         if factors is None:
             return value, None, None
         A, B = factors
-        return value, ((B.T @ weighted) @ Q) * v, weighted @ ((Q * v) @ A.T)
+        return value, (B.mT @ weighted) @ spread, weighted @ (spread @ A.mT)
     # One visible line for a fused kernel: `if P.is_cuda: return kernels.penalty(importance, P, Q, *factors)`
     value = P.new_zeros(())
     grad_A = grad_B = None
     if factors is not None:
         A, B = factors
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-    for rows in _row_blocks(*importance.shape):
+    for rows, block in _blocks(importance, P.device, offload):
         D = P[rows] @ Q
-        weighted = importance[rows] * D
+        weighted = D * block if isinstance(block, Tensor) else block.dense(D.dtype).mul_(D)
         value += torch.dot(weighted.flatten(), D.flatten())
         if grad_A is not None and grad_B is not None:
             grad_A.addmm_(B[rows].T, weighted)
@@ -143,14 +271,23 @@ def _penalty(
     return value, grad_A, grad_B
 
 
+def _blocks(
+    matrix: Dense, device: torch.device, offload: Offload | None, changed: bool = False
+) -> Iterator[tuple[slice, Dense]]:
+    """Blocks of rows on `device`, of a matrix there or, with `offload`, in host memory. changed: written to."""
+    if offload is not None:
+        yield from offload.blocks(matrix, device, changed)
+        return
+    for rows in row_blocks(*shape(matrix), device):
+        yield rows, rows_of(matrix, rows)
+
+
 def _rows(matrix: Pair | Tensor, rows: slice) -> Tensor:
     return matrix[rows] if isinstance(matrix, Tensor) else matrix[0][rows] @ matrix[1]
 
 
-def _row_blocks(d_out: int, d_in: int) -> Iterator[slice]:
-    height = max(1, _BLOCK // max(1, d_in))
-    for start in range(0, d_out, height):
-        yield slice(start, min(start + height, d_out))
+def _stacked(tuples: Sequence[Any], chosen: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(column) for column in zip(*(tuples[i] for i in chosen), strict=True))
 
 
 def _wide(factor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from hlora.adapters import adapted_matrices, layer_number
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.importance import Importance
+from hlora.offload import Offload, to_host
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -34,6 +35,8 @@ class ImportancePenalty:
     group: one c_l for each adapted "matrix", or for each transformer "block".
     anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's); or
     "base", W₀, for a fresh adapter of any rank on any of the matrices that the importance covers.
+    offload: Ω stays in host memory, pinned, and passes through the device in blocks; a factored one is small and stays
+    on the device.
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
@@ -51,6 +54,7 @@ class ImportancePenalty:
         group: str = "matrix",
         adapter_name: str | None = None,
         anchor: str = "general",
+        offload: bool = False,
     ) -> None:
         if not 0 <= phi < math.inf:
             raise ValueError(f"phi: expected a finite weight of at least 0, got {phi}")
@@ -66,11 +70,12 @@ class ImportancePenalty:
             importance.check(self.matrices)
         self.coefficients = layer_coefficients(importance, layer_weights, group)
         self.unit = _relative_unit(importance, self.coefficients) if phi_scale == "relative" else 1.0
+        self._offload = Offload() if offload and importance.encoding != "factored" else None
         self._omega: dict[str, Encoded] = {}
         self._anchor: dict[str, ops.Factors | None] = {}
         for matrix in self.matrices:
             mine, device = importance.matrices[matrix.name], matrix.A.device
-            self._omega[matrix.name] = encodings.to_device(mine.omega, device)
+            self._omega[matrix.name] = to_host(mine.omega) if self._offload else encodings.to_device(mine.omega, device)
             self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
 
     def __call__(self) -> Tensor:
@@ -88,11 +93,15 @@ class ImportancePenalty:
         """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar."""
         value, gradients = self._evaluate()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
-        for factor, gradient in zip(factors, gradients, strict=True):
-            if not factor.requires_grad:
-                continue
-            gradient = (self.phi * gradient).to(factor.dtype)
-            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+        here, added = [], []
+        for factor, gradient in zip(factors, torch._foreach_mul(gradients, self.phi), strict=True):
+            if factor.requires_grad and factor.grad is not None:
+                here.append(factor.grad)
+                added.append(gradient.to(factor.dtype))
+            elif factor.requires_grad:
+                factor.grad = gradient.to(factor.dtype)
+        if here:
+            torch._foreach_add_(here, added)
         return value
 
     def callback(self) -> TrainerCallback:
@@ -103,14 +112,18 @@ class ImportancePenalty:
 
     def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
         """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
-        values, gradients = [], []
-        for matrix in self.matrices:
-            weight = self.coefficients[matrix.name] / self.unit
-            omega, anchor = self._omega[matrix.name], self._anchor[matrix.name]
-            value, grad_A, grad_B = ops.penalty_with_gradients(omega, matrix.A, matrix.B, anchor, matrix.scale)
-            values.append(weight * value)
-            gradients += [grad_A.mul_(weight), grad_B.mul_(weight)]
-        return torch.stack([value.to(values[0].device) for value in values]).sum(), gradients
+        values, *gradients = ops.penalties_with_gradients(
+            [self._omega[m.name] for m in self.matrices],
+            [m.A for m in self.matrices],
+            [m.B for m in self.matrices],
+            [self._anchor[m.name] for m in self.matrices],
+            [m.scale for m in self.matrices],
+            self._offload,
+        )
+        weights = [self.coefficients[m.name] / self.unit for m in self.matrices]
+        for each in (list(values), *gradients):
+            torch._foreach_mul_(each, weights)  # in place, by one launch where there would be one a matrix
+        return values.sum(), [gradient for both in zip(*gradients, strict=True) for gradient in both]
 
 
 class _Regularisation(torch.autograd.Function):

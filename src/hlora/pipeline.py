@@ -121,12 +121,18 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     model = attach_lora(job.base, config.lora, config.seed)
     if options.method == "squared_gradients":
         return model, squared_gradients(job, model), []
-    recorder = ImportanceRecorder(model, options.encoding, gradient=options.gradient)
+    recorder = recorder_for(model, options)
     arguments = config.training.of_record()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
     history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
     return model, recorder.consolidate(options.xi, job.general.facts), history
+
+
+def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
+    """The recorder of a path integral, as configured."""
+    chosen = options.model_dump(include={"encoding", "gradient", "flush_every", "offload"})
+    return ImportanceRecorder(model, **chosen)
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:
@@ -161,8 +167,8 @@ def protected(job: Job, importance: Importance, phi: float, layer_weights: str) 
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     if options.anchor == "general":
         importance.load_adapter_into(model)
-    scale, group, anchor = options.phi_scale, options.group, options.anchor
-    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor)
+    scale, group, anchor, offload = options.phi_scale, options.group, options.anchor, job.config.importance.offload
+    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor, offload=offload)
 
 
 def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hlora import encodings, ops
-from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by
+from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, unwrapped
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
+from hlora.kernels import Step
+from hlora.offload import Offload, to_host
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-Snapshot = tuple[Tensor, Tensor, Tensor, Tensor, float]  # A, B, their gradients, learning rate
+Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]  # A, B, gradients, learning rates
 
 
 class ImportanceRecorder:
@@ -32,14 +34,21 @@ class ImportanceRecorder:
     `Trainer(callbacks=[recorder.callback()])`. The gradient must be that of the task loss alone, averaged
     over accumulation and before clipping; the callback sees to that by itself.
 
-    encoding: float32, bfloat16 or factored (never dense). Starts from any adapter state, not only B = 0.
+    encoding: float32, bfloat16, int8 (ω in bfloat16, Ω in 8 bits) or factored (never dense). Starts from any adapter
+    state, not only B = 0.
     gradient: effective, g̃ of Eq. 11 from the factors' gradients (the paper's), or exact, G = ∂L/∂θ from hooks on
     the LoRA layers (reading 7; see ExactGradient for its memory, a dense G per matrix while recording). The hooks
     are there from the start, or `attach`, until detached or `close`; an optimizer step ends each sum of G.
-    steps, skipped_steps: integrated, and left out because a gradient was not finite.
+    flush_every: steps whose small factors are kept, to be integrated in one pass over ω: 12·r·(d_out + d_in) bytes of
+    each matrix a step (28 MB for q_proj and v_proj of LLaMA-3.2-3B at r 8). The result is that of one pass a step, in
+    float32 bit by bit. Whatever reads ω integrates what is kept first.
+    offload: ω is in host memory, pinned, and passes through the device in blocks; a factored one stays where it is.
+    steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
+    recording itself never does.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
-    ValueError for an unknown encoding or gradient, ConfigError for exact in more than one process.
+    ValueError for an unknown encoding or gradient and for flush_every with the exact gradient, which is dense,
+    ConfigError for exact in more than one process.
     """
 
     def __init__(
@@ -49,12 +58,19 @@ class ImportanceRecorder:
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
         gradient: Literal["effective", "exact"] = "effective",
+        flush_every: int = 1,
+        offload: bool = False,
     ) -> None:
         if gradient not in ("effective", "exact"):
             raise ValueError(f"gradient: expected effective or exact, got {gradient!r}")
-        self.model = model
+        if flush_every < 1 or (gradient == "exact" and flush_every > 1):
+            least = "1, since the exact gradient of a step is dense" if gradient == "exact" else "at least 1"
+            raise ValueError(f"flush_every: expected {least}, got {flush_every}")
+        encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
+        self.model = unwrapped(model)
         self.encoding = encoding
         self.gradient = gradient
+        self.flush_every = flush_every
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
         if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
             adapter = self.matrices[0].adapter_name
@@ -62,8 +78,9 @@ class ImportanceRecorder:
                 f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
                 f"or make it the trained one: model.set_adapter({adapter!r})"
             )
+        self._offload = Offload() if offload and encoding != "factored" else None
         self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
-        self._captured: dict[str, Snapshot] | None = None
+        self._captured: Snapshot | None = None
         self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
         self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
         self.reset()
@@ -72,13 +89,13 @@ class ImportanceRecorder:
 
     def reset(self) -> None:
         """Forget everything recorded and start from the adapter as it is now."""
-        self.steps = 0
-        self.skipped_steps = 0
-        self._omega: dict[str, Encoded] = {
-            matrix.name: encodings.zeros(self.encoding, matrix.B.shape[0], matrix.A.shape[1], matrix.A.device)
-            for matrix in self.matrices
-        }
+        self._omega: dict[str, Encoded] = {}  # made when first needed: next to a consolidated one it would be a second
+        self._kept: list[list[Step]] = []  # of each step that ω has not yet, of each matrix
+        self._counted: list[Tensor] = []  # whether such a step is finite
         self._start = {matrix.name: _factors(matrix) for matrix in self.matrices}
+        self._integrated = 0  # with those that were skipped
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.matrices[0].A.device)
+        self._warned = False
         self.discard()
 
     @contextmanager
@@ -150,22 +167,22 @@ class ImportanceRecorder:
     @torch.no_grad()
     def move(self) -> float:
         """How far the adapter has moved the recorded matrices, as a share of their base weights' norm."""
-        moved, whole = 0.0, 0.0
+        moved = torch.zeros((), device=self.matrices[0].A.device)
         for matrix in self.matrices:
             left, right = ops.difference(matrix.A, matrix.B, self._start[matrix.name], matrix.scale)
-            moved += float(((left.T @ left) * (right @ right.T)).sum())
+            moved += ((left.T @ left) * (right @ right.T)).sum().to(moved.device)
             if matrix.name not in self._base_squares:
                 self._base_squares[matrix.name] = matrix.base_square()
-            whole += self._base_squares[matrix.name]
-        return (max(moved, 0.0) / whole) ** 0.5
+        return (max(float(moved), 0.0) / sum(self._base_squares.values())) ** 0.5
 
     def capture_from(self, optimizer: Any) -> None:
         """Keep factors and gradients as they are now, with the learning rates of the optimizer's groups."""
         scale = getattr(optimizer, "grad_scale", None)  # set while a fused optimizer unscales by itself
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        self.capture(rates, 1.0 if scale is None else 1.0 / float(scale))
+        self.capture(rates, 1.0 if scale is None else 1.0 / scale)
 
-    def capture(self, lr: float | Mapping[int, float], gradient_scale: float = 1.0) -> None:
+    @torch.no_grad()
+    def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor = 1.0) -> None:
         """Keep factors and gradients as they are now, for the `integrate` after the optimizer's step.
 
         lr: one learning rate, or one by parameter id. Where A and B differ (LoRA+), η of the second-order
@@ -175,13 +192,16 @@ class ImportanceRecorder:
         """
         if self._exact is not None:
             self._unit = self._exact.unit() * gradient_scale
-        snapshots: dict[str, Snapshot] = {}
-        for matrix in self.matrices:
-            A, B = matrix.A, matrix.B
-            rate = (lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 if isinstance(lr, Mapping) else lr
-            gradients = (_gradient(A) * gradient_scale, _gradient(B) * gradient_scale)
-            snapshots[matrix.name] = (*_factors(matrix), *gradients, rate)
-        self._captured = snapshots
+        As, Bs = (list(factors) for factors in zip(*((m.A, m.B) for m in self.matrices), strict=True))
+        gradients = _gradients(As), _gradients(Bs)
+        if isinstance(gradient_scale, Tensor) or gradient_scale != 1:
+            for gradient in (*gradients[0], *gradients[1]):
+                gradient.mul_(_on(gradient.device, gradient_scale))
+        if isinstance(lr, Mapping):
+            rates = [(lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 for A, B in zip(As, Bs, strict=True)]
+        else:
+            rates = [lr] * len(As)
+        self._captured = (_copies(As), _copies(Bs), *gradients, rates)
 
     def discard(self) -> None:
         """Forget what `capture` kept, and the sum of exact gradients; the optimizer did not step."""
@@ -191,42 +211,91 @@ class ImportanceRecorder:
 
     @torch.no_grad()
     def integrate(self) -> None:
-        """ω −= g̃ ⊙ Δθ (Eq. 12), or G ⊙ Δθ, over the step since `capture`.
+        """ω −= g̃ ⊙ Δθ (Eq. 12), or G ⊙ Δθ, over the step since `capture`, now or by a later `flush`.
 
-        Skipped, counted and warned of once if not finite.
+        Skipped, counted and warned of once if not finite. On an accelerator that is decided there, and the warning
+        comes when the count is next read.
         """
         if self._captured is None:
             return
         captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
         self.discard()
-        moved = torch.stack([(m.A.detach().sum() + m.B.detach().sum()).double() for m in self.matrices]).sum()
-        slopes = torch.stack([(gA.sum() + gB.sum()).double() for _, _, gA, gB, _ in captured.values()]).sum()
-        for G in (exact or {}).values():
-            slopes = slopes + unit * G.sum()
-        if not torch.isfinite(moved + slopes):
-            if self.skipped_steps == 0:
-                warnings.warn(
-                    "a gradient or weight is not finite; this step adds nothing to the importance. "
-                    "The count is in recorder.skipped_steps.",
-                    stacklevel=2,
-                )
-            self.skipped_steps += 1
+        As, Bs = [m.A.detach() for m in self.matrices], [m.B.detach() for m in self.matrices]
+        seen = [*As, *Bs, *captured[2], *captured[3], *(exact or {}).values()]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen) * unit)
+        self._integrated += 1
+        self._skipped += ~finite
+        if finite.is_cpu:
+            self._warn()
+        if exact is not None:
+            self._integrate_exact(captured, exact, unit, finite)
             return
-        for matrix in self.matrices:
-            A, B, grad_A, grad_B, lr = captured[matrix.name]
-            delta = ops.difference(matrix.A, matrix.B, (A, B), matrix.scale)
-            if exact is None:
-                gradient = ops.effective_gradient(A, B, grad_A, grad_B, lr, matrix.scale)
-                ops.accumulate_(self._omega[matrix.name], gradient, delta)
-            elif matrix.name in exact:  # a layer that no token reached has no G
-                left, right = delta
-                ops.accumulate_(self._omega[matrix.name], exact[matrix.name], (unit * left, right))
-        self.steps += 1
+        if self.flush_every > 1:
+            As, Bs = _copies(As), _copies(Bs)
+        self._kept.append([Step(*step) for step in zip(*captured, As, Bs, strict=True)])
+        self._counted.append(finite)
+        if len(self._kept) == self.flush_every:
+            self.flush()
+
+    def _integrate_exact(
+        self, captured: Snapshot, exact: dict[str, Tensor], unit: Tensor | float, finite: Tensor
+    ) -> None:
+        omega = self._all_omega()
+        for matrix, A, B in zip(self.matrices, *captured[:2], strict=True):
+            if matrix.name not in exact:  # a layer that no token reached has no G
+                continue
+            left, right = ops.difference(matrix.A, matrix.B, (A, B), matrix.scale)
+            G, left = exact[matrix.name], _on(left.device, unit) * left
+            for factor in (G, left, right):
+                factor.masked_fill_(~finite.to(factor.device), 0.0)
+            ops.accumulate_(omega[matrix.name], [(G, (left, right))], self._offload)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Integrate the steps that `flush_every` has kept so far, in one pass over ω."""
+        if self._kept:
+            omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
+            scales, counted = [matrix.scale for matrix in self.matrices], torch.stack(self._counted)
+            self._kept, self._counted = [], []
+            ops.accumulate_all_(omegas, steps, scales, counted, self._offload)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps integrated, without the skipped ones."""
+        return self._integrated - self.skipped_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps left out because a gradient or weight was not finite."""
+        self._warn()
+        return int(self._skipped)
+
+    def _warn(self) -> None:
+        if not self._warned and int(self._skipped) > 0:
+            self._warned = True
+            warnings.warn(
+                "a gradient or weight is not finite; this step adds nothing to the importance. "
+                "The count is in recorder.skipped_steps.",
+                stacklevel=3,
+            )
+
+    def _all_omega(self) -> dict[str, Encoded]:
+        for matrix in self.matrices if not self._omega else ():
+            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
+            encoding = encodings.while_recording(self.encoding)
+            if self._offload is None:
+                self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
+            else:
+                self._omega[matrix.name] = to_host(encodings.zeros(encoding, *sizes, torch.device("cpu")))
+        return self._omega
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """The path integral so far, by matrix name, in the encoding."""
-        return self._omega
+        """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign)."""
+        self.flush()
+        if self._offload is not None:
+            self._offload.wait()
+        return self._all_omega()
 
     @torch.no_grad()
     def consolidate(self, xi: float = 1e-3, data: Mapping[str, Any] | None = None) -> Importance:
@@ -242,19 +311,20 @@ class ImportanceRecorder:
                 f"nothing recorded: 0 steps integrated, {self.skipped_steps} skipped as not finite. "
                 "Train with recorder.step, recorder.attach or recorder.callback before consolidating."
             )
+        omegas = list(self.omega.values())
+        As, Bs = _copies([m.A for m in self.matrices]), _copies([m.B for m in self.matrices])
+        starts, scales = list(self._start.values()), [m.scale for m in self.matrices]
+        found = ops.consolidate_all(omegas, As, Bs, starts, scales, xi, self.encoding, self._offload)
         matrices, negative, elements = {}, 0.0, 0
-        for matrix in self.matrices:
-            delta = ops.difference(matrix.A, matrix.B, self._start[matrix.name], matrix.scale)
-            omega, share = ops.consolidate(self._omega[matrix.name], delta, xi)
-            count = matrix.B.shape[0] * matrix.A.shape[1]
-            negative, elements = negative + share * count, elements + count
-            A, B = _factors(matrix)
+        for matrix, A, B, mine in zip(self.matrices, As, Bs, found, strict=True):
+            count = B.shape[0] * A.shape[1]
+            negative, elements = negative + mine.negative * count, elements + count
             matrices[matrix.name] = ImportanceMatrix(
-                omega=omega,
+                omega=mine.importance,
                 A=A,
                 B=B,
                 scale=matrix.scale,
-                undo_cost=float(ops.penalty(omega, delta)),
+                undo_cost=mine.undo_cost,
                 base_sample=matrix.base_sample(),
             )
         importance = Importance(
@@ -277,7 +347,7 @@ class ImportanceRecorder:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: ω in its encoding, starting factors, counts. Tensors and plain values only."""
         tensors: dict[str, Tensor] = {}
-        for name, omega in self._omega.items():
+        for name, omega in self.omega.items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
         return {
@@ -299,7 +369,7 @@ class ImportanceRecorder:
                 f"Make it with gradient={gradient!r}, or record from the start."
             )
         tensors = state["tensors"]
-        for name, omega in self._omega.items():
+        for name, omega in self.omega.items():
             pairs = [(part, f"{name}.omega.{suffix}") for suffix, part in encodings.parts(omega).items()]
             pairs += [(factor, f"{name}.start_{which}") for factor, which in zip(self._start[name], "AB", strict=True)]
             for target, key in pairs:
@@ -307,19 +377,30 @@ class ImportanceRecorder:
                     got = tuple(tensors[key].shape) if key in tensors else "nothing"
                     raise ArtifactError(f"recording state: expected {key} of shape {tuple(target.shape)}, got {got}")
                 target.copy_(tensors[key])
-        self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+        self._integrated = int(state["steps"]) + int(state["skipped_steps"])
+        self._skipped.fill_(int(state["skipped_steps"]))
 
 
 def _factors(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.A.detach().clone(), matrix.B.detach().clone()
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A copy in float32 or wider; zeros for a frozen or unused factor."""
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=wide)
-    return parameter.grad.detach().to(wide, copy=True)
+def _copies(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
+    copies = [
+        torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
+    ]
+    torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
+    return copies
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    return _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], wide)
+
+
+def _on(device: torch.device, number: float | Tensor) -> float | Tensor:
+    return number.to(device) if isinstance(number, Tensor) else number
 
 
 def _lora_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from hlora.adapters import adapted_matrices
 from hlora.files import building, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora
-from hlora.pipeline import Job, squared_gradients
-from hlora.recorder import ImportanceRecorder
+from hlora.pipeline import Job, recorder_for, squared_gradients
 from hlora.trainer import train
 
 
@@ -41,7 +40,7 @@ def importance(job: Job) -> Importance:
         return _squared_gradients(job)
     directory = general_phase(job)
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = ImportanceRecorder(model, config.importance.encoding, gradient=config.importance.gradient)
+    recorder = recorder_for(model, config.importance)
     recorder.load_state_dict(_read_state(directory / f"{_kind(config.importance)}.safetensors"))
     factors = load_file(directory / "adapter.safetensors")
     with torch.no_grad():
@@ -61,7 +60,7 @@ def general_phase(job: Job) -> Path:
 
     def record(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
-        recorders = {kind: ImportanceRecorder(model, each.encoding, gradient=each.gradient) for kind, each in kinds}
+        recorders = {kind: recorder_for(model, each) for kind, each in kinds}
         logs = job.output / "logs" / f"general phase, seed {config.seed}"
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()

@@ -1,0 +1,225 @@
+"""Recording and penalty: as written in the paper (dense, autograd), streamed, factored, Triton; and how they grow.
+
+    python benchmarks/core.py [--geometry smollm2-135m llama-3.2-3b llama-3.1-8b] [--rounds 7] [--growth]
+
+One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
+Matrices of one shape are alike, so one of each shape is timed and its time multiplied by their number. In each round
+every version runs once, in random order; a ratio is that of two times in one round. Bytes moved are those that a version
+cannot do without, ω or Ω once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hlora import encodings, equations, kernels, ops
+
+RANK, SCALE, LR, XI = 8, 4.0, 1e-3, 1e-3
+Shape = tuple[int, int, int]  # d_out, d_in, how many
+
+GEOMETRIES: dict[str, list[Shape]] = {
+    "one 3072×3072": [(3072, 3072, 1)],
+    "smollm2-135m q+v": [(576, 576, 30), (192, 576, 30)],
+    "llama-3.2-3b q+v": [(3072, 3072, 28), (1024, 3072, 28)],
+    "llama-3.1-8b all-linear": [(4096, 4096, 64), (1024, 4096, 64), (14336, 4096, 64), (4096, 14336, 32)],
+}
+
+
+class Matrix(NamedTuple):
+    step: kernels.Step
+    anchor: tuple[Tensor, Tensor]
+    importance: Tensor  # float32, dense
+
+
+Run = Callable[[], object]
+Timed = tuple[str, Run, int]  # name, one optimizer step's work on one matrix of a shape, bytes that it has to move
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", nargs="+", default=["one 3072×3072", *list(GEOMETRIES)[1:3]], choices=GEOMETRIES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--growth", action="store_true", help="how the times grow with width, rank and kept steps")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, rank {options.rank}")
+    if options.growth:
+        growth(device, options.rounds)
+        return
+    for geometry in options.geometry:
+        for work in (recording, penalising):
+            show(f"{geometry}: {work.__name__}", measure(GEOMETRIES[geometry], work, device, options))
+
+
+def recording(matrix: Matrix) -> Iterator[Timed]:
+    """ω −= g̃ ⊙ Δθ (Eqs. 7–12)."""
+    step = matrix.step
+    dense = matrix.importance.clone()
+
+    def as_written() -> None:
+        gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, step.lr, SCALE)
+        delta = equations.movement(step.A, step.B, step.A_next, step.B_next, SCALE)
+        dense.copy_(equations.path_integral(dense, gradient, delta))
+
+    counted = torch.ones(1, dtype=torch.bool, device=dense.device)
+    yield "as written", as_written, 2 * encodings.nbytes(dense)
+    for name in ("float32", "bfloat16", "factored"):
+        omega = encodings.zeros(name, *dense.shape, dense.device)
+        yield (
+            name,
+            lambda omega=omega: ops.accumulate_all_([omega], [[step]], [SCALE], counted),
+            2 * encodings.nbytes(omega),
+        )
+
+
+def penalising(matrix: Matrix) -> Iterator[Timed]:
+    """Σ Ω D² and both gradients (Eq. 14)."""
+    A, B = (factor.clone().requires_grad_() for factor in (matrix.step.A, matrix.step.B))
+    A_anchor, B_anchor = matrix.anchor
+
+    def as_written() -> None:
+        theta, theta_nu = SCALE * (B @ A), SCALE * (B_anchor @ A_anchor)
+        torch.autograd.grad(equations.layer_penalty(matrix.importance, theta, theta_nu), (A, B))
+
+    yield "as written", as_written, encodings.nbytes(matrix.importance)
+    for name in ("float32", "bfloat16", "int8", "factored"):
+        omega = encodings.encode(matrix.importance, name) if name != "float32" else matrix.importance
+
+        def run(omega: encodings.Encoded = omega) -> None:
+            ops.penalties_with_gradients([omega], [A.detach()], [B.detach()], [matrix.anchor], [SCALE])
+
+        yield name, run, encodings.nbytes(omega)
+
+
+def measure(
+    shapes: list[Shape], work: Callable[[Matrix], Iterator[Timed]], device: torch.device, options: argparse.Namespace
+) -> dict[str, tuple[list[float], int]]:
+    """Seconds of each round and bytes moved, by version, for all matrices of a geometry."""
+    found: dict[str, tuple[list[float], int]] = {}
+    draw = random.Random(0)
+    for d_out, d_in, count in shapes:
+        versions = list(work(drawn(d_out, d_in, options.rank, device)))
+        for _, run, _ in versions:  # warm-up
+            run()
+        times: dict[str, list[float]] = {name: [] for name, _, _ in versions}
+        for _ in range(options.rounds):
+            for name, run, _ in draw.sample(versions, len(versions)):
+                times[name].append(seconds(run))
+        for name, _, moved in versions:
+            before, bytes_before = found.get(name, ([0.0] * options.rounds, 0))
+            found[name] = (
+                [a + count * b for a, b in zip(before, times[name], strict=True)],
+                bytes_before + count * moved,
+            )
+    return found
+
+
+def show(title: str, found: dict[str, tuple[list[float], int]]) -> None:
+    table = Table(title=title)
+    for heading in (
+        "version",
+        "median ms",
+        "times faster than as written",
+        "from–to",
+        "MB moved",
+        "share of copying %",
+    ):
+        table.add_column(heading, justify="right")
+    slow, bandwidth = found["as written"][0], copying(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for name, (times, moved) in found.items():
+        ratios = [a / b for a, b in zip(slow, times, strict=True)]
+        median = statistics.median(times)
+        table.add_row(
+            name,
+            f"{1e3 * median:.3g}",
+            f"{statistics.median(ratios):.1f}",
+            f"{min(ratios):.1f}–{max(ratios):.1f}",
+            f"{moved / 1e6:.4g}",
+            f"{100 * moved / median / bandwidth:.0f}" if moved > 1e6 else "",
+        )
+    Console(width=110).print(table)
+
+
+def growth(device: torch.device, rounds: int) -> None:
+    """Time against width and rank, where one of them doubles; and of K steps in one pass against K passes."""
+    table = Table(title="growth: median ms of one matrix")
+    for heading in ("d", "r", "recording float32", "recording factored", "penalty float32", "penalty factored"):
+        table.add_column(heading, justify="right")
+    for d, rank in [*((d, RANK) for d in (512, 1024, 2048, 4096, 8192)), *((2048, r) for r in (1, 2, 4, 16, 32, 64))]:
+        matrix = drawn(d, d, rank, device)
+        row = [str(d), str(rank)]
+        for work in (recording, penalising):
+            runs = {name: run for name, run, _ in work(matrix)}
+            for name in ("float32", "factored"):
+                runs[name]()
+                row.append(f"{1e3 * statistics.median(seconds(runs[name]) for _ in range(rounds)):.3g}")
+        table.add_row(*row)
+    Console(width=110).print(table)
+    table = Table(title="flush_every: ms a step, 3072×3072, float32")
+    for heading in ("K", "ms a step", "times faster than K = 1", "from–to"):
+        table.add_column(heading, justify="right")
+    matrix = drawn(3072, 3072, RANK, device)
+    omega = matrix.importance.clone()
+    times: dict[int, list[float]] = {k: [] for k in (1, 2, 4, 8, 16)}
+    for _ in range(rounds + 1):
+        for k, kept in times.items():
+            counted = torch.ones(k, dtype=torch.bool, device=device)
+            kept.append(
+                seconds(lambda k=k, c=counted: ops.accumulate_all_([omega], [[matrix.step] * k], [SCALE], c)) / k
+            )
+    for k, kept in times.items():
+        ratios = [a / b for a, b in zip(times[1][1:], kept[1:], strict=True)]
+        spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
+        table.add_row(str(k), f"{1e3 * statistics.median(kept[1:]):.3g}", f"{statistics.median(ratios):.2f}", spread)
+    Console(width=110).print(table)
+
+
+def drawn(d_out: int, d_in: int, rank: int, device: torch.device) -> Matrix:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random_(*shape: int, size: float) -> Tensor:
+        return size * torch.randn(*shape, device=device, generator=generator)
+
+    A, B = random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01)
+    grad_A, grad_B = random_(rank, d_in, size=1e-3), random_(d_out, rank, size=1e-3)
+    step = kernels.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
+    anchor = (random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01))
+    return Matrix(step, anchor, torch.rand(d_out, d_in, device=device, generator=generator))
+
+
+def seconds(run: Run) -> float:
+    synchronise()
+    started = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def copying(device: torch.device, size: int = 512_000_000) -> float:
+    """Bytes a second of copying a tensor, both its reading and its writing counted."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
