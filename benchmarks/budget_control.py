@@ -33,6 +33,8 @@ from hlora.penalty import ImportancePenalty
 from hlora.trainer import train
 
 PROBE_FROM = 300_000  # characters into the text; evaluation reads its start
+MOST_EVALUATED = 40_000  # tokens
+_TOKENS_NATS = 174  # tokens times budget at which the standard error of a rise of the budget is about a tenth of it
 
 
 def main() -> None:
@@ -45,8 +47,7 @@ def main() -> None:
     parser.add_argument("--phi", type=float, default=10.0, help="where φ starts")
     parser.add_argument("--text", default="../shared/data/shakespeare/train.txt")
     parser.add_argument("--probe-tokens", type=int, default=2048)
-    parser.add_argument("--landing-tokens", type=int, default=16384)
-    parser.add_argument("--evaluation-tokens", type=int, default=16384)
+    parser.add_argument("--most-tokens", type=int, default=35_000, help="of the probe text, for a landing")
     parser.add_argument("--no-landing", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/budget-control"))
     options = parser.parse_args()
@@ -71,8 +72,7 @@ def main() -> None:
                     "steps",
                     "phi",
                     "probe_tokens",
-                    "landing_tokens",
-                    "evaluation_tokens",
+                    "most_tokens",
                     "no_landing",
                 )
             }
@@ -101,8 +101,8 @@ def recorded(grid: Grid, directory: Path) -> Importance:
 def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[TextProbe, TextProbe]:
     """What is evaluated on and what is steered by. The base's losses are the same for all runs, and measured once."""
     general = "\n\n".join(data.read_documents(options.text))
-    elsewhere = (options.evaluation_tokens, options.evaluation_tokens)
-    here = (options.probe_tokens, options.landing_tokens)
+    elsewhere = (MOST_EVALUATED, MOST_EVALUATED)
+    here = (options.probe_tokens, options.most_tokens)
     evaluation = TextProbe(grid.base, grid.tokenizer, {"start": general[:PROBE_FROM]}, *elsewhere)
     return evaluation, TextProbe(grid.base, grid.tokenizer, {"from 300,000 on": general[PROBE_FROM:]}, *here)
 
@@ -128,17 +128,18 @@ def run(
     history = train(model, grid.tokenizer, domain.dataset(), output / "logs", arguments, seed, callbacks)
     seconds = time.perf_counter() - started
     at_probe = Rise(steered.history[-1]["rise"], steered.history[-1]["stderr"], "", 0) if steered else None
-    at_probe = at_probe or probe.measure(settings["landing_tokens"])
-    short, long = evaluation.measure(1536), evaluation.measure(settings["evaluation_tokens"])
+    at_probe = at_probe or probe.measure(settings["most_tokens"])
+    allowed = parse_budget(settings["budget"]) if steered else 0.05
+    rise = evaluation.measure(min(MOST_EVALUATED, math.ceil(_TOKENS_NATS / allowed)))
     nll = statistics.fmean(answer_nll(model, grid.tokenizer, held_out, 8))
     model.unload()
     return {
         "settings": settings,
         "rise_on_probe": at_probe.nats,
         "stderr_on_probe": at_probe.stderr,
-        "rise": long.nats,
-        "stderr": long.stderr,
-        "rise_of_1536_tokens": short.nats,
+        "rise": rise.nats,
+        "stderr": rise.stderr,
+        "tokens": rise.tokens,
         "domain_nll_before": before,
         "domain_nll": nll,
         "seconds": seconds,
