@@ -4,9 +4,9 @@
     python benchmarks/budget_control.py table OUTPUT/results.jsonl
 
 The importance is squared gradients at the base on general training text, anchored at the base; probe and evaluation
-text are two parts of one text, 300,000 characters apart; the domain's NLL is that of held-out training rows. Nothing is
-read from the evaluation or test sets of the comparison. The budget "none" is LoRA without a penalty.
-A run whose line is in results.jsonl under the same settings is not run again.
+text are two parts of one text, 300,000 characters apart, or samples of the base model by two seeds; the domain's NLL is
+that of held-out training rows. Nothing is read from the evaluation or test sets of the comparison. The budget "none" is
+LoRA without a penalty. A run whose line is in results.jsonl under the same settings is not run again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from hlora import data
-from hlora.budget import ForgettingBudget, Rise, TextProbe, parse_budget
+from hlora.budget import ForgettingBudget, Rise, SampleProbe, TextProbe, parse_budget
 from hlora.comparison import Grid
-from hlora.config import load_comparison
+from hlora.config import GeneralSource, load_comparison
 from hlora.evaluation import answer_nll
-from hlora.fisher import fisher_information
+from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.penalty import ImportancePenalty
 from hlora.trainer import train
 
 PROBE_FROM = 300_000  # characters into the text; evaluation reads its start
+Probe = TextProbe | SampleProbe
 MOST_EVALUATED = 40_000  # tokens
 _TOKENS_NATS = 174  # tokens times budget at which the standard error of a rise of the budget is about a tenth of it
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--phi", type=float, default=10.0, help="where φ starts")
     parser.add_argument("--text", default="../shared/data/shakespeare/train.txt")
+    parser.add_argument("--probe", choices=["text", "samples"], default="text")
     parser.add_argument("--probe-tokens", type=int, default=2048)
     parser.add_argument("--most-tokens", type=int, default=35_000, help="of the probe text, for a landing")
     parser.add_argument("--no-landing", action="store_true")
@@ -69,6 +71,7 @@ def main() -> None:
                 name: getattr(options, name)
                 for name in (
                     "task",
+                    "probe",
                     "steps",
                     "phi",
                     "probe_tokens",
@@ -98,8 +101,13 @@ def recorded(grid: Grid, directory: Path) -> Importance:
     return Importance.load(directory)
 
 
-def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[TextProbe, TextProbe]:
+def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
     """What is evaluated on and what is steered by. The base's losses are the same for all runs, and measured once."""
+    if options.probe == "samples":  # both are the base model's own, by different seeds
+        source, here = GeneralSource(source="model", samples=128), options.output
+        found = [data.model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
+        rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
+        return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
     general = "\n\n".join(data.read_documents(options.text))
     elsewhere = (MOST_EVALUATED, MOST_EVALUATED)
     here = (options.probe_tokens, options.most_tokens)
@@ -108,7 +116,7 @@ def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[TextProbe, Tex
 
 
 def run(
-    grid: Grid, importance: Importance, settings: dict[str, Any], probes: tuple[TextProbe, TextProbe], output: Path
+    grid: Grid, importance: Importance, settings: dict[str, Any], probes: tuple[Probe, Probe], output: Path
 ) -> dict[str, Any]:
     """One domain phase under one budget, and what it cost and brought."""
     seed = settings["seed"]
