@@ -53,7 +53,7 @@ _PROPORTIONAL = 0.6  # of log φ for a rise that has changed by a factor of e
 _LARGEST_STEP = 1.5  # of log φ
 _SPAN = 1e4  # φ stays within this factor of its start
 _WARMING = 0.2  # share of the run in which φ does not fall: the rise starts at 0 and says nothing of φ yet
-_ABOVE = 1.3  # what is aimed at, in budgets, where the adapter is landed afterwards
+_ABOVE = 1.6  # what is aimed at, in budgets, where the adapter is landed afterwards
 _LANDED = 0.93  # share of the budget from which on a landing is good enough
 _LANDINGS = 10  # probes of a landing, at most; two or three do, where the rise is nearly a parabola in α
 _FURTHEST = 1.5  # α, where a landing moves the adapter away from its anchor
@@ -97,7 +97,7 @@ class TextProbe:
     texts: name → text; other text than what the result is evaluated on. most_tokens: how much of each text's start is
     used, or all there is, in windows of `window` tokens. The first quarter of a window is context alone and scored in
     the window before, as text_likelihood does with a stride of three quarters. tokens: how much a probe on the way
-    reads, each another part of that, in turn: the noise of the part is then not the same in all of them.
+    reads, each other windows, in turn: their noise is then not the same in all of them.
     The base's losses are measured once, when first needed.
 
     Raises DataError for no text, or one of fewer than 2 tokens.
@@ -512,9 +512,12 @@ def _batches(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _part(tokens: int, turn: int, rows: int, length: int) -> Tensor:  # row numbers
-    """As many rows as hold `tokens` tokens, those after the ones of the turn before; after the last row the first."""
+    """As many rows as hold `tokens` tokens, spread over all of the text; those of the next turn are beside them.
+
+    Spread, so that no probe is of one chapter alone.
+    """
     count = min(rows, math.ceil(tokens / length))
-    return (torch.arange(count) + turn * count) % rows
+    return (torch.arange(count) * rows // count + turn) % rows
 
 
 def _clip(number: float, limit: float) -> float:
