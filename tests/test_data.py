@@ -15,7 +15,7 @@ from conftest import GENERAL_TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig
-from hlora.data import DomainRows, GeneralText, domain_rows, general_text, read_documents, read_rows
+from hlora.data import DomainRows, GeneralText, domain_rows, general_text, probe_texts, read_documents, read_rows
 from hlora.errors import DataError
 
 LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
@@ -434,3 +434,21 @@ def test_a_mixture_of_a_source_without_text_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": " "}])
     with pytest.raises(DataError, match="no text in what source 'files' names"):
         read_general(GeneralConfig.model_validate({"mixture": [{"paths": [str(tmp_path / "a.jsonl")]}]}))
+
+
+# Probe texts
+
+
+def test_a_probe_text_has_no_line_that_is_trained_or_evaluated_on(tmp_path: Path) -> None:
+    trained, evaluated, own = (f"{word} " * 20 for word in ("trained", "evaluated", "own"))
+    general = GeneralText([f"a\n{trained}\nb"], {"test": evaluated}, {})
+    (tmp_path / "probe.txt").write_text("\n".join([trained, own, evaluated]), encoding="utf-8")
+    found = probe_texts({"prose": str(tmp_path / "probe.txt")}, general)
+    assert found["prose"].strip() == own.strip()
+
+
+def test_a_probe_text_that_is_trained_on_whole_is_refused(tmp_path: Path) -> None:
+    line = "the same line " * 10
+    (tmp_path / "probe.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match="nothing is left of 'prose'"):
+        probe_texts({"prose": str(tmp_path / "probe.txt")}, GeneralText([line], {}, {}))

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,25 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
     train = text.train[:-held_out]
     facts = {**text.facts, "documents": len(train), "characters": sum(map(len, train)), "sha256": _sha256(train)}
     return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+
+
+def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str]:
+    """The texts that a forgetting budget is measured on, without long lines that are also trained or evaluated on.
+
+    Raises DataError for a text of which nothing is left.
+    """
+    found = {}
+    for name, path in paths.items():
+        kept, dropped = _without_lines_of(read_documents(path), [*general.train, *general.evaluation.values()])
+        if not kept:
+            raise DataError(
+                f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it stands in the general or an "
+                "evaluation text too. Name a text that is held out from both."
+            )
+        if dropped:
+            logger.warning("probe text %r: left out %d characters that are trained or evaluated on too", name, dropped)
+        found[name] = "\n\n".join(kept)
+    return found
 
 
 def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:

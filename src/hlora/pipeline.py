@@ -192,7 +192,7 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     options, seed = job.config.penalty, job.config.seed
     assert options.budget is not None
     if options.probe_texts:
-        texts = {name: "\n\n".join(data.read_documents(path)) for name, path in options.probe_texts.items()}
+        texts = data.probe_texts(options.probe_texts, job.general)
         probe: TextProbe | SampleProbe = TextProbe(model, job.tokenizer, texts, window=job.config.evaluation.window)
     else:
         source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
