@@ -174,15 +174,15 @@ def plant(
 ) -> tuple[list[float], list[float]]:
     """Rise after each step and φ after each probe: as SmolLM2's on QASC, by and large.
 
-    At a constant φ the rise goes to 0.06/(1 + φ)^0.4 nats with a lag of 6 steps, and is 2.5 times that while the
-    learning rate is high. A probe's noise is that of 4096 tokens: √(2 · rise / 4096) nats.
+    At a constant φ the rise goes to 0.06/(1 + φ)^0.4 nats with a lag of 6 steps, and is up to 4 times that while
+    the learning rate is high. A probe's noise is that of 4096 tokens: √(2 · rise / 4096) nats.
     """
     draw = random.Random(seed)
     steering = Steering(budget, math.log(phi))
     rise, rises, phis = 1e-4, [], [phi]
     for step in range(1, steps + 1):
         left = 1 - step / steps
-        rise *= (0.06 / (1 + phi) ** 0.4 * (1 + 1.5 * left**2) / rise) ** (1 / 6)
+        rise *= (0.06 / (1 + phi) ** 0.4 * (1 + 3 * left**2) / rise) ** (1 / 6)
         rises.append(rise)
         if step < steps and (step % every == 0 or step in (2, 4, 6, 8)):
             stderr = math.sqrt(2 * rise / 4096)
