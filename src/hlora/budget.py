@@ -42,9 +42,9 @@ logger = logging.getLogger("hlora")
 _UNSCORED = 4  # a window's part that is not scored is one in this many
 _TOKENS_AT_ONCE = 1024  # of one forward pass: their logits take 200 MB in float32 at a vocabulary of 49,152
 
-# The steering. SmolLM2-135M on QASC (benchmarks/budget_control.py), 50 steps at a constant φ of 30, 300 and 3000: the rise
-# was 0.057, 0.051 and 0.028 nats at step 10, 0.072, 0.043 and 0.014 at 20, and 0.047, 0.019 and 0.010 at the end. So more
-# than the budget is right while the learning rate is high, and a factor of 10 in φ is one of 2 to 2.5 in the rise.
+# The steering. SmolLM2-135M on QASC (benchmarks/budget_control.py), 50 steps at a constant φ of 30, 300 and 3000: the
+# rise was 0.057, 0.051 and 0.028 nats at step 10, 0.072, 0.043 and 0.014 at 20, and 0.047, 0.019 and 0.010 at the end.
+# So more than the budget is right while the learning rate is high, and a factor of 10 in φ is one of 2 to 2.5 in R.
 _EXCESS = 3.0  # budgets allowed beyond the first at the start; they shrink with the square of what is left to do
 _INTEGRAL = 1.2  # of log φ for a rise that is off by a factor of e, at each tenth of the run
 _PROPORTIONAL = 1.2  # of log φ for a rise that has changed by a factor of e
