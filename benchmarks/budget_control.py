@@ -4,9 +4,9 @@
     python benchmarks/budget_control.py table OUTPUT/results.jsonl
 
 The importance is squared gradients at the base on general training text, anchored at the base; probe and evaluation
-text are two parts of one text, 300,000 characters apart; the domain's NLL is that of held-out training rows. Nothing is
-read from the evaluation or test sets of the comparison. The budget "none" is LoRA without a penalty.
-A run whose line is in results.jsonl under the same settings is not run again.
+text are two parts of one text, 300,000 characters apart, or samples of the base model by two seeds; the domain's NLL is
+that of held-out training rows. Nothing is read from the evaluation or test sets of the comparison. The budget "none" is
+LoRA without a penalty. A run whose line is in results.jsonl under the same settings is not run again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from hlora import data
-from hlora.budget import ForgettingBudget, Rise, TextProbe, parse_budget
+from hlora.budget import ForgettingBudget, Rise, SampleProbe, TextProbe, parse_budget
 from hlora.comparison import Grid
-from hlora.config import load_comparison
+from hlora.config import GeneralSource, load_comparison
 from hlora.evaluation import answer_nll
-from hlora.fisher import fisher_information
+from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.penalty import ImportancePenalty
 from hlora.trainer import train
 
 PROBE_FROM = 300_000  # characters into the text; evaluation reads its start
+Probe = TextProbe | SampleProbe
+MOST_EVALUATED = 40_000  # tokens
+_TOKENS_NATS = 174  # tokens times budget at which the standard error of a rise of the budget is about a tenth of it
 
 
 def main() -> None:
@@ -44,9 +47,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--phi", type=float, default=10.0, help="where φ starts")
     parser.add_argument("--text", default="../shared/data/shakespeare/train.txt")
+    parser.add_argument("--probe", choices=["text", "samples"], default="text")
     parser.add_argument("--probe-tokens", type=int, default=2048)
-    parser.add_argument("--landing-tokens", type=int, default=16384)
-    parser.add_argument("--evaluation-tokens", type=int, default=16384)
+    parser.add_argument("--most-tokens", type=int, default=35_000, help="of the probe text, for a landing")
     parser.add_argument("--no-landing", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/budget-control"))
     options = parser.parse_args()
@@ -68,11 +71,11 @@ def main() -> None:
                 name: getattr(options, name)
                 for name in (
                     "task",
+                    "probe",
                     "steps",
                     "phi",
                     "probe_tokens",
-                    "landing_tokens",
-                    "evaluation_tokens",
+                    "most_tokens",
                     "no_landing",
                 )
             }
@@ -98,17 +101,22 @@ def recorded(grid: Grid, directory: Path) -> Importance:
     return Importance.load(directory)
 
 
-def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[TextProbe, TextProbe]:
+def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
     """What is evaluated on and what is steered by. The base's losses are the same for all runs, and measured once."""
+    if options.probe == "samples":  # both are the base model's own, by different seeds
+        source, here = GeneralSource(source="model", samples=128), options.output
+        found = [data.model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
+        rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
+        return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
     general = "\n\n".join(data.read_documents(options.text))
-    elsewhere = (options.evaluation_tokens, options.evaluation_tokens)
-    here = (options.probe_tokens, options.landing_tokens)
+    elsewhere = (MOST_EVALUATED, MOST_EVALUATED)
+    here = (options.probe_tokens, options.most_tokens)
     evaluation = TextProbe(grid.base, grid.tokenizer, {"start": general[:PROBE_FROM]}, *elsewhere)
     return evaluation, TextProbe(grid.base, grid.tokenizer, {"from 300,000 on": general[PROBE_FROM:]}, *here)
 
 
 def run(
-    grid: Grid, importance: Importance, settings: dict[str, Any], probes: tuple[TextProbe, TextProbe], output: Path
+    grid: Grid, importance: Importance, settings: dict[str, Any], probes: tuple[Probe, Probe], output: Path
 ) -> dict[str, Any]:
     """One domain phase under one budget, and what it cost and brought."""
     seed = settings["seed"]
@@ -128,17 +136,18 @@ def run(
     history = train(model, grid.tokenizer, domain.dataset(), output / "logs", arguments, seed, callbacks)
     seconds = time.perf_counter() - started
     at_probe = Rise(steered.history[-1]["rise"], steered.history[-1]["stderr"], "", 0) if steered else None
-    at_probe = at_probe or probe.measure(settings["landing_tokens"])
-    short, long = evaluation.measure(1536), evaluation.measure(settings["evaluation_tokens"])
+    at_probe = at_probe or probe.measure(settings["most_tokens"])
+    allowed = parse_budget(settings["budget"]) if steered else 0.05
+    rise = evaluation.measure(min(MOST_EVALUATED, math.ceil(_TOKENS_NATS / allowed)))
     nll = statistics.fmean(answer_nll(model, grid.tokenizer, held_out, 8))
     model.unload()
     return {
         "settings": settings,
         "rise_on_probe": at_probe.nats,
         "stderr_on_probe": at_probe.stderr,
-        "rise": long.nats,
-        "stderr": long.stderr,
-        "rise_of_1536_tokens": short.nats,
+        "rise": rise.nats,
+        "stderr": rise.stderr,
+        "tokens": rise.tokens,
         "domain_nll_before": before,
         "domain_nll": nll,
         "seconds": seconds,

@@ -38,14 +38,14 @@ def importance(peft_model, token_ids) -> Importance:
 
 
 def text_probe(model: Any, tokenizer: Any, **sizes: int) -> TextProbe:
-    sizes = {"tokens": 512, "landing_tokens": 1024, "window": 64, **sizes}
+    sizes = {"tokens": 512, "most_tokens": 1024, "window": 64, **sizes}
     return TextProbe(model, tokenizer, {"topics": GENERAL_TEXT}, **sizes)
 
 
-def sample_probe(model: Any) -> SampleProbe:
+def sample_probe(model: Any, tokens: int = 256) -> SampleProbe:
     """The tiny Llama is random: no text is its own. The divergence grows to 0.013 nats, whatever is done to it."""
     sequences = torch.randint(3, 384, (32, 32), generator=torch.Generator().manual_seed(5))
-    return SampleProbe(model, sequences, tokens=256, landing_tokens=1024)
+    return SampleProbe(model, sequences, tokens, most_tokens=1024)
 
 
 def factors(model: Any) -> list[torch.Tensor]:
@@ -170,79 +170,68 @@ def test_a_probe_without_text_is_refused(peft_model, tokenizer):
 
 
 def plant(
-    budget: float, phi: float, steps: int = 60, seed: int = 0, noise: float = 1.0, every: int = 5, ratio: float = 3.0
+    budget: float, phi: float, steps: int = 60, seed: int = 0, noise: float = 1.0, every: int = 6
 ) -> tuple[list[float], list[float]]:
-    """Rise and φ after each step: L_reg follows φ with the lag of momentum, the rise is not quite in proportion to it.
+    """Rise after each step and φ after each probe: as SmolLM2's on QASC, by and large.
 
-    Unsteered, at φ = 0, the rise ends at 0.3 nats. At a constant φ ≫ 1 it ends at about 0.3/φ. The learning rate falls
-    to 0. A probe's noise is that of 4096 tokens: √(2 · rise / 4096) nats.
+    At a constant φ the rise goes to 0.06/(1 + φ)^0.4 nats with a lag of 6 steps, and is up to 4 times that while
+    the learning rate is high. A probe's noise is that of 4096 tokens: √(2 · rise / 4096) nats.
     """
     draw = random.Random(seed)
     steering = Steering(budget, math.log(phi))
-    distance, speed, rises, phis = 1e-4, 0.0, [], []
+    rise, rises, phis = 1e-4, [], [phi]
     for step in range(1, steps + 1):
-        rate = 1 - (step - 1) / steps
-        goal = 1 / math.sqrt(1 + phi)  # a distance; L_reg is its square
-        speed = 0.7 * speed + 0.3 * max(-0.08, min(0.08, 0.3 * (goal - distance)))
-        distance = max(1e-5, distance + rate * speed)
-        value = distance**2 * 0.3 / ratio
-        rise = ratio * value * (1 + 0.3 * distance)
-        if step % every == 0 or step in (2, 4):
-            stderr = math.sqrt(2 * rise / 4096)
-            steering.calibrate(Rise(rise + noise * draw.gauss(0, stderr), stderr, "", 4096), value)
-        phi = steering.next_phi(value, step / steps, 1 - step / steps)
+        left = 1 - step / steps
+        rise *= (0.06 / (1 + phi) ** 0.4 * (1 + 3 * left**2) / rise) ** (1 / 6)
         rises.append(rise)
-        phis.append(phi)
+        if step < steps and (step % every == 0 or step in (2, 4, 6, 8)):
+            stderr = math.sqrt(2 * rise / 4096)
+            phi = steering.next_phi(Rise(rise + noise * draw.gauss(0, stderr), stderr, "", 4096), step / steps)
+            phis.append(phi)
     return rises, phis
 
 
-@pytest.mark.parametrize("budget", [0.005, 0.01, 0.02, 0.05])
+@pytest.mark.parametrize("budget", [0.005, 0.01, 0.02, 0.04])
 @pytest.mark.parametrize("off", [0.01, 1.0, 100.0])
-def test_the_rise_ends_near_the_budget_wherever_phi_starts(budget, off):
-    right = 0.3 / budget  # about the φ that a constant one would need
+@pytest.mark.parametrize("every", [2, 6])
+def test_the_rise_ends_near_the_budget_wherever_phi_starts(budget, off, every):
+    right = (0.06 / budget) ** 2.5 - 1  # the φ that a constant one would need
     for seed in range(5):
-        rises, _ = plant(budget, right * off, seed=seed)
+        rises, _ = plant(budget, right * off, seed=seed, every=every)
         assert 0.6 < rises[-1] / budget < 1.6, (seed, rises[-1])
-
-
-def test_phi_does_not_move_before_the_first_probe():
-    steering = Steering(0.01, math.log(7.0))
-    assert steering.next_phi(1.0, 0.5, 1.0) == pytest.approx(7.0)
 
 
 def test_phi_stays_within_its_bounds_and_comes_back_from_them_at_once():
     steering = Steering(0.01, 0.0)
-    steering.calibrate(Rise(1e-6, 1e-9, "", 1), 1.0)
-    for _ in range(200):
-        lowest = steering.next_phi(1.0, 1.0, 1.0)
+    for probe in range(200):
+        lowest = steering.next_phi(Rise(1e-6, 1e-9, "", 1), min(1.0, 0.1 * probe))
     assert lowest == pytest.approx(1e-4)
-    steering.calibrate(Rise(1.0, 1e-9, "", 1), 1.0)
-    assert steering.next_phi(1.0, 1.0, 1.0) > 1.2 * lowest
+    assert steering.next_phi(Rise(1.0, 1e-9, "", 1), 1.0) > 2 * lowest
 
 
-def test_one_step_changes_phi_by_a_factor_of_e_at_most():
-    for seed in range(3):
-        _, phis = plant(0.01, 0.3, seed=seed)
-        moves = [abs(math.log(b / a)) for a, b in pairwise(phis)]
-        assert 0.9 < max(moves) < 1.0001
+def test_one_probe_changes_phi_by_a_bounded_factor():
+    moves = [abs(math.log(b / a)) for seed in range(3) for a, b in pairwise(plant(0.005, 0.003, seed=seed)[1])]
+    assert 1.0 < max(moves) < 2.5001
 
 
-def test_a_probe_counts_by_its_standard_error():
-    """0.02 ± 0.01 after 0.01 ± 0.0005 moves the calibration by less than 1 %; 0.02 ± 0.0001 nearly doubles it."""
-    found = []
-    for stderr in (0.01, 0.0001):
-        steering = Steering(0.01, 0.0)
-        steering.calibrate(Rise(0.01, 0.0005, "", 1), 1.0)
-        steering.calibrate(Rise(0.02, stderr, "", 1), 1.0)
-        found.append(steering.ratio)
-    assert 0.01 < found[0] < 0.0101
-    assert 0.017 < found[1] < 0.02
+def test_phi_does_not_fall_while_the_rise_has_hardly_begun():
+    steering = Steering(0.01, 0.0)
+    assert steering.next_phi(Rise(0.0001, 0.00001, "", 1), 0.05) == 1
+    assert steering.next_phi(Rise(0.0001, 0.00001, "", 1), 0.5) < 0.5
+
+
+def test_a_rise_above_the_budget_is_allowed_while_much_of_the_run_is_left():
+    phis = [Steering(0.01, 0.0).next_phi(Rise(0.015, 1e-9, "", 1), progress) for progress in (0.3, 1.0)]
+    assert phis[0] < 1 < phis[1]
 
 
 def test_a_rise_below_its_noise_is_taken_for_the_noise():
-    steering = Steering(0.01, 0.0)
-    steering.calibrate(Rise(-0.002, 0.001, "", 1), 1.0)
-    assert steering.ratio == pytest.approx(0.001, rel=0.2)
+    below, equal = (Steering(0.01, 0.0).next_phi(Rise(nats, 0.001, "", 1), 0.5) for nats in (-0.002, 0.001))
+    assert below == equal < 1
+
+
+def test_a_rise_that_is_not_finite_leaves_phi():
+    assert Steering(0.01, math.log(7.0)).next_phi(Rise(math.nan, 0.1, "", 1), 0.5) == pytest.approx(7.0)
 
 
 # in SFTTrainer
@@ -318,7 +307,7 @@ def test_log_and_history_say_what_was_measured_and_what_phi_became(peft_model, t
     assert [entry["step"] for entry in steered.history] == [5, 10, 15, 20]
     assert [entry["probe_step"] for entry in log if "probe_rise" in entry] == [5, 10, 15, 20]
     assert all("phi" in entry for entry in log if "loss" in entry)
-    assert len({entry["phi"] for entry in log if "loss" in entry}) > 10
+    assert len({entry["phi"] for entry in log if "loss" in entry}) > 2
     assert log[-1]["probe_rise"] == steered.history[-1]["rise"]
     assert steered.seconds > 0
 
@@ -336,7 +325,7 @@ def test_landing_goes_back_on_the_line_to_the_anchor_and_no_further_than_needed(
     penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform", anchor=anchor)
     move_adapter(peft_model, deviation=0.3)
     before = factors(peft_model)
-    probe = sample_probe(peft_model)
+    probe = sample_probe(peft_model, 1024)
     rise, alpha = ForgettingBudget(penalty, probe, 0.005).land()
     assert probe.measure(1024) == rise
     assert 0.0046 < rise.nats <= 0.005
@@ -355,13 +344,23 @@ def test_landing_uses_what_is_left_of_the_budget_only_where_the_penalty_held_the
 ):
     move_adapter(peft_model, deviation=0.05)
     before = factors(peft_model)
-    now = sample_probe(peft_model).measure(1024).nats
+    now = sample_probe(peft_model, 1024).measure(1024).nats
     for phi, moved in ((1e-9, False), (1e9, True)):
         penalty = ImportancePenalty(peft_model, importance, phi, "uniform", anchor="base")
-        rise, alpha = ForgettingBudget(penalty, sample_probe(peft_model), 1.2 * now).land()
+        rise, alpha = ForgettingBudget(penalty, sample_probe(peft_model, 1024), 1.2 * now).land()
         assert (1.01 < alpha <= 1.25) is moved
         assert now <= rise.nats <= 1.2 * now
     torch.testing.assert_close(factors(peft_model)[1], alpha * before[1])
+
+
+def test_a_landing_reads_as_much_text_as_its_budget_is_small(peft_model, tokenizer, importance):
+    penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform", anchor="base")
+    move_adapter(peft_model, deviation=0.3)
+    probe = text_probe(peft_model, tokenizer)
+    stderr = probe.measure(512).stderr
+    read = [ForgettingBudget(penalty, probe, share * stderr)._precisely()[0].tokens for share in (11.0, 9.0, 0.1)]
+    assert read[0] < read[1] <= read[2]
+    assert read[2] == probe.measure(10_000).tokens
 
 
 def test_each_probe_reads_another_part_in_turn_and_the_landing_all(peft_model, tokenizer):

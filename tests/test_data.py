@@ -15,7 +15,7 @@ from conftest import GENERAL_TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig
-from hlora.data import DomainRows, GeneralText, domain_rows, general_text, read_documents, read_rows
+from hlora.data import DomainRows, GeneralText, domain_rows, general_text, probe_texts, read_documents, read_rows
 from hlora.errors import DataError
 
 LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
@@ -273,19 +273,19 @@ def sample(model_dir: str, tmp_path: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
-    def text(seed: int, cache: str = "samples.json", **settings: Any) -> list[str]:
+    def text(seed: int, directory: str = "samples", **settings: Any) -> list[str]:
         config = GeneralConfig.model_validate({"source": "model", "samples": 40, "sample_tokens": 8, **settings})
-        got = general_text(config, EvaluationConfig(), model, tokenizer, seed, tmp_path / cache)
+        got = general_text(config, EvaluationConfig(), model, tokenizer, seed, tmp_path / directory)
         return [*got.train, *got.evaluation.values()]
 
     return text
 
 
 def test_samples_of_the_model_are_the_same_for_the_same_seed_only(sample: Any) -> None:
-    first = sample(0, "a.json")
+    first = sample(0, "a")
     assert len(set(first)) > 30
-    assert sample(0, "b.json") == first
-    assert sample(1, "c.json") != first
+    assert sample(0, "b") == first
+    assert sample(1, "c") != first
 
 
 def test_sampling_leaves_the_random_state_as_it_was(sample: Any) -> None:
@@ -297,9 +297,10 @@ def test_sampling_leaves_the_random_state_as_it_was(sample: Any) -> None:
 
 def test_kept_samples_are_used_the_second_time(sample: Any, tmp_path: Path) -> None:
     sample(0)
-    kept = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
+    file = next((tmp_path / "samples").iterdir())
+    kept = json.loads(file.read_text(encoding="utf-8"))
     kept["samples"] = ["kept one", "kept two"]
-    (tmp_path / "samples.json").write_text(json.dumps(kept), encoding="utf-8")
+    file.write_text(json.dumps(kept), encoding="utf-8")
     assert sample(0) == ["kept one", "kept two"]
 
 
@@ -308,7 +309,7 @@ def test_kept_samples_are_made_anew_when_a_setting_changes(sample: Any, change: 
     first = sample(0)
     changed = sample(**{"seed": 0, **change})
     assert changed != first
-    assert sample(**{"seed": 0, "cache": "fresh.json", **change}) == changed
+    assert sample(**{"seed": 0, "directory": "fresh", **change}) == changed
 
 
 def test_a_low_temperature_makes_samples_alike(sample: Any) -> None:
@@ -433,3 +434,21 @@ def test_a_mixture_of_a_source_without_text_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": " "}])
     with pytest.raises(DataError, match="no text in what source 'files' names"):
         read_general(GeneralConfig.model_validate({"mixture": [{"paths": [str(tmp_path / "a.jsonl")]}]}))
+
+
+# Probe texts
+
+
+def test_a_probe_text_has_no_line_that_is_trained_or_evaluated_on(tmp_path: Path) -> None:
+    trained, evaluated, own = (f"{word} " * 20 for word in ("trained", "evaluated", "own"))
+    general = GeneralText([f"a\n{trained}\nb"], {"test": evaluated}, {})
+    (tmp_path / "probe.txt").write_text("\n".join([trained, own, evaluated]), encoding="utf-8")
+    found = probe_texts({"prose": str(tmp_path / "probe.txt")}, general)
+    assert found["prose"].strip() == own.strip()
+
+
+def test_a_probe_text_that_is_trained_on_whole_is_refused(tmp_path: Path) -> None:
+    line = "the same line " * 10
+    (tmp_path / "probe.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match="nothing is left of 'prose'"):
+        probe_texts({"prose": str(tmp_path / "probe.txt")}, GeneralText([line], {}, {}))

@@ -5,12 +5,10 @@
 Three parts, each simple:
 
 1. A probe measures R every few steps, on held-out general text or as KL(base ‖ model) on the model's own samples.
-2. Between probes the penalty's own L_reg predicts R for free: R ≈ R₀ + c·L_reg, with R₀ = R at the anchor and c
-   calibrated at each probe. So the budget is a radius, L_reg ≤ (b − R₀)/c, and log φ is its dual variable: it rises
-   while L_reg is outside of the radius and falls while it is inside. That is dual ascent (Bertsekas 1982, *Constrained
-   Optimization and Lagrange Multiplier Methods*), on log φ as in GECO (Rezende & Viola 2018, *Taming VAEs*), with a
-   proportional term against its overshoot (Stooke, Achiam & Abbeel 2020, *Responsive Safety in Reinforcement Learning
-   by PID Lagrangian Methods*).
+2. log φ is the dual variable of the constraint: it rises while R is above what is allowed and falls while it is below.
+   That is dual ascent (Bertsekas 1982, *Constrained Optimization and Lagrange Multiplier Methods*), on log φ as in GECO
+   (Rezende & Viola 2018, *Taming VAEs*), with a proportional term against its overshoot (Stooke, Achiam & Abbeel 2020,
+   *Responsive Safety in Reinforcement Learning by PID Lagrangian Methods*).
 3. After the last step the learning rate is 0 and φ has no say. So the adapter is landed: moved on the line through its
    anchor until a larger probe says that the budget is used and holds. The steering has aimed a little above it.
 """
@@ -44,20 +42,22 @@ logger = logging.getLogger("hlora")
 _UNSCORED = 4  # a window's part that is not scored is one in this many
 _TOKENS_AT_ONCE = 1024  # of one forward pass: their logits take 200 MB in float32 at a vocabulary of 49,152
 
-# The steering, chosen on a simulated adapter and on SmolLM2-135M (benchmarks/budget_control.py), 20 to 150 steps.
-_INTEGRAL = 0.45  # of log φ a step for a radius missed by a factor of e, at the full learning rate
-_PROPORTIONAL = 2.5  # of log φ for a change of L_reg by a factor of e
-_FAR = 0.7  # log (L_reg / radius) from which on an approach is not braked
-_LARGEST_STEP = 1.0  # of log φ
-_LARGEST_ERROR = 3.0  # of log (L_reg / radius) that the steering reacts to
+# The steering. SmolLM2-135M on QASC (benchmarks/budget_control.py), 50 steps at a constant φ of 30, 300 and 3000: the
+# rise was 0.057, 0.051 and 0.028 nats at step 10, 0.072, 0.043 and 0.014 at 20, and 0.047, 0.019 and 0.010 at the end.
+# So more than the budget is right while the learning rate is high, and a factor of 10 in φ is one of 2 to 2.5 in R.
+_EXCESS = 3.0  # budgets allowed beyond the first at the start; they shrink with the square of what is left to do
+_INTEGRAL = 1.2  # of log φ for a rise that is off by a factor of e, at each tenth of the run
+_PROPORTIONAL = 1.2  # of log φ for a rise that has changed by a factor of e
+_LARGEST_STEP = 2.5  # of log φ
 _SPAN = 1e4  # φ stays within this factor of its start
-_WARMING = 0.2  # share of the steps in which the radius grows to its full size, so that φ is learned on the way
-_ABOVE = 1.1  # what is aimed at, in budgets, where the adapter is landed afterwards
-_MEMORY = 0.7  # weight of a probe at the next one
-_MISFIT = 0.05  # of the target: what a probe tells wrongly beside its noise
+_EARLY = (2, 4, 6, 8)  # steps with a probe, since the rise grows fastest there: from 0.005 to 0.036 nats in 4 steps
+_WARMING = 0.2  # share of the run in which φ does not fall: the rise starts at 0 and says nothing of φ yet
+_ABOVE = 1.6  # what is aimed at, in budgets, where the adapter is landed afterwards
 _LANDED = 0.93  # share of the budget from which on a landing is good enough
 _LANDINGS = 10  # probes of a landing, at most; two or three do, where the rise is nearly a parabola in α
-_FURTHEST = 1.25  # α, where a landing moves the adapter away from its anchor
+_FURTHEST = 1.5  # α, where a landing moves the adapter away from its anchor
+_HELD_BACK = 5.0  # φ·L_reg in rises from which on that pays
+_PRECISE = 0.1  # of the budget: the standard error that a landing reads text for
 
 
 def parse_budget(text: str | float) -> float:
@@ -93,10 +93,10 @@ class Rise:
 class TextProbe:
     """Rise of the loss on texts, by the same tokens with the adapter on and off; of several, the worst text's.
 
-    texts: name → text; other text than what the result is evaluated on. landing_tokens: how much of each text's start
-    the landing reads, or all there is, in windows of `window` tokens. The first quarter of a window is context alone
-    and scored in the window before, as text_likelihood does with a stride of three quarters. tokens: how much a probe
-    on the way reads, each another part of that, in turn: the noise of the part is then not the same in all of them.
+    texts: name → text; other text than what the result is evaluated on. most_tokens: how much of each text's start is
+    used, or all there is, in windows of `window` tokens. The first quarter of a window is context alone and scored in
+    the window before, as text_likelihood does with a stride of three quarters. tokens: how much a probe on the way
+    reads, each other windows, in turn: their noise is then not the same in all of them.
     The base's losses are measured once, when first needed.
 
     Raises DataError for no text, or one of fewer than 2 tokens.
@@ -108,16 +108,16 @@ class TextProbe:
         tokenizer: PreTrainedTokenizerBase,
         texts: Mapping[str, str],
         tokens: int = 2048,
-        landing_tokens: int = 16384,
+        most_tokens: int = 65536,
         window: int = 512,
     ) -> None:
         if not texts:
             raise DataError("budget: no probe text. Name one, or let the model's own samples be the probe.")
-        self.model, self.tokens, self.landing_tokens = model, tokens, max(tokens, landing_tokens)
+        self.model, self.tokens, self.most_tokens = model, tokens, max(tokens, most_tokens)
         self._rows: dict[str, Tensor] = {}  # (windows, window)
         self._base: dict[str, Tensor] = {}  # (windows, window − 1), NaN where not measured yet
         for name, text in texts.items():
-            ids = _first_tokens(tokenizer, text, self.landing_tokens)
+            ids = _first_tokens(tokenizer, text, self.most_tokens)
             if len(ids) < 2:
                 raise DataError(f"budget: probe text {name!r} has {len(ids)} tokens, too few to score; give at least 2")
             if len(ids) < window:
@@ -148,18 +148,18 @@ class SampleProbe:
     On text that the base wrote this is the expectation of the rise of the loss, without the noise of which token came.
     It is never negative, and another quantity than the rise on a text that the base did not write.
 
-    sequences: (n, length) token ids, such as `fisher.pack` of samples gives. A probe reads `tokens` of the first
-    `landing_tokens` in turn, the landing all of these. The base's logits are computed anew: two forward passes each.
+    sequences: (n, length) token ids, such as `fisher.pack` of samples gives, of which `most_tokens` are used. A probe
+    reads `tokens` of them in turn. The base's logits are computed anew: two forward passes each.
 
     Raises DataError for sequences of fewer than 2 tokens.
     """
 
-    def __init__(self, model: PeftModel, sequences: Tensor, tokens: int = 2048, landing_tokens: int = 8192) -> None:
+    def __init__(self, model: PeftModel, sequences: Tensor, tokens: int = 2048, most_tokens: int = 16384) -> None:
         if sequences.dim() != 2 or not len(sequences) or sequences.shape[1] < 2:
             raise DataError(f"budget: expected samples of shape (n ≥ 1, length ≥ 2), got {tuple(sequences.shape)}")
         self.model = model
-        self.sequences = sequences[: math.ceil(max(tokens, landing_tokens) / sequences.shape[1])]
-        self.tokens, self.landing_tokens = tokens, max(tokens, landing_tokens)
+        self.tokens, self.most_tokens = tokens, max(tokens, most_tokens)
+        self.sequences = sequences[: math.ceil(self.most_tokens / sequences.shape[1])]
 
     def measure(self, tokens: int, turn: int = 0) -> Rise:
         """The mean divergence on `tokens` tokens, those of the given turn. Reads the adapter as it is now."""
@@ -181,12 +181,12 @@ class ForgettingBudget:
     """Steers `penalty.phi` during training so that the rise on `probe` ends at `budget`, or stays below it.
 
     penalty: its phi is where φ starts; it stays within a factor of 10⁴ of that. budget: nats a token, see parse_budget.
-    every: optimizer steps between probes, by default a tenth of the run and at least 2; steps 2, 4 and 8 have one too
-    where that is more often. landing: after the last step, bring the adapter to the budget (see `land`); without it the
-    steering aims at the budget itself, and ends above it at times.
+    every: optimizer steps between probes, by default a tenth of the run and at least 2, and steps 2, 4, 6 and 8.
+    landing: after the last step, bring the adapter to the budget (see `land`); without it the steering aims at the
+    budget itself, and ends above it at times.
 
-    history: one entry a probe (step, rise, stderr, text, phi, budget, regularisation_loss); the last one, of
-    `finish`, also has alpha. seconds: spent on probes.
+    history: one entry a probe (step, rise, stderr, text, phi, budget); the last one, of `finish`, also has alpha.
+    seconds: spent on probes.
 
     Raises ConfigError when the penalty's phi is 0 or a number is out of range.
     """
@@ -218,9 +218,9 @@ class ForgettingBudget:
         """Before the first step: measure R₀, the rise at the anchor. It is 0, unmeasured, where the anchor is W₀."""
         if all(anchor is None for anchor in self.penalty._anchor.values()):
             return
-        rise = self._measure(self.probe.landing_tokens)
+        rise, _ = self._precisely()
         self.steering.at_anchor = rise.nats
-        self._note(0, rise, float(self.penalty.regularisation_loss()))
+        self._note(0, rise)
         if rise.nats > self.budget:
             logger.warning(
                 "budget: the general adapter itself is %.4f nats a token above the base, more than the budget of %.4f; "
@@ -229,18 +229,16 @@ class ForgettingBudget:
                 self.budget,
             )
 
-    def after_step(self, step: int, steps: int, rate: float) -> dict[str, Any] | None:
-        """After optimizer step number `step` of `steps`: probe if it is time, and set φ for the next step.
+    def after_step(self, step: int, steps: int) -> dict[str, Any] | None:
+        """After optimizer step number `step` of `steps`: probe if it is time, and set φ for the next steps.
 
-        rate: the next step's learning rate as a share of the largest. Returns the probe's entry in `history`, if any.
+        Returns the probe's entry in `history`, if any.
         """
-        value = float(self.penalty.regularisation_loss())
-        entry = None
-        if self._is_due(step, steps):
-            rise = self._measure(self.probe.tokens, len(self.history))
-            self.steering.calibrate(rise, value)
-            entry = self._note(step, rise, value)
-        self.penalty.phi = self.steering.next_phi(value, step / steps, rate)
+        if not self._is_due(step, steps):
+            return None
+        rise = self._measure(self.probe.tokens, len(self.history))
+        entry = self._note(step, rise)
+        self.penalty.phi = self.steering.next_phi(rise, step / steps)
         return entry
 
     def finish(self, step: int) -> dict[str, Any]:
@@ -248,8 +246,8 @@ class ForgettingBudget:
 
         Returns the last entry of `history`.
         """
-        rise, alpha = self.land() if self.landing else (self._measure(self.probe.landing_tokens), 1.0)
-        entry = self._note(step, rise, float(self.penalty.regularisation_loss()))
+        rise, alpha = self.land() if self.landing else (self._precisely()[0], 1.0)
+        entry = self._note(step, rise)
         entry["alpha"] = alpha
         logger.info(
             "budget: the general loss rose by %.4f ± %.4f nats a token on %s (%d tokens), of %.4f allowed%s",
@@ -263,20 +261,19 @@ class ForgettingBudget:
         return entry
 
     def land(self) -> tuple[Rise, float]:
-        """Move the adapter on the line through its anchor until `probe.landing_tokens` are on the budget; (rise, α).
+        """Move the adapter on the line through its anchor until a precise probe is on the budget; (rise, α).
 
         α = 1 is where it was, α = 0 the anchor. From the base θ = W₀ + α·sBA, by scaling B. From a general adapter A
-        and B are interpolated, a curve in θ. A few probes; the largest α that kept the budget is taken.
+        and B are interpolated, a curve in θ. A few probes of one text; the largest α that kept the budget is taken.
 
-        Above the budget α < 1. Below it α goes up to 1.25, where that pays: where training has balanced the task's
-        gradient and the penalty's, dL_task/dα = −2φ·L_reg, against dR/dα ≈ 2R; so if φ·L_reg > R.
+        Above the budget α < 1. Below it α goes up to 1.5, where that pays: where training has balanced the task's
+        gradient and the penalty's, dL_task/dα = −2φ·L_reg, against dR/dα ≈ 2R; so if φ·L_reg is several times R.
         """
         ends = [(m.A.detach().clone(), m.B.detach().clone()) for m in self.penalty.matrices]
-        tokens = self.probe.landing_tokens
-        at_end = self._measure(tokens)
+        at_end, tokens = self._precisely()
         within, low, high, outside = Rise(0.0, 0.0, at_end.text, at_end.tokens), 0.0, 1.0, at_end.nats
         if at_end.nats <= self.budget:
-            pays = self.penalty.phi * float(self.penalty.regularisation_loss()) > at_end.nats
+            pays = self.penalty.phi * float(self.penalty.regularisation_loss()) > _HELD_BACK * at_end.nats
             if not pays or at_end.nats <= 0:
                 return at_end, 1.0
             within, low, high, outside = at_end, 1.0, _FURTHEST, at_end.nats * _FURTHEST**2
@@ -333,7 +330,7 @@ class ForgettingBudget:
         if step >= steps:
             return False  # `finish` measures there
         every = self.every or max(2, steps // 10)
-        return step % every == 0 or (self.every is None and step in (2, 4, 8) and step < every)
+        return step % every == 0 or (self.every is None and step in _EARLY)
 
     def _measure(self, tokens: int, turn: int = 0) -> Rise:
         started = time.perf_counter()
@@ -341,9 +338,19 @@ class ForgettingBudget:
         self.seconds += time.perf_counter() - started
         return rise
 
-    def _note(self, step: int, rise: Rise, value: float) -> dict[str, Any]:
+    def _precisely(self) -> tuple[Rise, int]:
+        """The rise on as many tokens as bring its standard error to a tenth of the budget, or all; and how many."""
+        tokens = self.probe.tokens
+        while True:
+            rise = self._measure(tokens)
+            excess = (rise.stderr / (_PRECISE * self.budget)) ** 2
+            if excess <= 1 or tokens >= self.probe.most_tokens:
+                return rise, tokens
+            tokens = min(math.ceil(tokens * max(excess, 1.5)), self.probe.most_tokens)
+
+    def _note(self, step: int, rise: Rise) -> dict[str, Any]:
         measured = {"step": step, "rise": rise.nats, "stderr": rise.stderr, "text": rise.text}
-        entry = {**measured, "phi": self.penalty.phi, "budget": self.budget, "regularisation_loss": value}
+        entry = {**measured, "phi": self.penalty.phi, "budget": self.budget}
         self.history.append(entry)
         return entry
 
@@ -360,15 +367,13 @@ class ForgettingBudget:
 
 @dataclass
 class Steering:
-    """φ from L_reg at every step and the rise at some: plain numbers in, plain numbers out.
+    """φ from the rise that a probe measured: plain numbers in, plain numbers out.
 
-    The radius at a share t of the run is s(t)·(target − R₀)/c with s growing from 0 to 1 in the first fifth, and
+        log φ += K_i·e + K_p·Δe,      e = log((R − R₀) / allowed),      allowed = (target − R₀)·(1 + excess·(1 − t)²)
 
-        log φ += rate·K_i·e + K_p·Δe,        e = log(L_reg / radius)
-
-    Nothing happens before the first probe, since c is not known. c is the slope of R − R₀ over L_reg, by least squares
-    with weights 1/σ² that fade: a probe counts by its standard error, so that noise moves φ little. log φ is its own
-    integral and is bounded, so it cannot wind up.
+    with t the share of the run that is done and Δe the change of e since the probe before. A rise below its standard
+    error is taken for that, so that noise has no logarithm. log φ is its own integral and is bounded, so it cannot wind
+    up.
     """
 
     target: float
@@ -378,43 +383,28 @@ class Steering:
     """log φ at the start, the middle of its bounds."""
     at_anchor: float = 0.0
     """R₀, nats a token."""
-    weight: float = 0.0
-    """Σ L_reg² / σ² of the probes, faded; 1/√weight is the standard error of c."""
-    moment: float = 0.0
-    """Σ L_reg·(R − R₀) / σ², faded."""
-    before: float | None = None
-    """log (L_reg / s) at the step before."""
+    error: float | None = None
+    """e at the probe before."""
+    progress: float = 0.0
+    """t at the probe before."""
 
     def __post_init__(self) -> None:
         if self.start is None:
             self.start = self.log_phi
 
-    def calibrate(self, rise: Rise, value: float) -> None:
-        """Learn c from a probe where L_reg is `value`."""
-        if not math.isfinite(rise.nats) or not value > 0:
-            return
-        noise = rise.stderr**2 + (_MISFIT * self.target) ** 2
-        self.weight = _MEMORY * self.weight + value**2 / noise
-        self.moment = _MEMORY * self.moment + value * (rise.nats - self.at_anchor) / noise
-
-    @property
-    def ratio(self) -> float:
-        """c, nats a token for one unit of L_reg; not below its standard error, where the rise is lost in noise."""
-        return max(self.moment, math.sqrt(self.weight)) / self.weight
-
-    def next_phi(self, value: float, progress: float, rate: float) -> float:
-        """φ for the next step, where L_reg is `value` now. progress: share of the steps done, 0 to 1."""
+    def next_phi(self, rise: Rise, progress: float) -> float:
+        """φ for the steps to come. progress: share of the steps done, 0 to 1."""
         assert self.start is not None
-        if self.weight > 0:
-            growing = math.log(max(1e-3, min(1.0, progress / _WARMING)))
-            allowed = max(self.target - self.at_anchor, 0.05 * self.target)
-            size = math.log(max(value, 1e-30)) - growing
-            error = _clip(size + math.log(self.ratio / allowed), _LARGEST_ERROR)
-            moved = 0.0 if self.before is None else size - self.before
-            if abs(error) > _FAR and moved * error < 0:
-                moved = 0.0  # on its way from afar
-            change = _clip(rate * _INTEGRAL * error + _PROPORTIONAL * moved, _LARGEST_STEP)
-            self.before = size
+        seen = max(rise.nats - self.at_anchor, rise.stderr)
+        if math.isfinite(seen) and seen > 0:
+            allowed = max(self.target - self.at_anchor, 0.05 * self.target) * (1 + _EXCESS * (1 - progress) ** 2)
+            error = math.log(seen / allowed)
+            moved = 0.0 if self.error is None else error - self.error
+            share = min(1.0, 10 * (progress - self.progress))
+            change = _clip(share * _INTEGRAL * error + _PROPORTIONAL * moved, _LARGEST_STEP)
+            if progress < _WARMING:
+                change = max(change, 0.0)
+            self.error, self.progress = error, progress
             self.log_phi = self.start + _clip(self.log_phi + change - self.start, math.log(_SPAN))
         return math.exp(self.log_phi)
 
@@ -452,8 +442,7 @@ class BudgetCallback(TrainerCallback, ExportableState):
             self.budget.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rate = max(group["lr"] for group in kwargs["optimizer"].param_groups) / (args.learning_rate or 1.0)
-        self._probed = self.budget.after_step(state.global_step, state.max_steps, rate) or self._probed
+        self._probed = self.budget.after_step(state.global_step, state.max_steps) or self._probed
 
     def on_log(
         self,
@@ -522,9 +511,12 @@ def _batches(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _part(tokens: int, turn: int, rows: int, length: int) -> Tensor:  # row numbers
-    """As many rows as hold `tokens` tokens, those after the ones of the turn before; after the last row the first."""
+    """As many rows as hold `tokens` tokens, spread over all of the text; those of the next turn are beside them.
+
+    Spread, so that no probe is of one chapter alone.
+    """
     count = min(rows, math.ceil(tokens / length))
-    return (torch.arange(count) + turn * count) % rows
+    return (torch.arange(count) * rows // count + turn) % rows
 
 
 def _clip(number: float, limit: float) -> float:

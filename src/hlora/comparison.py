@@ -223,8 +223,7 @@ class Grid:
     def _general_text(self, general: GeneralConfig, seed: int) -> data.GeneralText:
         key = digest({"general": general.model_dump(), "seed": seed})
         if key not in self._read:
-            cache = self.output / f"general-samples-{key}.json"
-            settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, cache)
+            settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, self.output)
             self._read[key] = data.general_text(*settings)
         return self._read[key]
 

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,26 +70,26 @@ def general_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    cache: Path,
+    directory: Path,
 ) -> GeneralText:
     """Read or sample the general text, and the texts to evaluate on.
 
     Lines of 80 characters or more that stand in an evaluation text are taken out of the training documents. Without
-    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are kept in `cache`.
+    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are kept in `directory`.
 
     Raises DataError when a file cannot be read, or nothing is left to train on.
     """
 
-    def read(source: GeneralSource, cache: Path) -> list[str]:
-        return _documents(source, model, tokenizer, seed, cache)
+    def read(source: GeneralSource) -> list[str]:
+        return _documents(source, model, tokenizer, seed, directory)
 
     mixed: list[dict[str, Any]] = []
     if config.mixture:
-        parts = [read(each, cache.with_stem(f"{cache.stem}-{n}")) for n, each in enumerate(config.mixture)]
+        parts = [read(each) for each in config.mixture]
         documents, shares = _mixed(parts, [each.weight for each in config.mixture], seed)
         mixed = [{"source": each.source, "characters": n} for each, n in zip(config.mixture, shares, strict=True)]
     else:
-        documents = read(config, cache)
+        documents = read(config)
     texts = {name: "\n\n".join(read_documents(path, config.column)) for name, path in evaluation.texts.items()}
     if not texts:
         if len(documents) < 2:
@@ -157,14 +157,14 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int) -> D
 
 
 def _documents(
-    source: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path
+    source: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, directory: Path
 ) -> list[str]:
     if source.source == "files":
         documents = [document for path in source.paths for document in read_documents(path, source.column)]
     elif source.source == "hub":
         documents = _hub_documents(source)
     else:
-        documents = model_samples(source, model, tokenizer, seed, cache)
+        documents = model_samples(source, model, tokenizer, seed, directory)
     documents = [document for document in documents if document.strip()][: source.max_documents]
     if not documents:
         raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
@@ -199,6 +199,25 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
     train = text.train[:-held_out]
     facts = {**text.facts, "documents": len(train), "characters": sum(map(len, train)), "sha256": _sha256(train)}
     return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+
+
+def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str]:
+    """The texts that a forgetting budget is measured on, without long lines that are also trained or evaluated on.
+
+    Raises DataError for a text of which nothing is left.
+    """
+    found = {}
+    for name, path in paths.items():
+        kept, dropped = _without_lines_of(read_documents(path), [*general.train, *general.evaluation.values()])
+        if not kept:
+            raise DataError(
+                f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it stands in the general or an "
+                "evaluation text too. Name a text that is held out from both."
+            )
+        if dropped:
+            logger.warning("probe text %r: left out %d characters that are trained or evaluated on too", name, dropped)
+        found[name] = "\n\n".join(kept)
+    return found
 
 
 def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
@@ -325,9 +344,11 @@ def model_samples(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    cache: Path,
+    directory: Path,
 ) -> list[str]:
-    """Text that the base model writes by itself from its first token; seeded, and read from `cache` if made before."""
+    """Text that the base model writes by itself from its first token; seeded, and kept in `directory`."""
+    shape = f"{config.samples}x{config.sample_tokens}"
+    cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
     asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]
     if cache.is_file():
         kept = json.loads(cache.read_text(encoding="utf-8"))
@@ -350,6 +371,7 @@ def model_samples(
                 pad_token_id=tokenizer.pad_token_id,
             )
             samples += tokenizer.batch_decode(written, skip_special_tokens=True)
+    directory.mkdir(parents=True, exist_ok=True)
     write_text(cache, json.dumps({"asked": asked, "samples": samples}))
     return samples
 

@@ -103,9 +103,8 @@ class Job:
 
     @cached_property
     def general(self) -> data.GeneralText:
-        cache = self.output / "general-samples.json"
-        settings = self.config
-        return data.general_text(settings.general, settings.evaluation, self.base, self.tokenizer, settings.seed, cache)
+        general, evaluation, seed = self.config.general, self.config.evaluation, self.config.seed
+        return data.general_text(general, evaluation, self.base, self.tokenizer, seed, self.output)
 
     @cached_property
     def domain(self) -> data.DomainRows:
@@ -199,12 +198,12 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     options, seed = job.config.penalty, job.config.seed
     assert options.budget is not None
     if options.probe_texts:
-        texts = {name: "\n\n".join(data.read_documents(path)) for name, path in options.probe_texts.items()}
+        texts = data.probe_texts(options.probe_texts, job.general)
         probe: TextProbe | SampleProbe = TextProbe(model, job.tokenizer, texts, window=job.config.evaluation.window)
     else:
         source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
         with model.disable_adapter():
-            samples = data.model_samples(source, model, job.tokenizer, seed, job.output / "probe-samples.json")
+            samples = data.model_samples(source, model, job.tokenizer, seed, job.output)
         probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
     return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
 
