@@ -4,8 +4,8 @@
 
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
 Matrices of one shape are alike, so one of each shape is timed and its time multiplied by their number. In each round
-every version runs once, in random order; a ratio is that of two times in one round. Bytes moved are those that a version
-cannot do without, ω or Ω once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
+every version runs once, in random order; a ratio is that of two times in one round. Bytes moved are those that no
+version can do without, ω or Ω once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
 """
 
 from __future__ import annotations
