@@ -245,14 +245,14 @@ def table(title: str, sizes: dict[str, int], watch: Watch, recording: dict[str, 
         "encoding",
         "MB",
         "% of float32",
-        "value error %",
+        "value off %",
         "(worst)",
-        "gradient error %",
+        "gradient off %",
         "(worst)",
         "least cosine",
     ]
-    for head in [*heads, "recording, time", "penalty, time"]:
-        result.add_column(head, justify="right")
+    for head in [*heads, "recording ×", "penalty ×"]:
+        result.add_column(head, justify="right", no_wrap=True)
     for name in watch.penalties:
         size = sizes[name]
         cells = [name, f"{size / 1e6:.3g}", f"{100 * size / sizes['float32']:.3g}"]
