@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # the kernels' tests; before anything imports Triton, as Transformers does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 import yaml
 from made_comparison import SMALL, make_comparison
 from peft import LoraConfig, PeftModel, get_peft_model
