@@ -57,7 +57,7 @@ def penalties_with_gradients(
             [
                 *(*omega.shape, len(mine[0]), len(start[0]) if start else 0),
                 *(tensor.data_ptr() for tensor in (omega, step, *mine, *(start or mine))),
-                *(sum_A.storage_offset(), grad_B.storage_offset()),
+                *((part.data_ptr() - flat.data_ptr()) // 4 for part, flat in ((sum_A, flat_A), (grad_B, flat_B))),
             ]
             for omega, step, mine, start, sum_A, grad_B in zip(
                 whole, steps, factors, starts, sums_A, grads_B, strict=True
