@@ -14,7 +14,7 @@ from hlora.kernels import Step, groups
 from hlora.kernels.groups import CHUNK, PRECISION, difference, doubled, locate, pointer, read, size, write
 
 # No GPU was at hand when this was written, so no candidate has a measurement: the autotuner measures them on the first
-# call of a kind, and TRITON_PRINT_AUTOTUNING=1 prints its choice. All compile for an H100 without spilling registers.
+# call of a kind, and TRITON_PRINT_AUTOTUNING=1 prints its choice.
 _CANDIDATES = groups.candidates((32, 64, 4, 1), (32, 64, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 128, 8, 1))
 _tuned: set[torch.dtype] = set()
 
