@@ -10,7 +10,7 @@ Three parts, each simple:
    (Rezende & Viola 2018, *Taming VAEs*), with a proportional term against its overshoot (Stooke, Achiam & Abbeel 2020,
    *Responsive Safety in Reinforcement Learning by PID Lagrangian Methods*).
 3. After the last step the learning rate is 0 and φ has no say. So the adapter is landed: moved on the line through its
-   anchor until a larger probe says that the budget is used and holds. The steering has aimed a little above it.
+   anchor until a larger probe says that the budget is used and holds. The steering has aimed above it (_ABOVE).
 """
 
 from __future__ import annotations

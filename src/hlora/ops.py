@@ -255,7 +255,6 @@ def _penalty(
             return value, None, None
         A, B = factors
         return value, (B.mT @ weighted) @ spread, weighted @ (spread @ A.mT)
-    # One visible line for a fused kernel: `if P.is_cuda: return kernels.penalty(importance, P, Q, *factors)`
     value = P.new_zeros(())
     grad_A = grad_B = None
     if factors is not None:
