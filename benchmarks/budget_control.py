@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 nice python benchmarks/budget_control.py --budgets 0.5% 1% 2% 5% --seeds 10 11 12
     python benchmarks/budget_control.py table OUTPUT/results.jsonl
 
-The importance is squared gradients at the base on general training text, anchored at the base; probe and evaluation
-text are two parts of one text, 300,000 characters apart, or samples of the base model by two seeds; the domain's NLL is
-that of held-out training rows. Nothing is read from the evaluation or test sets of the comparison. The budget "none" is
-LoRA without a penalty. A run whose line is in results.jsonl under the same settings is not run again.
+The importance is squared gradients at the base on general training text, anchored at the base. The probe reads other
+text than the evaluation: every other passage of 10,000 characters (passages), or other plays, from 300,000 characters
+on (plays), or samples of the base model by another seed (samples). The domain's NLL is that of held-out training rows.
+Nothing is read from the evaluation or test sets of the comparison. The budget "none" is LoRA without a penalty. A run
+whose line is in results.jsonl under the same settings is not run again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--phi", type=float, default=10.0, help="where φ starts")
     parser.add_argument("--text", default="../shared/data/shakespeare/train.txt")
-    parser.add_argument("--probe", choices=["text", "samples"], default="text")
+    parser.add_argument("--probe", choices=["passages", "plays", "samples"], default="passages")
     parser.add_argument("--probe-tokens", type=int, default=2048)
     parser.add_argument("--most-tokens", type=int, default=35_000, help="of the probe text, for a landing")
     parser.add_argument("--no-landing", action="store_true")
@@ -108,11 +109,15 @@ def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
         found = [data.model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
         rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
         return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
-    general = "\n\n".join(data.read_documents(options.text))
-    elsewhere = (MOST_EVALUATED, MOST_EVALUATED)
-    here = (options.probe_tokens, options.most_tokens)
-    evaluation = TextProbe(grid.base, grid.tokenizer, {"start": general[:PROBE_FROM]}, *elsewhere)
-    return evaluation, TextProbe(grid.base, grid.tokenizer, {"from 300,000 on": general[PROBE_FROM:]}, *here)
+    passages = data.read_documents(options.text)
+    if options.probe == "passages":
+        there, here = ("\n\n".join(passages[first::2]) for first in (0, 1))
+    else:
+        text = "\n\n".join(passages)
+        there, here = text[:PROBE_FROM], text[PROBE_FROM:]
+    evaluation = TextProbe(grid.base, grid.tokenizer, {"evaluated": there}, MOST_EVALUATED, MOST_EVALUATED)
+    probe = TextProbe(grid.base, grid.tokenizer, {"probed": here}, options.probe_tokens, options.most_tokens)
+    return evaluation, probe
 
 
 def run(

@@ -3,9 +3,10 @@
     python benchmarks/core.py [--geometry smollm2-135m llama-3.2-3b llama-3.1-8b] [--rounds 7] [--growth]
 
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
-Matrices of one shape are alike, so one of each shape is timed and its time multiplied by their number. In each round
-every version runs once, in random order; a ratio is that of two times in one round. Bytes moved are those that no
-version can do without, ω or Ω once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
+On a CPU one matrix of each shape is timed and its time multiplied by their number; on a GPU all of them, streamed and
+by the fused kernels. In each round every version runs once, in random order; a ratio is that of two times in one round.
+Bytes moved are those that no version can do without, ω or Ω once in and, when recording, once out; their share is of
+the bandwidth of copying 512 MB.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,54 +66,71 @@ def main() -> None:
             show(f"{geometry}: {work.__name__}", measure(GEOMETRIES[geometry], work, device, options))
 
 
-def recording(matrix: Matrix) -> Iterator[Timed]:
+def recording(matrices: list[Matrix]) -> Iterator[Timed]:
     """ω −= g̃ ⊙ Δθ (Eqs. 7–12)."""
-    step = matrix.step
-    dense = matrix.importance.clone()
+    steps, scales, device = [[matrix.step] for matrix in matrices], [SCALE] * len(matrices), matrices[0].step.A.device
+    dense = [matrix.importance.clone() for matrix in matrices]
 
     def as_written() -> None:
-        gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, step.lr, SCALE)
-        delta = equations.movement(step.A, step.B, step.A_next, step.B_next, SCALE)
-        dense.copy_(equations.path_integral(dense, gradient, delta))
+        for omega, (step,) in zip(dense, steps, strict=True):
+            gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, step.lr, SCALE)
+            delta = equations.movement(step.A, step.B, step.A_next, step.B_next, SCALE)
+            omega.copy_(equations.path_integral(omega, gradient, delta))
 
-    counted = torch.ones(1, dtype=torch.bool, device=dense.device)
-    yield "as written", as_written, 2 * encodings.nbytes(dense)
+    counted = torch.ones(1, dtype=torch.bool, device=device)
+    yield "as written", as_written, 2 * sum(map(encodings.nbytes, dense))
     for name in ("float32", "bfloat16", "factored"):
-        omega = encodings.zeros(name, *dense.shape, dense.device)
-        yield (
-            name,
-            lambda omega=omega: ops.accumulate_all_([omega], [[step]], [SCALE], counted),
-            2 * encodings.nbytes(omega),
-        )
+        omegas = [encodings.zeros(name, *omega.shape, device) for omega in dense]
+        run: Run = partial(ops.accumulate_all_, omegas, steps, scales, counted)
+        yield from with_kernels(name, run, 2 * sum(map(encodings.nbytes, omegas)), device)
 
 
-def penalising(matrix: Matrix) -> Iterator[Timed]:
+def penalising(matrices: list[Matrix]) -> Iterator[Timed]:
     """Σ Ω D² and both gradients (Eq. 14)."""
-    A, B = (factor.clone().requires_grad_() for factor in (matrix.step.A, matrix.step.B))
-    A_anchor, B_anchor = matrix.anchor
+    As, Bs = ([getattr(matrix.step, factor).clone() for matrix in matrices] for factor in "AB")
+    anchors, scales, device = [matrix.anchor for matrix in matrices], [SCALE] * len(matrices), As[0].device
 
     def as_written() -> None:
-        theta, theta_nu = SCALE * (B @ A), SCALE * (B_anchor @ A_anchor)
-        torch.autograd.grad(equations.layer_penalty(matrix.importance, theta, theta_nu), (A, B))
+        for matrix, A, B in zip(matrices, As, Bs, strict=True):
+            factors = A.requires_grad_(), B.requires_grad_()
+            theta, theta_nu = SCALE * (B @ A), SCALE * (matrix.anchor[1] @ matrix.anchor[0])
+            torch.autograd.grad(equations.layer_penalty(matrix.importance, theta, theta_nu), factors)
 
-    yield "as written", as_written, encodings.nbytes(matrix.importance)
+    yield "as written", as_written, sum(encodings.nbytes(matrix.importance) for matrix in matrices)
     for name in ("float32", "bfloat16", "int8", "factored"):
-        omega = encodings.encode(matrix.importance, name) if name != "float32" else matrix.importance
+        omegas = [encodings.encode(matrix.importance, name) for matrix in matrices]
+        run: Run = partial(ops.penalties_with_gradients, omegas, As, Bs, anchors, scales)
+        yield from with_kernels(name, run, sum(map(encodings.nbytes, omegas)), device)
 
-        def run(omega: encodings.Encoded = omega) -> None:
-            ops.penalties_with_gradients([omega], [A.detach()], [B.detach()], [matrix.anchor], [SCALE])
 
-        yield name, run, encodings.nbytes(omega)
+def with_kernels(name: str, run: Run, moved: int, device: torch.device) -> Iterator[Timed]:
+    """The operation streamed and, where they run, by the fused kernels."""
+
+    def streamed() -> None:
+        kernels.available, kept = (lambda device: False), kernels.available
+        try:
+            run()
+        finally:
+            kernels.available = kept
+
+    yield name, streamed, moved
+    if kernels.available(device) and name != "factored":
+        yield f"{name}, Triton", run, moved
 
 
 def measure(
-    shapes: list[Shape], work: Callable[[Matrix], Iterator[Timed]], device: torch.device, options: argparse.Namespace
+    shapes: list[Shape],
+    work: Callable[[list[Matrix]], Iterator[Timed]],
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> dict[str, tuple[list[float], int]]:
     """Seconds of each round and bytes moved, by version, for all matrices of a geometry."""
     found: dict[str, tuple[list[float], int]] = {}
     draw = random.Random(0)
     for d_out, d_in, count in shapes:
-        versions = list(work(drawn(d_out, d_in, options.rank, device)))
+        # On a GPU the launches are a part of the matter, and the kernels take all matrices in one: there all are made.
+        alike = 1 if device.type == "cpu" else count
+        versions = list(work([drawn(d_out, d_in, options.rank, device) for _ in range(alike)]))
         for _, run, _ in versions:  # warm-up
             run()
         times: dict[str, list[float]] = {name: [] for name, _, _ in versions}
@@ -121,8 +140,8 @@ def measure(
         for name, _, moved in versions:
             before, bytes_before = found.get(name, ([0.0] * options.rounds, 0))
             found[name] = (
-                [a + count * b for a, b in zip(before, times[name], strict=True)],
-                bytes_before + count * moved,
+                [a + count // alike * b for a, b in zip(before, times[name], strict=True)],
+                bytes_before + count // alike * moved,
             )
     return found
 
@@ -162,7 +181,7 @@ def growth(device: torch.device, rounds: int) -> None:
         matrix = drawn(d, d, rank, device)
         row = [str(d), str(rank)]
         for work in (recording, penalising):
-            runs = {name: run for name, run, _ in work(matrix)}
+            runs = {name: run for name, run, _ in work([matrix])}
             for name in ("float32", "factored"):
                 runs[name]()
                 row.append(f"{1e3 * statistics.median(seconds(runs[name]) for _ in range(rounds)):.3g}")

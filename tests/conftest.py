@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hlora import equations
+from hlora import equations, kernels
 from hlora.adapters import adapted_matrices
 from hlora.config import CompareConfig, load_comparison
 from hlora.importance import Importance
@@ -29,6 +29,12 @@ from hlora.recorder import ImportanceRecorder
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def streamed_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too hlora.ops does not hand over to the fused kernels: for tests that compare the two."""
+    monkeypatch.setattr(kernels, "available", lambda device: False)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """The two hot operations and the consolidation, streamed over blocks of rows: no d×d temporary beyond one block.
 
+`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Where the importance
+is dense and the fused kernels run (hlora.kernels), these do the work, one launch for each device.
+
 Low-rank products come as a pair (left, right) that stands for left @ right. A difference of two adapters is
 taken as s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32.
 What is small and low-rank takes stacks of matrices of one shape as well, (n, d_out, k) and (n, k, d_in): a few dozen
@@ -14,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlora import kernels
 from hlora.encodings import (
     Dense,
     Eight,
     Encoded,
     Factored,
     norm,
+    parts,
     round_stochastically_,
     row_blocks,
     rows_of,
@@ -84,12 +89,17 @@ def accumulate_all_(
     scales: Sequence[float],
     counted: Tensor,  # bool (K,)
     offload: Offload | None = None,
+    seed: int = 0,
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
-    counted: False for a step to leave out, whatever it holds; nobody asks the device which.
+    counted: False for a step to leave out, whatever it holds; nobody asks the device which. seed: another one each
+    call; it rounds a bfloat16 ω in the fused kernel, as torch's generator does here.
     """
-    # One visible line for a fused kernel: `if ...: return kernels.accumulate_(omegas, steps, scales, counted, seed)`
+    if _fused(omegas, [step.A_next for mine in steps for step in mine], offload):
+        for device, here in _by_device(omegas).items():
+            kernels.accumulate_(_at(omegas, here), _at(steps, here), _at(scales, here), counted.to(device), seed)
+        return
     for alike in alike_in([mine[0].A for mine in steps], [mine[0].B for mine in steps], scales):
         stacks = [_pairs([steps[i][k] for i in alike], scales[alike[0]], counts) for k, counts in enumerate(counted)]
         if isinstance(omegas[alike[0]], Factored):
@@ -105,8 +115,8 @@ def accumulate_all_(
 
 def _pairs(steps: Sequence[Step], scale: float, counts: Tensor) -> tuple[Pair, Pair]:
     """Gradient and movement of one step of matrices of one shape, as stacks; all zero where it does not count."""
-    parts = ("A", "B", "grad_A", "grad_B", "A_next", "B_next")
-    A, B, grad_A, grad_B, A_next, B_next = (torch.stack([getattr(step, part) for step in steps]) for part in parts)
+    fields = ("A", "B", "grad_A", "grad_B", "A_next", "B_next")
+    A, B, grad_A, grad_B, A_next, B_next = (torch.stack([getattr(step, part) for step in steps]) for part in fields)
     lr: float | Tensor = steps[0].lr
     if any(step.lr != lr for step in steps):
         lr = torch.tensor([step.lr for step in steps], dtype=grad_A.dtype, device=A.device).view(-1, 1, 1)
@@ -170,7 +180,13 @@ def consolidate_all(
     offload: Offload | None = None,
 ) -> list[Consolidated]:
     """`consolidate` for every matrix of a model, with what else is known of each Ω."""
-    # One visible line for a fused kernel: `if ...: return kernels.consolidate_(omegas, As, Bs, starts, scales, xi, …)`
+    if _fused(omegas, [*As, *Bs], offload):
+        done: dict[int, Consolidated] = {}
+        for here in _by_device(omegas).values():
+            factors = _at(As, here), _at(Bs, here), _at(starts, here)
+            mine = kernels.consolidate_(_at(omegas, here), *factors, _at(scales, here), xi, encoding)
+            done |= zip(here, mine, strict=True)
+        return [done[i] for i in range(len(omegas))]
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
         delta = difference(A, B, start, scale)
@@ -217,9 +233,12 @@ def penalties_with_gradients(
     offload: Offload | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
     """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
-    # One visible line for a fused kernel: `if ...: return kernels.penalties_with_gradients(importances, As, Bs, ...)`
     found: dict[int, tuple[Tensor, ...]] = {}
-    for alike in alike_in(As, Bs, scales):
+    fused = _fused(importances, [*As, *Bs], offload)
+    for here in _by_device(importances).values() if fused else ():
+        mine: Any = [_at(each, here) for each in (importances, As, Bs, anchors, scales)]
+        found |= zip(here, zip(*kernels.penalties_with_gradients(*mine), strict=True), strict=True)
+    for alike in alike_in(As, Bs, scales) if not fused else ():
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
                 found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i], offload)
@@ -239,6 +258,26 @@ def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
     for i, (A, B, scale) in enumerate(zip(As, Bs, scales, strict=True)):
         groups.setdefault((A.shape, B.shape, A.dtype, B.dtype, A.device, scale), []).append(i)
     return list(groups.values())
+
+
+def _fused(matrices: Sequence[Encoded], factors: Sequence[Tensor], offload: Offload | None) -> bool:
+    """Whether the fused kernels do it: they compute in float32, on dense matrices where they are."""
+    if offload is not None or any(isinstance(matrix, Factored) for matrix in matrices):
+        return False
+    tensors = [*factors, *(matrix for matrix in matrices if isinstance(matrix, Tensor))]
+    return all(tensor.dtype != torch.float64 and kernels.available(tensor.device) for tensor in tensors)
+
+
+def _by_device(matrices: Sequence[Encoded]) -> dict[torch.device, list[int]]:
+    """Indices of the matrices on each device."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        groups.setdefault(next(iter(parts(matrix).values())).device, []).append(i)
+    return groups
+
+
+def _at(values: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
+    return [values[i] for i in chosen]
 
 
 def _penalty(

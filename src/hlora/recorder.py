@@ -257,7 +257,7 @@ class ImportanceRecorder:
             omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
             scales, counted = [matrix.scale for matrix in self.matrices], torch.stack(self._counted)
             self._kept, self._counted = [], []
-            ops.accumulate_all_(omegas, steps, scales, counted, self._offload)
+            ops.accumulate_all_(omegas, steps, scales, counted, self._offload, seed=self._integrated)
 
     @property
     def steps(self) -> int:

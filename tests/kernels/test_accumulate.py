@@ -18,6 +18,9 @@ triton_accumulate_ = partial(kernels.accumulate_, blocks=BLOCKS)
 ALL = torch.ones(1, dtype=torch.bool, device=DEVICE)
 
 
+pytestmark = pytest.mark.usefixtures("streamed_is_streamed")
+
+
 def reference(
     omegas: Sequence[Tensor], steps: Sequence[Sequence[Step]], scales: Sequence[float], counted: Tensor
 ) -> list[Tensor]:

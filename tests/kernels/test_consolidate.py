@@ -17,6 +17,9 @@ from hlora.kernels import Consolidated
 XI = 0.3
 
 
+pytestmark = pytest.mark.usefixtures("streamed_is_streamed")
+
+
 def reference(
     omegas: Sequence[Tensor],
     As: Sequence[Tensor],

@@ -22,6 +22,7 @@ triton_penalties = partial(kernels.penalties_with_gradients, blocks=BLOCKS)
 versions = pytest.mark.parametrize(
     "version", [ops.penalties_with_gradients, triton_penalties], ids=["streamed", "triton"]
 )
+pytestmark = pytest.mark.usefixtures("streamed_is_streamed")
 
 
 @pytest.fixture(autouse=True)

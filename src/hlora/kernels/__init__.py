@@ -22,6 +22,7 @@ be imported where there is none.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +63,7 @@ class Consolidated(NamedTuple):
     """‖Ω‖₂"""
 
 
+@cache
 def available(device: torch.device) -> bool:
     """Whether the kernels run on the device: an NVIDIA GPU from Ampere on, with Triton installed."""
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
