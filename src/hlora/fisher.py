@@ -84,8 +84,9 @@ def fisher_of_sequences(
     δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
     gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
     seed: of the sampled labels; they do not depend on `batch_size`.
-    encoding: all but factored form each example's dense gradient, factored never does (`add_squares_`). The sums
-    are float32 or wider, and memory beyond them is one matrix and one batch's activations.
+    encoding: all but factored form each example's dense gradient, factored never does (`add_squares_`). The sums are
+    kept in float32 or wider, in bfloat16 for bfloat16 and int8; memory beyond them is two matrices of a layer and one
+    batch's activations.
 
     The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
     for A to the effective gradient.
@@ -98,10 +99,10 @@ def fisher_of_sequences(
     sums: dict[str, Encoded] = {}
     for name, m in matrices.items():
         d_out, d_in = m.B.shape[0], m.A.shape[1]
-        if encoding == "factored":
-            sums[name] = encodings.zeros(encoding, d_out, d_in, m.A.device, wide[name])
-        else:
+        if encoding == "float32":
             sums[name] = torch.zeros(d_out, d_in, dtype=wide[name], device=m.A.device)
+        else:
+            sums[name] = encodings.zeros(encodings.while_recording(encoding), d_out, d_in, m.A.device, wide[name])
     examples, predicted = sequences.shape[0], sequences.shape[1] - 1
     uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -157,6 +158,8 @@ def fisher_of_sequences(
 def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
     """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
 
+    A total in bfloat16 is rounded once a call, stochastically: to nearest it would stand still after some 256 examples.
+
     Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
     d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
     """
@@ -165,9 +168,12 @@ def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
         total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
         return
     assert isinstance(total, Tensor)
+    summed = total.to(x.dtype)  # itself, unless it is in bfloat16
     for x_b, gradient_b in zip(x, gradient, strict=True):
         of_example = gradient_b.T @ x_b
-        total.addcmul_(of_example, of_example)
+        summed.addcmul_(of_example, of_example)
+    if summed is not total:
+        encodings.round_stochastically_(total, summed)
 
 
 def whole_model_bytes(model: nn.Module) -> int:
