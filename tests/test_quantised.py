@@ -322,6 +322,7 @@ def test_the_whole_job_runs_on_a_quantised_base_and_its_adapter_fits_the_plain_o
 
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(wide_dir), str(output / "adapter")).eval()
     assert all(matrix.B.any() for matrix in adapted_matrices(plain))
+    assert any(not torch.equal(m.B, m.B.bfloat16().float()) for m in adapted_matrices(plain)), "trained in bfloat16"
     ImportancePenalty(plain, importance, phi=1.0, anchor=fields["penalty"]["anchor"])
     with torch.no_grad():
         before = plain(input_ids=token_ids).logits

@@ -210,6 +210,7 @@ def train(
 
     # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
     config = sft_arguments(output, {"use_cpu": model.device.type == "cpu", **arguments}, seed)
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK:
         disable_progress_bars()
     try:
@@ -217,6 +218,10 @@ def train(
         trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     finally:
         enable_progress_bars()
+    for parameter, before in trained:
+        # TRL rounds the adapter of a quantised base to bfloat16, where small steps of the optimizer are lost.
+        if parameter.dtype != before.dtype:
+            parameter.data = before.to(parameter.device)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place
     line = ProgressLine(Path(output).name)
     for callback in (line, *callbacks):
