@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--geometry", nargs="+", default=["one 3072×3072", *list(GEOMETRIES)[1:3]], choices=GEOMETRIES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--growth", action="store_true", help="how the times grow with width, rank and kept steps")
+    parser.add_argument("--growth", action="store_true", help="how the times grow with width, rank, layers and steps")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
@@ -173,7 +173,7 @@ def show(title: str, found: dict[str, tuple[list[float], int]]) -> None:
 
 
 def growth(device: torch.device, rounds: int) -> None:
-    """Time against width and rank, where one of them doubles; and of K steps in one pass against K passes."""
+    """Time against width and rank, where one of them doubles; against layers and steps; and of K steps in one pass."""
     table = Table(title="growth: median ms of one matrix")
     for heading in ("d", "r", "recording float32", "recording factored", "penalty float32", "penalty factored"):
         table.add_column(heading, justify="right")
@@ -187,6 +187,50 @@ def growth(device: torch.device, rounds: int) -> None:
                 row.append(f"{1e3 * statistics.median(seconds(runs[name]) for _ in range(rounds)):.3g}")
         table.add_row(*row)
     Console(width=110).print(table)
+    in_layers(device, rounds)
+    in_steps(device, rounds)
+    kept_steps(device, rounds)
+
+
+def in_layers(device: torch.device, rounds: int) -> None:
+    """Time of as many q_proj of SmolLM2 as a deeper model has."""
+    table = Table(title="growth with layers: median ms of L matrices of 576×576, r 8")
+    for heading in ("L", "recording float32", "recording factored", "penalty float32", "penalty factored"):
+        table.add_column(heading, justify="right")
+    for layers in (1, 8, 32, 128):
+        matrices, row = [drawn(576, 576, RANK, device) for _ in range(layers)], [str(layers)]
+        for work in (recording, penalising):
+            runs = {name: run for name, run, _ in work(matrices)}
+            for name in ("float32", "factored"):
+                runs[name]()
+                row.append(f"{1e3 * statistics.median(seconds(runs[name]) for _ in range(rounds)):.3g}")
+        table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def in_steps(device: torch.device, rounds: int) -> None:
+    """Bytes and milliseconds a step after many steps: neither grows, since ω is a sum."""
+    table = Table(title="growth with steps: recording one 1024×1024, r 8")
+    for heading in ("steps so far", "ms a step, float32", "bytes", "ms a step, factored", "bytes"):
+        table.add_column(heading, justify="right")
+    matrix, counted = drawn(1024, 1024, RANK, device), torch.ones(1, dtype=torch.bool, device=device)
+    omegas = [encodings.zeros(name, 1024, 1024, device) for name in ("float32", "factored")]
+    done = 0
+    for steps in (10, 100, 1000):
+        row = [str(steps)]
+        for omega in omegas:
+            runs = [
+                seconds(lambda omega=omega: ops.accumulate_all_([omega], [[matrix.step]], [SCALE], counted))
+                for _ in range(steps - done)
+            ]
+            row += [f"{1e3 * statistics.median(runs[-10 * rounds :]):.3g}", f"{encodings.nbytes(omega):,}"]
+        done = steps
+        table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def kept_steps(device: torch.device, rounds: int) -> None:
+    """`flush_every`: K steps in one pass over ω against K passes."""
     table = Table(title="flush_every: ms a step, 3072×3072, float32")
     for heading in ("K", "ms a step", "times faster than K = 1", "from–to"):
         table.add_column(heading, justify="right")
