@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hlora.errors import ConfigError
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory for output. Raises ConfigError when it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(None, "no permission")
+    except OSError as error:
+        raise ConfigError(
+            f"output: {directory} cannot be written ({error.strerror}). Name another directory."
+        ) from None
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep a directory to this process. The operating system frees it when the process ends, however that may be.
+
+    Raises ConfigError that names the process which has it, and since when; or that it cannot be written.
+    """
+    make_directory(directory)
+    with (directory / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"output: {directory} is in use by {lock.read().strip() or 'another process'}. "
+                "Wait until it has ended, stop it, or name another directory."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,6 +60,12 @@ def write_text(path: Path, text: str) -> None:
         building.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 @contextmanager
 def building(directory: Path) -> Iterator[Path]:
     """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception."""
@@ -32,8 +76,7 @@ def building(directory: Path) -> Iterator[Path]:
         yield fresh
         for file in fresh.rglob("*"):
             if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                flush(file)
         previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
         if directory.exists():
             directory.rename(previous)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hlora import data, report
+from hlora import checkpoint, data, report
 from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
 from hlora.config import GeneralSource, ImportanceConfig, RunConfig
-from hlora.errors import ConfigError, DataError
+from hlora.errors import DataError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import building, write_text
+from hlora.files import alone, building, make_directory, write_text
 from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
@@ -35,6 +36,7 @@ from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
 
+UNFINISHED = "unfinished.json"  # what a run has finished so far; absent once it is done
 _PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
 
 History = list[dict[str, Any]]
@@ -44,32 +46,57 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
     """Record, tune, evaluate and report; returns what results.json holds.
 
     The output directory gets config.yaml, importance/, adapter/ (PEFT), results.json, report.html and the
-    TensorBoard logs of each phase.
+    TensorBoard logs of each phase. A run that was interrupted goes on: from what it had finished, and within a phase
+    from its last complete checkpoint.
+
+    Raises ConfigError when another process works on the output directory.
     """
-    job = Job.open(config)
-    results = _start(job, command)
-    _measure(job, results, "base", job.base)
+    with alone(Path(config.output)):
+        job = Job.open(config, resumable=True)
+        results = _unfinished(job, command)
+        _measure(job, results, "base", lambda: job.base)
 
-    with _timed(results, "record"):
+        importance = _recorded(job, results)
+        if not importance.without_move:
+            _measure(job, results, "after_general", lambda: at_general_adapter(job, importance))
+
+        adapter = _tuned(job, results, importance)
+        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+
+        for arm in config.baselines:
+            start = importance if arm == "lora_nu_mu" else None
+            _measure(job, results, arm, partial(_baseline, job, results, arm, start))
+        return finish(job, results)
+
+
+def _recorded(job: Job, results: dict[str, Any]) -> Importance:
+    """The general phase's importance; from the disk, where this run had finished the phase before."""
+    directory = job.output / "importance"
+    if "record" in results["seconds"]:
+        return Importance.load(directory)
+    with _timed(job, results, "record"):
         model, importance, results["history"]["record"] = record_phase(job)
-    importance.save(job.output / "importance")
-    results["importance"] = describe(importance, config)
-    if not importance.without_move:
-        _measure(job, results, "after_general", model)
+        importance.save(directory)
+        results["importance"] = describe(importance, job.config)
     model.unload()
+    return importance
 
-    with _timed(results, "tune"):
-        model, results["history"]["tune"] = tune_phase(job, importance)
-    save_adapter(model, job.output / "adapter")
-    _measure(job, results, "hlora", model)
-    model.unload()
 
-    for arm in config.baselines:
-        with _timed(results, arm):
-            model, results["history"][arm] = baseline_phase(job, importance if arm == "lora_nu_mu" else None)
-        _measure(job, results, arm, model)
+def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
+    """Directory of the domain phase's adapter."""
+    directory = job.output / "adapter"
+    if "tune" not in results["seconds"]:
+        with _timed(job, results, "tune"):
+            model, results["history"]["tune"] = tune_phase(job, importance)
+            save_adapter(model, directory)
         model.unload()
-    return finish(job, results)
+    return directory
+
+
+def _baseline(job: Job, results: dict[str, Any], arm: str, start: Importance | None) -> PeftModel:
+    with _timed(job, results, arm):
+        model, results["history"][arm] = baseline_phase(job, start)
+    return model
 
 
 @dataclass
@@ -82,23 +109,20 @@ class Job:
     output: Path
     recorded: tuple[ImportanceConfig, ...] = ()
     """A comparison's: every kind of importance that its general phases record at once."""
+    resumable: bool = False
+    """Whether its phases keep checkpoints, and go on from those that are there."""
 
     @classmethod
-    def open(cls, config: RunConfig) -> Job:
+    def open(cls, config: RunConfig, resumable: bool = False) -> Job:
         """Check what can be checked before hours of training, load the model, make the output directory."""
         output = Path(config.output)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-        except OSError as error:
-            raise ConfigError(
-                f"output: {output} cannot be written ({error.strerror}). Name another directory."
-            ) from None
+        make_directory(output)
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seed)
         base, tokenizer = load_base(config.model)
-        job = cls(config, base, tokenizer, output)
+        job = cls(config, base, tokenizer, output, resumable=resumable)
         job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
+        write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
         return job
 
     @cached_property
@@ -124,8 +148,16 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     arguments = config.training.of_record()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
-    history = train(model, job.tokenizer, job.general.dataset(), logs, arguments, config.seed, callbacks)
+    dataset = job.general.dataset()
+    history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
     return model, recorder.consolidate(options.xi, job.general.facts), history
+
+
+def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
+    """The model at θ^ν."""
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    importance.load_adapter_into(model)
+    return model
 
 
 def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
@@ -163,9 +195,10 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
 def protected(job: Job, importance: Importance, phi: float, layer_weights: str) -> tuple[PeftModel, ImportancePenalty]:
     """The model where its domain phase starts, θ^ν or the base model by `penalty.anchor`, and the penalty."""
     options = job.config.penalty
-    model = attach_lora(job.base, job.config.lora, job.config.seed)
     if options.anchor == "general":
-        importance.load_adapter_into(model)
+        model = at_general_adapter(job, importance)
+    else:
+        model = attach_lora(job.base, job.config.lora, job.config.seed)
     scale, group, anchor, offload = options.phi_scale, options.group, options.anchor, job.config.importance.offload
     return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor, offload=offload)
 
@@ -190,7 +223,8 @@ def train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportanceP
         callbacks.append(penalty.callback())
         if job.config.penalty.budget is not None:
             callbacks.append(forgetting_budget(job, model, penalty).callback())
-    return train(model, job.tokenizer, job.domain.dataset(), logs, arguments, job.config.seed, callbacks)
+    dataset, seed = job.domain.dataset(), job.config.seed
+    return train(model, job.tokenizer, dataset, logs, arguments, seed, callbacks, resumable=job.resumable)
 
 
 def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:
@@ -210,32 +244,44 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
 
 def record(config: RunConfig) -> Path:
     """The general phase alone; returns the importance directory."""
-    job = Job.open(config)
-    _, importance, _ = record_phase(job)
-    return importance.save(job.output / "importance")
+    with alone(Path(config.output)):
+        job = Job.open(config, resumable=True)
+        results = _unfinished(job, "hlora record")
+        _recorded(job, results)
+        _forget(job)
+        return job.output / "importance"
 
 
 def tune(config: RunConfig) -> Path:
     """The domain phase alone, from <output>/importance; returns the directory of the PEFT adapter."""
     importance = Importance.load(Path(config.output) / "importance")
-    job = Job.open(config)
-    model, _ = tune_phase(job, importance)
-    return save_adapter(model, job.output / "adapter")
+    with alone(Path(config.output)):
+        job = Job.open(config, resumable=True)
+        _tuned(job, _unfinished(job, "hlora tune"), importance)
+        _forget(job)
+        return job.output / "adapter"
 
 
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
-    """Evaluate the base model and <output>/adapter, and write results.json and the report."""
+    """Evaluate the base model and <output>/adapter, and write results.json and the report.
+
+    Curves and times of the phases stay as an earlier results.json has them.
+    """
     adapter = Path(config.output) / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise DataError(f"{adapter}: no adapter_model.safetensors. Make it with `hlora tune` or `hlora run` first.")
-    job = Job.open(config)
-    results = _start(job, command)
-    _measure(job, results, "base", job.base)
-    model = PeftModel.from_pretrained(job.base, str(adapter))
-    _measure(job, results, "hlora", model)
-    if (job.output / "importance").is_dir():
-        results["importance"] = describe(Importance.load(job.output / "importance"), config)
-    return finish(job, results)
+    with alone(Path(config.output)):
+        job = Job.open(config)
+        results = _start(job, command)
+        if (job.output / "results.json").is_file():
+            earlier = read_results(job.output)
+            results["history"] = earlier["history"]
+            results["seconds"] = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
+        _measure(job, results, "base", lambda: job.base)
+        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+        if (job.output / "importance").is_dir():
+            results["importance"] = describe(Importance.load(job.output / "importance"), config)
+        return finish(job, results)
 
 
 def save_adapter(model: PeftModel, directory: Path) -> Path:
@@ -257,6 +303,7 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     write_text(job.output / "results.json", json.dumps(results, indent=1))
     report.write_report(results, job.output / "report.html")
+    _forget(job)
     return results
 
 
@@ -275,18 +322,63 @@ def measure(job: Job, model: Any) -> dict[str, Any]:
     return evaluate(model, job.tokenizer, job.general.evaluation, job.domain, job.config.evaluation)
 
 
-def _measure(job: Job, results: dict[str, Any], arm: str, model: Any) -> None:
+def _measure(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any]) -> None:
+    """Measure the model that `make` gives, unless this run has done so before."""
+    if arm in results["arms"]:
+        return
+    model = make()
     logger.info("evaluating: %s", arm)
-    with _timed(results, f"evaluate {arm}"):
+    with _timed(job, results, f"evaluate {arm}"):
         results["arms"][arm] = measure(job, model)
-    add_forgetting(results["arms"][arm], results["arms"]["base"])
+        add_forgetting(results["arms"][arm], results["arms"]["base"])
+    if isinstance(model, PeftModel):
+        model.unload()
 
 
 @contextmanager
-def _timed(results: dict[str, Any], phase: str) -> Iterator[None]:
+def _timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
+    """Seconds of a phase; when it ends, what is finished so far goes to the disk."""
     started = time.perf_counter()
     yield
-    results["seconds"][phase] = time.perf_counter() - started
+    before = results["seconds"].get(phase, 0.0)  # trained, but not measured, when the run was interrupted
+    results["seconds"][phase] = before + time.perf_counter() - started
+    if job.resumable:
+        document = {"made_from": _made_from(job), "results": results}
+        write_text(job.output / UNFINISHED, json.dumps(document))
+
+
+def _unfinished(job: Job, command: str) -> dict[str, Any]:
+    """What an interrupted run of the same configuration and data had finished, or the start of a new one."""
+    try:
+        kept = json.loads((job.output / UNFINISHED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        kept = {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
+        kept = {}
+    if kept.get("made_from") == _made_from(job):
+        logger.info("going on with the run of %s", kept["results"]["provenance"]["started"])
+        return dict(kept["results"])
+    if kept:
+        logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
+    _forget(job)
+    results = _start(job, command)
+    write_text(job.output / UNFINISHED, json.dumps({"made_from": _made_from(job), "results": results}))
+    return results
+
+
+def _made_from(job: Job) -> str:
+    """A digest of what determines a run's results."""
+    facts = {"config": job.config.model_dump(exclude={"output"}), "hlora": version("hlora")}
+    facts |= {"general": job.general.facts, "domain": job.domain.facts}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _forget(job: Job) -> None:
+    """Remove what an interrupted run would go on from."""
+    (job.output / UNFINISHED).unlink(missing_ok=True)
+    for phase in (job.output / "logs").glob("*"):
+        checkpoint.remove(phase)
 
 
 def provenance(base: PreTrainedModel, data_facts: dict[str, Any]) -> dict[str, Any]:

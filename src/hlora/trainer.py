@@ -19,6 +19,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hlora import checkpoint
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.errors import AdapterError, ConfigError
 from hlora.importance import Importance
@@ -35,7 +36,11 @@ _QUICK = 10_000  # rows that TRL prepares in a few seconds, not worth its five p
 
 
 class RecordingCallback(TrainerCallback):
-    """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`."""
+    """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`.
+
+    What the recorder knows is part of every checkpoint that Trainer writes, and restored when it goes on from one in
+    its output directory.
+    """
 
     def __init__(self, recorder: ImportanceRecorder, stop_at_move: float | None = None) -> None:
         self.recorder = recorder
@@ -47,6 +52,8 @@ class RecordingCallback(TrainerCallback):
     ) -> None:
         if self._detach is not None:
             self._detach()
+        if state.global_step > 0:
+            self.recorder.load_state_dict(checkpoint.load_state(checkpoint.of(args, state), self._file()))
         self._detach = self.recorder.attach(kwargs["optimizer"])
         _clip_after_callbacks(args, kwargs["optimizer"])
 
@@ -62,12 +69,19 @@ class RecordingCallback(TrainerCallback):
         if self.stop_at_move is not None and self.recorder.move() >= self.stop_at_move:
             control.should_training_stop = True
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            checkpoint.save_state(checkpoint.of(args, state), self._file(), self.recorder.state_dict())
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._detach()
         self._detach = None
         _clip_as_before(args, kwargs["optimizer"])
+
+    def _file(self) -> str:
+        return f"recording-{self.recorder.encoding}-{self.recorder.gradient}"
 
 
 class PenaltyCallback(TrainerCallback):
@@ -200,16 +214,21 @@ def train(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
     trainer_class: type[SFTTrainer] | None = None,
+    resumable: bool = False,
 ) -> list[dict[str, Any]]:
     """One SFTTrainer run; returns its log entries (loss in nats per token by step).
 
     dataset: rows as TRL reads them (text, prompt/completion or messages). arguments: those of trl.SFTConfig.
-    trainer_class: a subclass of trl.SFTTrainer, for another loss.
+    trainer_class: a subclass of trl.SFTTrainer, for another loss. resumable: keep checkpoints in `output`, and go on
+    from the last complete one that is there.
     """
     from trl import SFTTrainer
 
     # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
-    config = sft_arguments(output, {"use_cpu": model.device.type == "cpu", **arguments}, seed)
+    defaults = {"use_cpu": model.device.type == "cpu"}
+    if resumable:
+        defaults |= {"save_only_model": True, "save_total_limit": 2}  # two: the newest may be cut short
+    config = sft_arguments(output, {**defaults, **arguments}, seed)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK:
         disable_progress_bars()
@@ -224,10 +243,13 @@ def train(
             parameter.data = before.to(parameter.device)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place
     line = ProgressLine(Path(output).name)
-    for callback in (line, *callbacks):
+    for callback in (*([checkpoint.Checkpoints()] if resumable else []), line, *callbacks):
         add_callback_first(trainer, callback)
+    found = checkpoint.latest(Path(output)) if resumable else None
+    if found is not None:
+        logger.info("going on from %s", found)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
     return [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
