@@ -134,9 +134,11 @@ def test_a_run_interrupted_twice_still_equals_the_uninterrupted(trained: Any, wh
     assert_same(trained(tmp_path / "cut"), whole)
 
 
-def test_a_finished_phase_is_not_trained_again(trained: Any, tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole")
-    assert_same(trained(tmp_path / "whole", until=14), whole)
+def test_a_phase_that_saved_its_last_step_does_not_train_one_more(trained: Any, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    short = trained(tmp_path / "whole", **options)
+    assert (tmp_path / "whole" / "checkpoint-4" / "complete.json").exists()
+    assert_same(trained(tmp_path / "whole", **options), short)
 
 
 def test_a_checkpoint_holds_no_pickle(trained: Any, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hlora import files, pipeline
 from hlora.cli import main
-from hlora.config import ImportanceConfig, load_config
+from hlora.config import ImportanceConfig, load_config, parse_config
 from hlora.importance import Importance
 from hlora.pipeline import recorder_for
 
@@ -337,3 +340,105 @@ def test_a_budget_that_cannot_be_watched_honestly_is_refused(hlora: Invoke, conf
     ):
         status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
         assert status == 2 and problem in " ".join(err.split())
+
+
+class Cut(Exception):
+    """Stands in for what ends a run from outside."""
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, where: str, count: int) -> None:
+    """The count-th call of a function of the pipeline ends the run."""
+    calls, whole = 0, getattr(pipeline, where)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise Cut
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, where, call)
+
+
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    """What a run measured: all of results.json but clocks and the directory."""
+    kept = json.loads(json.dumps(results))
+    for part in ("seconds", "provenance", "command"):
+        kept.pop(part)
+    kept["config"].pop("output")
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [("measure", 1), ("record_phase", 1), ("measure", 2), ("tune_phase", 1), ("measure", 3), ("measure", 4)],
+)
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(
+    job_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
+) -> None:
+    fields = {
+        **job_fields,
+        "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0, "accuracy": False},
+        "baselines": ["lora_nu_mu"],
+    }
+    whole = pipeline.run(parse_config({**fields, "output": str(tmp_path / "whole")}))
+    config = parse_config(fields)
+    with monkeypatch.context() as patched:
+        cut_at(patched, where, count)
+        with pytest.raises(Cut):
+            pipeline.run(config)
+    phases: list[str] = []
+    for name in ("record_phase", "tune_phase", "baseline_phase"):
+        phase = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda *a, p=phase, n=name: (phases.append(n), p(*a))[1])
+    results = pipeline.run(config)
+    assert without_times(results) == without_times(whole)
+    for artefact in ("importance/importance.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "out" / artefact).read_bytes() == (tmp_path / "whole" / artefact).read_bytes()
+    finished = {("measure", 1): 0, ("record_phase", 1): 0, ("measure", 2): 1, ("tune_phase", 1): 1}
+    done = finished.get((where, count), 2)
+    assert phases == ["record_phase", "tune_phase", "baseline_phase"][done:], "a finished phase was run again"
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+    assert not list((tmp_path / "out" / "logs").glob("*/checkpoint-*"))
+
+
+def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
+    job_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {**job_fields, "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0}}
+    with monkeypatch.context() as patched:
+        cut_at(patched, "tune_phase", 1)
+        with pytest.raises(Cut):
+            pipeline.run(parse_config(fields))
+    results = pipeline.run(parse_config({**fields, "seed": 1}))
+    assert "had other settings or data; starting anew" in caplog.text
+    assert results["provenance"]["seed"] == 1 and results["history"]["record"]
+
+
+def test_a_damaged_note_of_what_was_finished_is_named_and_the_run_starts_anew(
+    job_fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished.json").write_text('{"made_from": "', encoding="utf-8")
+    fields = {**job_fields, "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0}}
+    assert pipeline.run(parse_config(fields))["arms"]["hlora"]
+    assert "unfinished.json: JSONDecodeError" in caplog.text
+
+
+def test_a_second_run_on_one_output_directory_is_refused_with_the_first_ones_process(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    with files.alone(tmp_path / "out"):
+        status, _, err = hlora("run", config)
+    assert status == 2
+    assert re.search(rf"output: \S+ is in use by process {os.getpid()}, started \d{{4}}-", err), err
+
+
+def test_evaluating_again_keeps_the_curves(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    assert hlora("run", config)[0] == 0
+    before = results_of(tmp_path / "out")
+    assert hlora("evaluate", config)[0] == 0
+    after = results_of(tmp_path / "out")
+    assert after["history"] == before["history"] and after["history"]["tune"]
+    assert after["seconds"]["tune"] == before["seconds"]["tune"]
+    assert after["arms"]["hlora"] == before["arms"]["hlora"]

@@ -40,7 +40,7 @@ _TENSOR = "tensor"  # key of a mapping that stands for a tensor in JSON
 
 
 class Checkpoints(TrainerCallback):
-    """Saves a checkpoint every five minutes and after the last step, and restores one when Trainer resumes.
+    """Saves a checkpoint every five minutes, and restores one when Trainer resumes.
 
     Has to be the last callback, since it completes the checkpoint.
     """
@@ -83,8 +83,8 @@ class Checkpoints(TrainerCallback):
             self._resumed = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = state.global_step >= state.max_steps or control.should_training_stop
-        if last or time.monotonic() - self._saved >= _EVERY:
+        ends = state.global_step >= state.max_steps or control.should_training_stop
+        if not ends and time.monotonic() - self._saved >= _EVERY:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -108,7 +108,10 @@ def of(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint in Trainer's output directory. Says which newer ones are not complete, and why."""
+    """The newest complete checkpoint in Trainer's output directory. Says which newer ones are not complete, and why.
+
+    One of the last step is left out: Trainer would go on from it with one step more.
+    """
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: _number(path.name), reverse=True)
     for checkpoint in found:
         try:
@@ -116,7 +119,9 @@ def latest(directory: Path) -> Path | None:
         except ArtifactError as error:
             logger.warning("%s; an older one is used, or the phase starts again", error)
             continue
-        return checkpoint
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return checkpoint
     return None
 
 
