@@ -325,8 +325,8 @@ def _blocks(
 class _Room:
     """Memory for blocks of rows of low-rank products, kept from one block to the next.
 
-    A block of 1 MB that is allocated anew may be new pages each time: 37 products of 85×16 with 16×3072 took 1.6 to 13 ms
-    in six processes, and 1.2 to 2.2 ms into memory that was kept.
+    A block of 1 MB that is allocated anew may be new pages each time: 37 products of 85×16 with 16×3072 took 1.6 to
+    13 ms in six processes, and 1.2 to 2.2 ms into memory that was kept.
     """
 
     def __init__(self) -> None:
