@@ -13,7 +13,9 @@ test: setup ## all tests
 check: setup ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: setup ## cost of recording and of the penalty, as shares of a training step
+bench: setup ## recording and penalty alone, how they grow, and what they add to a training step: docs/performance.md
+	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/core.py --growth
 	$(BIN)/python benchmarks/overhead.py
 
 setup: .venv/installed

@@ -3,10 +3,10 @@
     python benchmarks/core.py [--geometry smollm2-135m llama-3.2-3b llama-3.1-8b] [--rounds 7] [--growth]
 
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
-On a CPU one matrix of each shape is timed and its time multiplied by their number; on a GPU all of them, streamed and
-by the fused kernels. In each round every version runs once, in random order; a ratio is that of two times in one round.
-Bytes moved are those that no version can do without, ω or Ω once in and, when recording, once out; their share is of
-the bandwidth of copying 512 MB.
+Matrices of one shape are timed together, as a step takes them, and also by the fused kernels where there is a GPU; where
+all would not fit into 8 GB one is, and its time multiplied by their number. In each round every version runs once, in
+random order; a ratio is that of two times in one round. Bytes moved are those that no version can do without, ω or Ω
+once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
 """
 
 from __future__ import annotations
@@ -128,8 +128,7 @@ def measure(
     found: dict[str, tuple[list[float], int]] = {}
     draw = random.Random(0)
     for d_out, d_in, count in shapes:
-        # On a GPU the launches are a part of the matter, and the kernels take all matrices in one: there all are made.
-        alike = 1 if device.type == "cpu" else count
+        alike = count if 6 * 4 * d_out * d_in * count < 8e9 else 1  # six float32 matrices each, at the most
         versions = list(work([drawn(d_out, d_in, options.rank, device) for _ in range(alike)]))
         for _, run, _ in versions:  # warm-up
             run()

@@ -37,6 +37,17 @@ def test_bytes_of_llama_are_those_of_the_docstring() -> None:
     assert sum(4 * (rows + columns) for rows, columns in shapes) / 1e6 == pytest.approx(1.1, abs=0.1)
 
 
+def test_factored_importance_of_llama_is_a_thousandth_of_the_papers_and_of_all_linear_layers_below_40_megabytes() -> (
+    None
+):
+    def factored(shapes: list[tuple[int, int]]) -> int:
+        return sum(encodings.nbytes(encodings.zeros("factored", *shape, torch.device("meta"))) for shape in shapes)
+
+    assert factored([(3072, 3072), (1024, 3072)] * 28) <= 1.3e9 / 1000  # 3B, q_proj and v_proj; Fig. 5
+    layer = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+    assert factored(layer * 32) < 40e6  # 8B, all-linear
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zeros_are_zero_in_every_encoding(encoding: str) -> None:
     zero = encodings.zeros(encoding, 3, 5, CPU)
