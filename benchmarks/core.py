@@ -3,7 +3,7 @@
     python benchmarks/core.py [--geometry smollm2-135m llama-3.2-3b llama-3.1-8b] [--rounds 7] [--growth]
 
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
-Matrices of one shape are timed together, as a step takes them, and also by the fused kernels where there is a GPU; where
+Matrices of one shape are timed together, as a step takes them, and by the fused kernels too on a GPU; where
 all would not fit into 8 GB one is, and its time multiplied by their number. In each round every version runs once, in
 random order; a ratio is that of two times in one round. Bytes moved are those that no version can do without, ω or Ω
 once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
