@@ -372,6 +372,43 @@ def test_a_damaged_importance_is_refused_by_its_directory(saved: Path, name: str
         Importance.load(saved)
 
 
+def without_checksums(directory: Path) -> None:
+    """As saved before there were any."""
+    path = directory / "importance.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document.pop("sha256")
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def test_a_flipped_bit_is_noticed(saved: Path) -> None:
+    for name in ("importance.safetensors", "adapter_model.safetensors"):
+        content = bytearray((saved / name).read_bytes())
+        content[-5] ^= 1
+        (saved / name).write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"{name} is not the file that was saved"):
+            Importance.load(saved)
+        content[-5] ^= 1
+        (saved / name).write_bytes(content)
+    assert Importance.load(saved).matrices
+
+
+def test_an_importance_saved_before_there_were_checksums_loads(saved: Path) -> None:
+    without_checksums(saved)
+    assert Importance.load(saved).matrices
+
+
+@pytest.mark.parametrize("where", ["omega", "A"])
+def test_an_importance_that_is_not_finite_is_not_saved(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, where: str
+) -> None:
+    importance = record(peft_model, token_ids, "factored", steps=1)
+    matrix = next(iter(importance.matrices.values()))
+    (matrix.omega[0] if where == "omega" else matrix.A)[0] = torch.nan
+    with pytest.raises(ArtifactError, match=r"q_proj.* finite.*record again with a smaller learning rate"):
+        importance.save(tmp_path / "importance")
+    assert not list(tmp_path.glob("*importance*"))
+
+
 @pytest.mark.parametrize(
     ("encoding", "part", "change", "message"),
     [
@@ -383,9 +420,18 @@ def test_a_damaged_importance_is_refused_by_its_directory(saved: Path, name: str
         ("bfloat16", "dense", lambda t: t.float(), r"q_proj\.dense: bfloat16 has .*, got torch\.float32"),
         ("float32", "dense", lambda t: t.flatten(), r"q_proj\.dense: .* of \(32, 32\) there, got .* of \(1024,\)"),
         ("factored", "row", lambda t: t[:-1], r"q_proj\.row: .* of \(32,\) there, got .* of \(31,\)"),
+        (
+            "float32",
+            "dense",
+            lambda t: t.index_fill(1, torch.tensor(3), torch.nan),
+            r"q_proj\.dense: .* finite, got nan",
+        ),
+        ("bfloat16", "dense", lambda t: t - 1, r"q_proj\.dense: importance is 0 or more and finite, got -"),
+        ("int8", "scale", lambda t: t + torch.inf, r"q_proj\.scale: importance is 0 or more and finite, got inf"),
+        ("factored", "column", lambda t: t * torch.nan, r"q_proj\.column: importance is 0 or more and finite, got nan"),
     ],
 )
-def test_importance_of_another_dtype_or_shape_than_its_encoding_has_is_refused_by_name(
+def test_importance_that_its_encoding_cannot_have_is_refused_by_name(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, encoding: str, part: str, change: Any, message: str
 ) -> None:
     path = record(peft_model, token_ids, encoding, steps=1).save(tmp_path / "importance") / "importance.safetensors"
@@ -393,6 +439,7 @@ def test_importance_of_another_dtype_or_shape_than_its_encoding_has_is_refused_b
     name = f"model.layers.0.self_attn.q_proj.{part}"
     changed = change(tensors.pop(name))
     save_file(tensors if changed is None else {**tensors, name: changed.contiguous()}, path)
+    without_checksums(tmp_path / "importance")
     with pytest.raises(ArtifactError, match=message):
         Importance.load(tmp_path / "importance")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ReferenceOmega, move_adapter
+from conftest import ReferenceOmega, move_adapter, record
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hlora
 from hlora.encodings import Factored
-from hlora.errors import AdapterError, ArtifactError
+from hlora.errors import AdapterError, ArtifactError, TrainingError
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.recorder import ImportanceRecorder
@@ -573,3 +573,45 @@ def test_factored_recording_through_train_can_protect_the_next(
     history = train(peft_model, tokenizer, rows, tmp_path / "tune", TRAIN, 0, [penalty.callback()])
     assert history[0]["regularisation_loss"] == 0.0
     assert history[1]["regularisation_loss"] > 0.0
+
+
+TEXT = Dataset.from_list([{"text": "Call me Ishmael. Some years ago, never mind how long precisely."}] * 64)
+
+
+def test_a_phi_too_large_for_the_learning_rate_stops_with_what_to_change(
+    peft_model: PeftModel, token_ids: Tensor, model_dir: str, tmp_path: Path
+) -> None:
+    importance = record(peft_model, token_ids)
+    penalty = ImportancePenalty(peft_model, importance, phi=1e30)
+    settings = {"max_steps": 8, "learning_rate": 1e9, "max_grad_norm": 0, "optim": "sgd", "max_length": 16}
+    with pytest.raises(TrainingError, match=r"step \d: the penalty is (inf|nan) at phi 1e\+30.*lower penalty\.phi"):
+        train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0, [penalty.callback()])
+
+
+def test_a_loss_that_is_not_finite_stops_once_the_adapter_is_lost(
+    peft_model: PeftModel, model_dir: str, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 8, "learning_rate": 1e36, "max_grad_norm": 0, "optim": "adamw_torch", "max_length": 16}
+    with pytest.raises(TrainingError, match=r"step \d: the loss is nan and \S+lora_\S+ is not finite.*learning_rate"):
+        train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0)
+
+
+class OneBadLoss(TrainerCallback):
+    """A step whose gradient is not finite, as one overflow makes it, and which the optimizer does not take."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == 3 and logs and "loss" in logs:
+            logs["loss"] = float("nan")
+
+
+def test_one_loss_that_is_not_finite_does_not_end_a_training_that_survives_it(
+    peft_model: PeftModel, model_dir: str, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 6, "learning_rate": 1e-3, "max_length": 16}
+    history = train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0, [OneBadLoss()])
+    assert len(history) == 6

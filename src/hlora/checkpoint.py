@@ -12,7 +12,6 @@ Nothing of it is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.errors import ArtifactError, first_line
-from hlora.files import flush, write_text
+from hlora.files import flush, sha256, write_text
 
 logger = logging.getLogger("hlora")
 
@@ -130,7 +129,7 @@ def check(checkpoint: Path) -> None:
     try:
         sums = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["sha256"]
         for name, expected in sums.items():
-            if _sha256(checkpoint / Path(name).name) != expected:
+            if sha256(checkpoint / Path(name).name) != expected:
                 raise ArtifactError(f"{checkpoint}: {name} is damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{checkpoint}: not complete ({type(error).__name__}: {error})") from None
@@ -151,7 +150,7 @@ def complete(checkpoint: Path) -> None:
         elif file.is_file() and file.name != "complete.json":
             flush(file)
             files.append(file)
-    write_text(checkpoint / "complete.json", json.dumps({"sha256": {file.name: _sha256(file) for file in files}}))
+    write_text(checkpoint / "complete.json", json.dumps({"sha256": {file.name: sha256(file) for file in files}}))
 
 
 def save_state(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -224,11 +223,6 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[value[_TENSOR]]
         return {key: _join(each, tensors) for key, each in value["items"]}
     return [_join(each, tensors) for each in value] if isinstance(value, list) else value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _number(name: str) -> int:

@@ -11,6 +11,7 @@ Nothing here makes a float32 copy of a whole matrix: what needs wide numbers goe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -206,8 +207,8 @@ def from_parts(tensors: dict[str, Tensor]) -> Encoded:
 def check(tensors: dict[str, Tensor], encoding: str, d_out: int, d_in: int, name: str = "omega") -> None:
     """Whether `tensors` are the parts of a (d_out, d_in) matrix in the encoding.
 
-    Raises ValueError that names the first part which is missing, or of another dtype or shape; float64 is as good as
-    float32.
+    Raises ValueError that names the first part which is missing, of another dtype or shape, or holds a number that is
+    negative or not finite; float64 is as good as float32.
     """
     for part, like in parts(zeros(encoding, d_out, d_in, torch.device("meta"))).items():
         got = tensors.get(part)
@@ -215,6 +216,10 @@ def check(tensors: dict[str, Tensor], encoding: str, d_out: int, d_in: int, name
         if got is None or got.shape != like.shape or got.dtype not in dtypes:
             found = "nothing" if got is None else f"{got.dtype} of {tuple(got.shape)}"
             raise ValueError(f"{name}.{part}: {encoding} has {like.dtype} of {tuple(like.shape)} there, got {found}")
+        if got.numel():
+            least, largest = (float(bound) for bound in got.aminmax())
+            if not 0 <= least <= largest < math.inf:  # NaN is neither
+                raise ValueError(f"{name}.{part}: importance is 0 or more and finite, got {least:g} to {largest:g}")
 
 
 def round_stochastically_(target: Tensor, value: Tensor) -> None:

@@ -5,6 +5,7 @@ HloraError
 ├── DataError      a file, row or column cannot be used
 ├── AdapterError   the model holds something that importance cannot protect
 ├── ArtifactError  a saved importance is damaged or belongs to another model
+├── TrainingError  a loss or weight is not finite any more
 └── CannotRun      a method of a comparison does not work on this model
 
 Each message says what was expected, what came and what to do next. The CLI prints it without a
@@ -30,6 +31,10 @@ class AdapterError(HloraError):
 
 class ArtifactError(HloraError):
     """A saved importance is damaged, or does not fit the model it is put on."""
+
+
+class TrainingError(HloraError):
+    """Training has diverged: a loss, the penalty or a weight is not finite any more."""
 
 
 class CannotRun(HloraError):

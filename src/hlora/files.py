@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -64,6 +65,12 @@ def flush(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
-from hlora.files import building
+from hlora.files import building, sha256
 
 FORMAT = 1
 _FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -159,13 +159,29 @@ class Importance:
     def save(self, directory: str | Path) -> Path:
         """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place.
 
-        Replaces an importance that is there; raises ArtifactError when `directory` holds anything else.
+        Replaces an importance that is there. Raises ArtifactError when `directory` holds anything else, and when a
+        number is negative or not finite; nothing is written then.
         """
         directory = Path(directory)
         _refuse_foreign(directory)
+        self._check_numbers()
         with building(directory) as fresh:
             self._write(fresh)
         return directory
+
+    def _check_numbers(self) -> None:
+        for name, matrix in self.matrices.items():
+            parts = {part: tensor.cpu() for part, tensor in encodings.parts(matrix.omega).items()}
+            try:
+                encodings.check(parts, self.encoding, *encodings.shape(matrix.omega), name)
+                for factor in ("A", "B"):
+                    if not getattr(matrix, factor).isfinite().all():
+                        raise ValueError(f"{name}.{factor}: not every number is finite")
+            except ValueError as error:
+                raise ArtifactError(
+                    f"the importance cannot be saved: {error}. The general phase has diverged; record again with a "
+                    "smaller learning rate."
+                ) from None
 
     def _write(self, directory: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -185,6 +201,9 @@ class Importance:
             "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
             "lora_config": _constructible(self.lora_config),
             "provenance": {**self.provenance, "versions": {p: version(p) for p in ("torch", "transformers", "peft")}},
+            "sha256": {
+                name: sha256(directory / name) for name in ("importance.safetensors", "adapter_model.safetensors")
+            },
         }
         text = json.dumps(document, indent=1, default=_plain)
         (directory / "importance.json").write_text(text, encoding="utf-8")
@@ -203,6 +222,9 @@ class Importance:
                     f"{directory}/importance.json: format {document.get('format')!r}, this hlora reads {FORMAT}. "
                     "Use the hlora that wrote it, or record again."
                 )
+            for name, expected in document.get("sha256", {}).items():  # not there before hlora kept it
+                if name not in _FILES or sha256(directory / name) != expected:
+                    raise ValueError(f"{name} is not the file that was saved")
             tensors = _read(directory / "importance.safetensors")
             factors = _read(directory / "adapter_model.safetensors")
             matrices = {}

@@ -10,6 +10,7 @@ and clips by the same limit in the optimizer's own pre-step hook. Order of one s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from hlora import checkpoint
 from hlora.adapters import adapted_matrices, check_trained_by
-from hlora.errors import AdapterError, ConfigError
+from hlora.errors import AdapterError, ConfigError, TrainingError
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.progress import ProgressLine
@@ -127,6 +128,11 @@ class PenaltyCallback(TrainerCallback):
         if logs is None or "loss" not in logs or self._count == 0:
             return
         value, weighted = float(self._sum) / self._count, float(self._weighted) / self._count
+        if not math.isfinite(weighted):
+            raise TrainingError(
+                f"step {state.global_step}: the penalty is {weighted} at phi {self.penalty.phi:g}. So large a phi "
+                "needs a smaller learning rate: lower penalty.phi, or training.tune.learning_rate."
+            )
         self._sum, self._weighted, self._count = 0.0, 0.0, 0
         losses = {
             "regularisation_loss": value,
@@ -142,6 +148,31 @@ class PenaltyCallback(TrainerCallback):
         self._handle.remove()
         self._handle = None
         _clip_as_before(args, kwargs["optimizer"])
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Ends a training whose loss is not finite and whose adapter is not either: no later step can mend that.
+
+    A single such step that a gradient scaler or the recorder leaves out does not end it.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or math.isfinite(logs["loss"]):
+            return
+        trained = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        lost = [name for name, parameter in trained.items() if not parameter.isfinite().all()]
+        if lost:
+            raise TrainingError(
+                f"step {state.global_step}: the loss is {logs['loss']} and {lost[0]} is not finite. Lower "
+                "training.common.learning_rate, or set max_grad_norm; in float16 use bfloat16 or float32 instead."
+            )
 
 
 def protect(
@@ -193,6 +224,7 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
         "report_to": ["tensorboard"],
         "gradient_checkpointing": False,
         "bf16": False,
+        "logging_nan_inf_filter": False,  # it shows the mean of earlier losses where there is none
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         # TRL's own bfd cuts what is longer than a row off its documents, and lays the whole batch out as one row:
@@ -243,7 +275,8 @@ def train(
             parameter.data = before.to(parameter.device)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place
     line = ProgressLine(Path(output).name)
-    for callback in (*([checkpoint.Checkpoints()] if resumable else []), line, *callbacks):
+    last = [checkpoint.Checkpoints()] if resumable else []
+    for callback in (*last, line, StopWhenDiverged(), *callbacks):
         add_callback_first(trainer, callback)
     found = checkpoint.latest(Path(output)) if resumable else None
     if found is not None:
