@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -42,6 +43,8 @@ def alone(directory: Path) -> Iterator[None]:
                 f"output: {directory} is in use by {lock.read().strip() or 'another process'}. "
                 "Wait until it has ended, stop it, or name another directory."
             ) from None
+        for left in (*directory.glob(".*.old"), *directory.glob(".*.tmp")):
+            clear(directory / left.name[1:].rsplit(".", 2)[0])
         lock.truncate(0)
         lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
@@ -75,9 +78,12 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def building(directory: Path) -> Iterator[Path]:
-    """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception."""
+    """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception.
+
+    One process at a time may build the same directory: what an interrupted one left of it is cleared away.
+    """
+    clear(directory)
     fresh = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
@@ -96,3 +102,17 @@ def building(directory: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def clear(path: Path) -> None:
+    """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -285,7 +285,10 @@ def train(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
-    return [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
+    for entry in history:
+        entry.pop("num_tokens", None)  # TRL counts anew where a training goes on
+    return history
 
 
 def _clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:
