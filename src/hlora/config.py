@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
@@ -469,7 +470,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
@@ -511,7 +512,16 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text, for it has no dot; everyone means the number."""
+    """YAML 1.1 reads 1e-3 as text, for it has no dot; everyone means the number. And a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -521,6 +531,10 @@ _Loader.yaml_implicit_resolvers = {
         for first in "-+0123456789."
     },
 }
+
+
+_SHORT = reprlib.Repr()  # a few lines of YAML may stand for a list of 10⁸ entries
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:
@@ -537,12 +551,12 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         return f"{path}: required, but missing"
     if item["type"] == "literal_error":
         expected = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        near = _did_you_mean(item["input"], expected)
-        return f"{path}: expected one of {', '.join(expected)}; got {item['input']!r}{near}"
+        near = _did_you_mean(item["input"], expected) if isinstance(item["input"], str) else ""
+        return f"{path}: expected one of {', '.join(expected)}; got {_SHORT.repr(item['input'])}{near}"
     if item["type"] == "model_type":
-        return f"{path}: expected a section of fields; got {item['input']!r}"
+        return f"{path}: expected a section of fields; got {_SHORT.repr(item['input'])}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    return f"{path}: {message}" + ("" if isinstance(item["input"], dict) else f"; got {item['input']!r}")
+    return f"{path}: {message}" + ("" if isinstance(item["input"], dict) else f"; got {_SHORT.repr(item['input'])}")
 
 
 def _nearest(name: str, valid: set[str]) -> str:

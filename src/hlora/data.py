@@ -287,8 +287,9 @@ def read_rows(path: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number}: not JSON ({error.msg}). Expected one object a line.") from None
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 10,000 deep
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise DataError(f"{path} line {number}: not JSON ({reason}). Expected one object a line.") from None
         if not isinstance(row, dict):
             raise DataError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
         rows.append(row)
@@ -299,7 +300,7 @@ def _csv_row(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
     """CSV knows text only: a label becomes a number, and choices and messages are JSON lists."""
     try:
         return {key: json.loads(cell) if key in _JSON_CELLS else cell for key, cell in row.items()}
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DataError(
             f'{path} row {number}: {", ".join(_JSON_CELLS)} are read as JSON; expected 2 or ["a", "b"]'
         ) from None

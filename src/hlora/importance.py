@@ -7,6 +7,7 @@ adapter_model.safetensors, adapter_config.json   θ^ν, an ordinary PEFT adapter
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -201,12 +202,11 @@ class Importance:
             "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
             "lora_config": _constructible(self.lora_config),
             "provenance": {**self.provenance, "versions": {p: version(p) for p in ("torch", "transformers", "peft")}},
-            "sha256": {
-                name: sha256(directory / name) for name in ("importance.safetensors", "adapter_model.safetensors")
-            },
         }
-        text = json.dumps(document, indent=1, default=_plain)
-        (directory / "importance.json").write_text(text, encoding="utf-8")
+        document = json.loads(json.dumps(document, default=_plain))
+        sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}
+        document["sha256"] = {**sums, "importance.json": _digest(document)}
+        (directory / "importance.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, source: str | Path) -> Importance:
@@ -222,8 +222,9 @@ class Importance:
                     f"{directory}/importance.json: format {document.get('format')!r}, this hlora reads {FORMAT}. "
                     "Use the hlora that wrote it, or record again."
                 )
-            for name, expected in document.get("sha256", {}).items():  # not there before hlora kept it
-                if name not in _FILES or sha256(directory / name) != expected:
+            for name, expected in document.pop("sha256", {}).items():  # not there before hlora kept it
+                found = _digest(document) if name == "importance.json" else sha256(directory / Path(name).name)
+                if found != expected:
                     raise ValueError(f"{name} is not the file that was saved")
             tensors = _read(directory / "importance.safetensors")
             factors = _read(directory / "adapter_model.safetensors")
@@ -241,7 +242,9 @@ class Importance:
                     base_sample=tensors[f"{name}.base_sample"],
                 )
             return cls(matrices, document["encoding"], document["lora_config"], document["provenance"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError
+        ) as error:  # fmt: skip
             raise ArtifactError(
                 f"{directory}: not a readable importance ({type(error).__name__}: {error}). "
                 f"Expected the files {', '.join(_FILES)}; copy it again or record again."
@@ -274,6 +277,10 @@ def _locate(source: str | Path) -> Path:
             f"{source}: neither a directory here nor a hub repository that can be reached "
             f"({type(error).__name__}). Check the name and the network, or pass a directory."
         ) from None
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

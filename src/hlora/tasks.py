@@ -79,7 +79,8 @@ def _rows(row: Row) -> Example:
 def _choose(prompt: str, choices: tuple[str, ...], label: Any) -> Example:
     if not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"the choices are {choices!r}, expected texts")
-    index = int(label)
+    whole = not isinstance(label, bool) and (not isinstance(label, float) or label.is_integer())  # inf is none
+    index = int(label) if whole else -1
     if not 0 <= index < len(choices):
         raise ValueError(f"label is {label!r}, expected 0 to {len(choices) - 1}")
     return Example(prompt, choices[index], choices)
