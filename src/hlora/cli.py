@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from hlora import __version__
 from hlora.errors import HloraError
@@ -197,7 +198,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main() -> None:
-    """Entry point. An error of ours is one message on stderr and status 2, without a traceback."""
+    """Entry point. An error of ours, or of the disk, is one message on stderr and status 2, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hlora").setLevel(logging.INFO)
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
@@ -206,6 +207,15 @@ def main() -> None:
         app()
     except HloraError as error:
         print(f"hlora: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:  # disk full, no permission, a mount that is gone
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        print(
+            f"hlora: {place}{reason}. What was finished before is whole; when this is mended, the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
