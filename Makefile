@@ -1,14 +1,17 @@
-# Few verbs: demo, test, check, bench. The first two set up .venv by themselves.
+# Few verbs: demo, test, test-faults, check, bench. The first two set up .venv by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench setup
+.PHONY: demo test test-faults check bench setup
 
 demo: setup ## the whole job on an embedded model and data; ends by naming the report
 	$(BIN)/hlora demo
 
 test: setup ## all tests
 	$(BIN)/pytest
+
+test-faults: setup ## the long version of tests/faults: killed, or without a disk, at 400 points
+	HLORA_KILL_POINTS=400 $(BIN)/pytest tests/faults -s
 
 check: setup ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

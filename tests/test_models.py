@@ -219,3 +219,27 @@ def test_quiet_gives_transformers_its_voice_back_as_it_was(bars: bool) -> None:
         assert transformers.logging.get_verbosity() == level
     finally:
         (transformers.logging.enable_progress_bar if shown else transformers.logging.disable_progress_bar)()
+
+
+def test_code_of_a_model_directory_does_not_run_unless_asked_for(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (copy / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    theirs = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    text = json.dumps(config | {"model_type": "theirs", "auto_map": theirs})
+    (copy / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.name: .*trust_remote_code"):
+        load(copy)
+    assert not mark.exists()
+
+
+def test_pickled_weights_are_not_read(copy: Path, tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(tmp_path / "it-ran"), "w")
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Touch()}, copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.name: .*safetensors"):
+        load(copy)
+    assert not (tmp_path / "it-ran").exists()

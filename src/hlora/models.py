@@ -170,7 +170,9 @@ def _no_such_module(base: PreTrainedModel, problem: str) -> str:
 
 
 def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
-    if Path(name).is_dir():
+    if "custom code" in str(error):
+        remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
+    elif Path(name).is_dir():
         remedy = "The directory needs config.json, safetensors weights and a tokenizer"
         if not config.gguf_file and list(Path(name).glob("*.gguf")):
             remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
