@@ -623,3 +623,32 @@ def test_one_loss_that_is_not_finite_does_not_end_a_training_that_survives_it(
     settings = {"max_steps": 6, "learning_rate": 1e-3, "max_length": 16}
     history = train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0, [OneBadLoss()])
     assert len(history) == 6
+
+
+def test_a_users_trainer_keeps_the_recording_in_its_checkpoints(
+    model_dir: str, token_ids: Tensor, tmp_path: Path
+) -> None:
+    def run(output: Path, steps: int, resume: bool = False) -> ImportanceRecorder:
+        torch.manual_seed(1)
+        settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), settings)
+        recorder = ImportanceRecorder(model, "float32")
+        schedule = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": steps}
+        callbacks = [recorder.callback(), *([] if steps == 4 or resume else [StopAfter(steps)])]
+        make_trainer(model, token_ids, output, callbacks, **schedule).train(resume_from_checkpoint=resume or None)
+        return recorder
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "cut", 2)
+    resumed = run(tmp_path / "cut", 2, resume=True)
+    assert resumed.steps == whole.steps == 4
+    for name, omega in whole.omega.items():
+        assert torch.equal(resumed.omega[name], omega) and omega.any(), name
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
