@@ -157,7 +157,7 @@ def test_int8_in_host_memory_with_several_steps_a_pass_goes_through_the_whole_jo
     chosen = [part for setting in settings for part in ("--set", setting)]
     assert hlora("record", config, *chosen)[0] == 0
     assert hlora("tune", config, *chosen)[0] == 0
-    status, out, _ = hlora("inspect", tmp_path / "out" / "importance")
+    status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
     assert status == 0 and "int8" in out
     tensors = load_file(tmp_path / "out" / "importance" / "importance.safetensors")
     assert tensors["model.layers.0.self_attn.q_proj.codes"].dtype == torch.uint8
