@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from hlora.files import building, write_text
+from hlora.errors import ConfigError
+from hlora.files import alone, building, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -66,3 +68,38 @@ def test_no_directory_is_left_when_building_the_first_one_fails(tmp_path: Path) 
         (fresh / "weights").write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []
+
+
+def dead_pid() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_what_a_dead_process_left_is_cleared_and_what_it_moved_away_comes_back(tmp_path: Path) -> None:
+    dead, mine = dead_pid(), tmp_path / "importance"
+    (tmp_path / f".importance.{dead}.tmp").mkdir()
+    (tmp_path / f".importance.{dead}.old").mkdir()
+    (tmp_path / f".importance.{dead}.old" / "kept").write_text("old")
+    (tmp_path / f".note.json.{dead}.tmp").write_text("half")
+    with alone(tmp_path):
+        assert (mine / "kept").read_text() == "old"
+        assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob(".*.old"))
+
+
+def test_what_a_living_process_is_building_stays(tmp_path: Path) -> None:
+    theirs = tmp_path / f".importance.{os.getppid()}.tmp"
+    theirs.mkdir()
+    with building(tmp_path / "importance"):
+        assert theirs.is_dir()
+    assert theirs.is_dir()
+
+
+def test_a_directory_is_kept_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    with alone(tmp_path):
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}, started"), alone(tmp_path):
+            pass
+    with alone(tmp_path):
+        pass

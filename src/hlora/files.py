@@ -80,7 +80,7 @@ def sha256(path: Path) -> str:
 def building(directory: Path) -> Iterator[Path]:
     """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception.
 
-    One process at a time may build the same directory: what an interrupted one left of it is cleared away.
+    What an interrupted process left of the same directory is cleared away.
     """
     clear(directory)
     fresh = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -105,14 +105,27 @@ def building(directory: Path) -> Iterator[Path]:
 
 
 def clear(path: Path) -> None:
-    """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
-        if path.exists():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+    """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away.
+
+    What a living process of this machine is about to finish stays.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        pid, kind = left.name.rsplit(".", 2)[1:]
+        if kind not in ("old", "tmp") or not pid.isdecimal() or (int(pid) != os.getpid() and _lives(int(pid))):
+            continue
+        if kind == "old" and not path.exists():
             left.rename(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if left.is_dir():
+        elif left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
