@@ -98,8 +98,8 @@ def test_what_a_living_process_is_building_stays(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_kept_to_one_process_until_it_ends(tmp_path: Path) -> None:
-    with alone(tmp_path):
-        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}, started"), alone(tmp_path):
-            pass
+    refused = pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}, started")
+    with alone(tmp_path), refused, alone(tmp_path):
+        pass
     with alone(tmp_path):
         pass
