@@ -24,6 +24,15 @@ def test_the_kernels_are_not_for_a_cpu() -> None:
     assert not kernels.available(torch.device("cpu"))
 
 
+def test_the_environment_can_turn_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA on Linux, and is not installed here")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert kernels.available.__wrapped__(gpu) == (torch.version.hip is None)
+    monkeypatch.setenv("HLORA_KERNELS", "0")
+    assert not kernels.available.__wrapped__(gpu)
+
+
 def test_every_public_name_of_the_package_is_there() -> None:
     pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA on Linux, and is not installed here")
     for name in kernels.__all__:

@@ -22,6 +22,7 @@ be imported where there is none.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -65,7 +66,12 @@ class Consolidated(NamedTuple):
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on the device: an NVIDIA GPU from Ampere on, with Triton installed."""
+    """Whether the kernels run on the device: an NVIDIA GPU from Ampere on, with Triton installed.
+
+    The environment's HLORA_KERNELS=0 says no: everything is streamed then.
+    """
+    if os.environ.get("HLORA_KERNELS") == "0":
+        return False
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
