@@ -437,8 +437,13 @@ def test_a_second_run_on_one_output_directory_is_refused_with_the_first_ones_pro
 def test_evaluating_again_keeps_the_curves(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     assert hlora("run", config)[0] == 0
     before = results_of(tmp_path / "out")
+    (tmp_path / "out" / "unfinished.json").write_text("{}", encoding="utf-8")  # of a run that was interrupted since
     assert hlora("evaluate", config)[0] == 0
+    assert (tmp_path / "out" / "unfinished.json").exists()
     after = results_of(tmp_path / "out")
     assert after["history"] == before["history"] and after["history"]["tune"]
     assert after["seconds"]["tune"] == before["seconds"]["tune"]
     assert after["arms"]["hlora"] == before["arms"]["hlora"]
+    (tmp_path / "out" / "results.json").write_text("{", encoding="utf-8")
+    assert hlora("evaluate", config)[0] == 0
+    assert results_of(tmp_path / "out")["arms"]["hlora"] == before["arms"]["hlora"]

@@ -172,9 +172,8 @@ class Importance:
 
     def _check_numbers(self) -> None:
         for name, matrix in self.matrices.items():
-            parts = {part: tensor.cpu() for part, tensor in encodings.parts(matrix.omega).items()}
             try:
-                encodings.check(parts, self.encoding, *encodings.shape(matrix.omega), name)
+                encodings.check(encodings.parts(matrix.omega), self.encoding, *encodings.shape(matrix.omega), name)
                 for factor in ("A", "B"):
                     if not getattr(matrix, factor).isfinite().all():
                         raise ValueError(f"{name}.{factor}: not every number is finite")

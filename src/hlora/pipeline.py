@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -273,10 +273,10 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     with alone(Path(config.output)):
         job = Job.open(config)
         results = _start(job, command)
-        if (job.output / "results.json").is_file():
+        with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
-            results["history"] = earlier["history"]
-            results["seconds"] = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
+            seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
+            results |= {"history": earlier["history"], "seconds": seconds}
         _measure(job, results, "base", lambda: job.base)
         _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
         if (job.output / "importance").is_dir():
@@ -303,7 +303,8 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     write_text(job.output / "results.json", json.dumps(results, indent=1))
     report.write_report(results, job.output / "report.html")
-    _forget(job)
+    if job.resumable:  # an evaluation in between leaves what an interrupted run goes on from
+        _forget(job)
     return results
 
 
