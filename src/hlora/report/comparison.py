@@ -19,8 +19,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from hlora import figures, statistics
-from hlora.files import write_text
 from hlora.measures import Measure, measures, t_tests, values
+from hlora.report.page import write_page
 from hlora.report.verdict import Tone, figure
 from hlora.statistics import measure
 from hlora.table_formats import Table
@@ -97,8 +97,7 @@ def write_comparison_report(
     head = here.joinpath("template.html").read_text(encoding="utf-8").split("</head>")[0]
     body = here.joinpath("comparison.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(head + body).render(_page(comparison, tables, drawn, cost or {}))
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_page(environment.from_string(head + body).render(_page(comparison, tables, drawn, cost or {})), path)
 
 
 def outcomes(comparison: Mapping[str, Any]) -> list[Outcome]:
