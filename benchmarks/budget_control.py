@@ -109,7 +109,7 @@ def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
         found = [data.model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
         rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
         return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
-    passages = data.read_documents(options.text)
+    passages = data.measured_text(options.text)
     if options.probe == "passages":
         there, here = ("\n\n".join(passages[first::2]) for first in (0, 1))
     else:

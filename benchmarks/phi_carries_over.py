@@ -32,10 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hlora import Importance, ImportancePenalty, ImportanceRecorder
 from hlora.config import EvaluationConfig, ModelConfig
-from hlora.data import read_rows
 from hlora.evaluation import text_likelihood
 from hlora.files import write_text
 from hlora.models import load_base
+from hlora.rows import read_rows
 from hlora.tasks import read_example
 
 PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 2, 128
@@ -75,7 +75,7 @@ def main() -> None:
     text = options.general.read_text(encoding="utf-8")
     held_out = options.held_out.read_text(encoding="utf-8")
     general = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    questions = [read_example("multiple_choice", row, options.questions) for row in read_rows(options.questions)[:2000]]
+    questions = [read_example("multiple_choice", r) for r in list(read_rows(options.questions).kept.values())[:2000]]
     domain = [_tokens(tokenizer, example.prompt, f" {example.answer}{tokenizer.eos_token}") for example in questions]
     small = _small_llama(base.config.vocab_size, general)
     evaluation = EvaluationConfig(max_tokens=2048, window=TOKENS, stride=TOKENS - 1)

@@ -58,6 +58,7 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
     assert (Path(comparison_config.output) / "report.html").is_file() and list(
         (Path(comparison_config.output) / "tables").iterdir()
     )
+    assert found["provenance"]["data"]["domain"]["sums"]["train_rows"] == 18
     assert json.loads((Path(comparison_config.output) / "comparison.json").read_text(encoding="utf-8")) == found
 
 
@@ -211,6 +212,22 @@ def test_held_out_rows_and_documents_are_trained_on_by_no_arm(comparison_config:
         assert len(held_out) == 6 and not held_out & {example.prompt for example in job.domain.train}
         text = grid.held_out_texts(cell.seed)["general (held out)"]
         assert text and not any(document in text for document in job.general.train)
+
+
+def test_rows_that_cannot_be_used_are_left_out_of_every_arm_and_those_that_one_arm_cuts_off_of_that_one(
+    comparison_file: Path,
+) -> None:
+    fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
+    with Path(fields["tasks"]["sums"]["train"]).open("a", encoding="utf-8") as file:
+        for row in ({"question": "no label?"}, {"question": "long? " * 30, "choices": ["1", "2"], "label": 0}):
+            file.write(json.dumps(row) + "\n")
+    fields["tasks"]["sums"]["max_unusable"] = 2
+    fields["arms"]["LoRA(μ)"]["settings"] = {"training.tune.max_length": 200}
+    comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    grid = Grid.open(load_comparison(comparison_file))
+    for cell in grid.first_cells():
+        (found,) = grid.domain(cell.config)[0].facts["unusable"].values()
+        assert found["rows"] == (1 if cell.arm == "LoRA(μ)" else 2), cell.arm
 
 
 def test_an_arm_that_names_an_unknown_task_is_refused(comparison_file: Path) -> None:

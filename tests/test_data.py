@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from conftest import GENERAL_TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig
-from hlora.data import DomainRows, GeneralText, domain_rows, general_text, probe_texts, read_documents, read_rows
+from hlora.data import DomainRows, GeneralText, Space, domain_rows, general_text, probe_texts
 from hlora.errors import DataError
 
 LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
@@ -38,93 +35,6 @@ def read_domain(train: Any, test: Any, seed: int = 0, max_test_rows: int | None 
 
 def pairs(start: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{n} plus one is", "completion": str(n + 1)} for n in range(start, start + count)]
-
-
-# Files
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
-def test_rows_are_the_same_from_every_format(suffix: str, tmp_path: Path) -> None:
-    rows = [
-        {"question": "Où, “when”?\nWhy?", "choices": ["a, b", 'c "d"'], "label": 1, "note": "None"},
-        {"question": "12", "choices": ["3", "4"], "label": 0, "note": "NA"},
-    ]
-    file = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        write_jsonl(file, rows)
-    elif suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
-        lines = ["question,choices,label,note"]
-        lines += ['"Où, “when”?\nWhy?","[""a, b"", ""c \\""d\\""""]",1,None', '12,"[""3"", ""4""]",0,NA']
-        file.write_text("\n".join(lines), encoding="utf-8")
-    assert read_rows(str(file)) == rows
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "text.txt"])
-def test_a_byte_order_mark_is_not_part_of_the_data(name: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    content = {"rows.jsonl": '{"text": "a"}\n', "rows.csv": "text\na\n", "text.txt": "a"}[name]
-    file.write_text(content, encoding="utf-8-sig")
-    assert [document.strip() for document in read_documents(str(file))] == ["a"]
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0c"])
-def test_a_row_may_hold_characters_that_python_counts_as_line_ends(mark: str, tmp_path: Path) -> None:
-    rows = [{"text": f"one{mark}two"}, {"text": "three"}]
-    as_csv = tmp_path / "rows.csv"
-    as_csv.write_text("text\n" + "".join(f"{row['text']}\n" for row in rows), encoding="utf-8")
-    assert read_rows(write_jsonl(tmp_path / "rows.jsonl", rows, ensure_ascii=False)) == rows
-    assert read_rows(str(as_csv)) == rows
-
-
-def test_blank_lines_and_windows_line_ends_of_jsonl_are_no_rows(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b'{"a": 1}\r\n\r\n{"a": 2}\r\n')
-    assert read_rows(str(file)) == [{"a": 1}, {"a": 2}]
-
-
-def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_characters(tmp_path: Path) -> None:
-    paragraphs = [f"paragraph {n} " + "word " * 300 for n in range(40)]
-    file = tmp_path / "text.txt"
-    file.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    documents = read_documents(str(file))
-    assert [p.strip() for d in documents for p in d.split("\n\n") if p.strip()] == [p.strip() for p in paragraphs]
-    assert all(10_000 <= len(document) < 12_000 for document in documents[:-1])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("a.txt", b"abc\xff", "not UTF-8 at byte 3"),
-        ("a.jsonl", b'{"text": "\xe9"}', "not UTF-8 at byte 10"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: expected a JSON object, got list"),
-        ("a.jsonl", b'{"other": "a", "more": 1}\n', "row 1: no text in column 'text'; it has other, more"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "row 2: no text in column 'text'"),
-        ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
-        ("a.csv", b'text\n"never closed', "line 2: not CSV"),
-        ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
-        ("a.csv", b"text,label\na,b\n", "row 1: label, cop, choices, messages are read as JSON"),
-        ("a.csv", b"prompt\na,b,c\n", "row 1: no text in column 'text'; it has prompt, (no name)"),
-        ("a.pdf", b"x", "expected a .jsonl, .parquet or .csv file of rows, got .pdf"),
-        ("a", b"x", "expected a .jsonl, .parquet or .csv file of rows, got no suffix"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named_with_the_place_and_the_problem(
-    name: str, content: bytes, problem: str, tmp_path: Path
-) -> None:
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read_documents(str(file))
-    assert str(caught.value).startswith(f"{file}") and problem in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "csv"])
-def test_a_missing_file_is_named_with_the_directory_it_was_looked_for_in(suffix: str) -> None:
-    with pytest.raises(DataError, match=rf"absent.{suffix}: no such file \(from {Path.cwd()}\)"):
-        read_documents(f"absent.{suffix}")
 
 
 # General text
@@ -245,7 +155,7 @@ def test_general_text_is_read_from_a_hub_data_set_streamed_up_to_its_limit(
 
 
 def test_a_hub_data_set_without_the_column_says_which_it_has(hub_directory: str) -> None:
-    with pytest.raises(DataError, match=r"qa: no text in column 'text'; it has prompt, completion"):
+    with pytest.raises(DataError, match=r"qa: 12 of 12 rows cannot be used.*: 'text', it has prompt, completion"):
         read_general(GeneralConfig(source="hub", dataset=hub_directory))
 
 
@@ -376,8 +286,121 @@ def test_a_wrong_row_is_named_by_file_and_number(questions: tuple[str, str], tmp
     rows = [{"question": "x", "choices": ["a", "b"], "label": n} for n in (0, 1, 2)]
     wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
     for train, test in ((wrong, questions[1]), (questions[0], wrong)):
-        with pytest.raises(DataError, match=r"wrong.jsonl row 3: label is 2, expected 0 to 1"):
+        with pytest.raises(DataError) as caught:
             read_domain(train, test, task="multiple_choice")
+        assert str(caught.value) == (
+            f"{wrong}: 1 of 3 rows cannot be used, and domain.max_unusable (1%) lets 0 be left out. "
+            "Row 3: wrong label: 2, expected 0 to 1. Task 'multiple_choice' needs question, choices (a list), label "
+            "(index of the right choice). Mend them, or raise domain.max_unusable."
+        )
+
+
+def test_unusable_rows_within_the_limit_are_left_out_counted_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = [*pairs(0, 10), {"prompt": "x", "completion": " "}, *pairs(10, 10), {"prompt": "y"}]
+    test = [{"prompt": 1, "completion": 2}, *pairs(90, 4)]
+    files = write_jsonl(tmp_path / "train.jsonl", train), write_jsonl(tmp_path / "test.jsonl", test)
+    with caplog.at_level("WARNING", "hlora"):
+        rows = read_domain(*files, max_unusable=2, max_test_rows=3)
+    assert len(rows.train) == 20 and rows.test_rows == pairs(90, 3)
+    assert [example.answer for example in rows.test] == ["91", "92", "93"]
+    assert rows.facts["unusable"] == {
+        files[0]: {
+            "rows": 2,
+            "of": 22,
+            "reasons": {"empty cell": 1, "missing column": 1},
+            "first": {
+                "row 11": "empty cell: completion is ' '",
+                "row 22": "missing column: 'completion', it has prompt",
+            },
+        },
+        files[1]: {
+            "rows": 1,
+            "of": 5,
+            "reasons": {"wrong cell": 1},
+            "first": {"row 1": "wrong cell: completion is 2, expected text"},
+        },
+    }
+    assert [record.message.split(". ")[0] for record in caplog.records] == [
+        f"{files[0]}: left out 2 of 22 rows that cannot be used",
+        f"{files[1]}: left out 1 of 5 rows that cannot be used",
+    ]
+    for limit in (1, 0, "5%"):
+        with pytest.raises(DataError, match=r"train.jsonl: 2 of 22 rows"):
+            read_domain(*files, max_unusable=limit)
+
+
+def test_general_documents_without_text_are_left_out_within_the_limit(tmp_path: Path) -> None:
+    rows = [{"text": f"document {n}"} for n in range(200)]
+    rows[7], rows[8], rows[9] = {"text": None}, {"other": "x"}, {"text": " "}
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    text = read_general(GeneralConfig(paths=[file]))
+    assert text.facts["documents"] + 20 == 197  # blank ones count as nothing
+    assert text.facts["unusable"] == {
+        file: {
+            "rows": 2,
+            "of": 200,
+            "reasons": {"no text": 1, "missing column": 1},
+            "first": {"row 8": "no text: 'text' holds NoneType", "row 9": "missing column: 'text', it has other"},
+        }
+    }
+    with pytest.raises(
+        DataError, match=r"a.jsonl: 2 of 200 rows .* general.max_unusable \(1\) lets 1 .* Row 8: no text"
+    ):
+        read_general(GeneralConfig(paths=[file], max_unusable=1))
+    with pytest.raises(DataError, match=r"a.jsonl: Row 8: no text.*; Row 9: .* no row is left out"):
+        read_general(GeneralConfig(paths=[file]), {"same": file})
+
+
+@pytest.fixture
+def space(model_dir: str) -> Any:
+    """Of the tiny Llama, whose context is 256 tokens, for arguments of training."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    return lambda **arguments: Space.of(model, tokenizer, arguments)
+
+
+def tokens(space: Space, row: dict[str, str], answer: bool) -> int:
+    text = f"{row['prompt']} {row['completion']}" if answer else row["prompt"]
+    return len(space.tokenizer(text)["input_ids"])
+
+
+def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_less_is_not(
+    space: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": "Where is Orion? " * 5, "completion": "In the sky"}
+    files = write_jsonl(tmp_path / "train.jsonl", [row]), write_jsonl(tmp_path / "test.jsonl", pairs(0, 1))
+    config = DomainConfig(task="rows", train=files[0], test=files[1])
+    length = tokens(space(), row, answer=False)
+    assert len(domain_rows(config, None, 0, space(max_length=length + 1)).train) == 1
+    with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training.tune.max_length"):
+        domain_rows(config, None, 0, space(max_length=length))
+    for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
+        assert len(domain_rows(config, None, 0, space(max_length=length, **kept)).train) == 1
+
+
+def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_cuts_it(
+    space: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": "Where is it? ", "completion": "word"}
+    while tokens(space(), row, answer=True) < 256:
+        row["completion"] += "s" if tokens(space(), row, answer=True) > 250 else " words and more words"
+    assert tokens(space(), row, answer=True) == 256
+    longer = {**row, "completion": row["completion"] + " zz"}
+    some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 2))
+    for file, ok in (
+        (write_jsonl(tmp_path / "fits.jsonl", [row]), True),
+        (write_jsonl(tmp_path / "long.jsonl", [longer]), False),
+    ):
+        for train, test in ((file, some), (some, file)):
+            config = DomainConfig(task="rows", train=train, test=test)
+            if ok:
+                domain_rows(config, None, 0, space(max_length=None))
+            else:
+                with pytest.raises(DataError, match=r"long.jsonl: 1 of 1 .* too long: more than the 256 tokens of"):
+                    domain_rows(config, None, 0, space(max_length=None))
+    cut = DomainConfig(task="rows", train=str(tmp_path / "long.jsonl"), test=some)
+    assert len(domain_rows(cut, None, 0, space(max_length=256)).train) == 1
 
 
 def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:
@@ -400,15 +423,6 @@ def test_general_text_of_the_fixture_is_read_whole(general_file: str) -> None:
     text = read_general(GeneralConfig(paths=[general_file]))
     words = " ".join([*text.train, *text.evaluation.values()]).split()
     assert words == GENERAL_TEXT.split()
-
-
-def test_messages_in_a_csv_are_read_as_json(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    path = tmp_path / "chat.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([["messages"], [json.dumps(messages)]])
-    assert read_rows(str(path)) == [{"messages": messages}]
 
 
 # Mixtures

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hlora import embedded
 from hlora.adapters import adapted_matrices
 from hlora.config import LoraSettings, ModelConfig, parse_config
-from hlora.data import domain_rows, general_text, read_rows
+from hlora.data import domain_rows, general_text
 from hlora.errors import ConfigError
 from hlora.models import attach_lora, load_base
+from hlora.rows import read_rows
 from hlora.trainer import train
 
 
@@ -186,12 +187,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def train_rows(demo: dict[str, Any]) -> list[dict[str, Any]]:
-    return read_rows(demo["domain"]["train"])
+    return list(read_rows(demo["domain"]["train"]).kept.values())
 
 
 @pytest.fixture(scope="module")
 def held_out_rows(demo: dict[str, Any]) -> list[dict[str, Any]]:
-    return read_rows(demo["domain"]["test"])
+    return list(read_rows(demo["domain"]["test"]).kept.values())
 
 
 def test_the_demo_is_a_valid_configuration_whose_data_lie_in_its_output(demo: dict[str, Any]) -> None:

@@ -81,6 +81,31 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_rows_that_cannot_be_used_are_left_out_up_to_the_limit_and_listed_in_results_and_report(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    long = {"question": "very " * 300 + "long?", "choices": ["1", "2"], "label": 0}  # of 256 tokens of context
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"question": "half\n' + json.dumps({**long, "question": "What?", "label": 2}) + "\n")
+        file.write(json.dumps({**long, "question": "long " * 60}) + "\n")  # of 64 tokens that are trained
+    with (tmp_path / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(long) + "\n")
+    fields = ("--set", "baselines=[]", "--set", "evaluation.accuracy=false")
+    status, _, err = hlora("run", config, *fields)
+    assert status == 2 and not (tmp_path / "out" / "results.json").exists()
+    assert re.search(r"train.jsonl: 3 of 27 rows .* domain.max_unusable \(1%\) lets 0 .* Row 25: not JSON", err), err
+    assert hlora("run", config, *fields, "--set", "domain.max_unusable=2")[0] == 2
+    status, _, err = hlora("run", config, *fields, "--set", "domain.max_unusable=3")
+    assert status == 0, err
+    domain = results_of(tmp_path / "out")["provenance"]["data"]["domain"]
+    assert (domain["train_rows"], domain["test_rows"]) == (24, 8)
+    train, test = domain["unusable"].values()
+    assert train["reasons"] == {"not JSON": 1, "wrong label": 1, "no answer left": 1}
+    assert test["first"] == {"row 9": "too long: more than the 256 tokens of the model's context"}
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Rows left out" in report and "wrong label: 2, expected 0 to 1" in report
+
+
 def test_adapter_of_a_run_works_in_plain_peft_and_differs_from_its_start(
     hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
 ) -> None:

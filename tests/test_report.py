@@ -72,7 +72,19 @@ def full() -> dict[str, Any]:
             "versions": {"torch": "2.13.0"},
             "seed": 0,
             "hardware": HOSTILE,
-            "data": {"domain": {"sha256": "60303ae2", "skipped": [{"row": 17, "reason": HOSTILE}]}},
+            "data": {
+                "domain": {
+                    "sha256": "60303ae2",
+                    "unusable": {
+                        f"{HOSTILE}.jsonl": {
+                            "rows": 2,
+                            "of": 300,
+                            "reasons": {"wrong label": 1, HOSTILE: 1},
+                            "first": {"row 17": "wrong label: 7", "row 18": HOSTILE},
+                        }
+                    },
+                }
+            },
         },
         "config": {"output": HOSTILE, "model": {"name": '"><img src=x onerror=alert(1)>', "dtype": None}},
         "command": f"hlora run '{HOSTILE}'",
@@ -327,6 +339,14 @@ def test_report_renders_numbers_that_are_not_finite_and_half_surrogates(full, tm
     text = write(full, tmp_path).text
     assert "no longer finite" in text
     assert "half ? of a pair" in text
+
+
+def test_rows_left_out_are_listed_by_file_with_row_and_reason_and_without_any_there_is_no_section(full, tmp_path):
+    page = write(full, tmp_path)
+    assert "Rows left out" in page.text and "2 of 300 rows: 1 wrong label" in page.text
+    assert "RowReason 17wrong label: 7 18<script>" in page.text
+    del full["provenance"]["data"]["domain"]["unusable"]
+    assert "Rows left out" not in write(full, tmp_path).text
 
 
 def test_samples_show_the_answers_of_each_arm_in_one_row(tmp_path):

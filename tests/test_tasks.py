@@ -10,7 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from hlora.errors import DataError
-from hlora.tasks import TASKS, Example, read_example, write_harness_task
+from hlora.tasks import Example, read_example, write_harness_task
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sciq": [
@@ -57,7 +57,7 @@ def harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -> Any:
 def assert_same_as_the_harness(task: str, rows: list[dict[str, Any]], directory: Path) -> None:
     loaded, docs = harness_task(task, rows, directory)
     for row, doc in zip(rows, docs, strict=True):
-        example = read_example(task, row, "row")
+        example = read_example(task, row)
         assert loaded.doc_to_text(doc) == example.prompt
         assert loaded.doc_to_choice(doc) == list(example.choices)
         target = loaded.doc_to_target(doc)
@@ -90,7 +90,7 @@ def test_a_label_written_as_text_is_the_number_to_the_harness(tmp_path: Path) ->
     row = {"goal": "To cut paper", "sol1": "use soup", "sol2": "use scissors", "label": "1"}
     loaded, (doc,) = harness_task("piqa", [row], tmp_path)
     assert loaded.doc_to_target(doc) == 1
-    assert read_example("piqa", row, "row").answer == "use scissors"
+    assert read_example("piqa", row).answer == "use scissors"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_rows_without_choices_cannot_be_scored_by_the_harness(tmp_path: Path) ->
 
 
 def test_prompt_and_completion_are_joined_by_one_space() -> None:
-    example = read_example("rows", {"prompt": "Capital of France:", "completion": "  Paris \n"}, "row")
+    example = read_example("rows", {"prompt": "Capital of France:", "completion": "  Paris \n"})
     assert example == Example("Capital of France:", "Paris")
     assert example.training_row() == {"prompt": "Capital of France:", "completion": " Paris"}
 
@@ -132,13 +132,13 @@ def test_messages_are_split_before_the_last_answer() -> None:
         {"role": "user", "content": "Capital of France?"},
         {"role": "assistant", "content": "Paris"},
     ]
-    example = read_example("rows", {"messages": turns}, "row")
+    example = read_example("rows", {"messages": turns})
     assert example == Example(turns[:-1], "Paris")
     assert example.training_row() == {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
 def test_numbers_among_the_choices_are_read_as_text() -> None:
-    example = read_example("multiple_choice", {"question": "2 + 2", "choices": [3, 4], "label": 1}, "row")
+    example = read_example("multiple_choice", {"question": "2 + 2", "choices": [3, 4], "label": 1})
     assert (example.choices, example.answer) == (("3", "4"), "4")
 
 
@@ -148,39 +148,46 @@ USER = {"role": "user", "content": "Hi"}
 @pytest.mark.parametrize(
     ("task", "row", "problem"),
     [
-        ("piqa", {**ROWS["piqa"][0], "label": 2}, "label is 2, expected 0 to 1"),
-        ("piqa", {**ROWS["piqa"][0], "label": -1}, "label is -1, expected 0 to 1"),
-        ("medmcqa", {**ROWS["medmcqa"][0], "cop": 4}, "label is 4, expected 0 to 3"),
-        ("medmcqa", {**ROWS["medmcqa"][0], "cop": "b"}, "invalid literal for int"),
-        ("piqa", {**ROWS["piqa"][0], "label": None}, "int() argument must be"),
-        ("piqa", {"goal": "x", "sol1": "a", "label": 0}, "column 'sol2' is missing"),
-        ("piqa", {**ROWS["piqa"][0], "sol2": None}, "expected texts"),
-        ("sciq", {k: v for k, v in ROWS["sciq"][0].items() if k != "support"}, "column 'support' is missing"),
-        ("multiple_choice", {"question": "x", "choices": "a, b", "label": 0}, "choices is 'a, b', expected a list"),
+        ("piqa", {**ROWS["piqa"][0], "label": 2}, "wrong label: 2, expected 0 to 1"),
+        ("piqa", {**ROWS["piqa"][0], "label": -1}, "wrong label: -1, expected 0 to 1"),
+        ("medmcqa", {**ROWS["medmcqa"][0], "cop": 4}, "wrong label: 4, expected 0 to 3"),
+        ("medmcqa", {**ROWS["medmcqa"][0], "cop": "b"}, "wrong label: 'b'"),
+        ("piqa", {**ROWS["piqa"][0], "label": None}, "wrong label: None"),
+        ("piqa", {"goal": "x", "sol1": "a", "label": 0}, "missing column: 'sol2', it has goal, sol1, label"),
+        ("piqa", {**ROWS["piqa"][0], "sol2": None}, "wrong cell: sol2 is None, expected text"),
+        ("sciq", {k: v for k, v in ROWS["sciq"][0].items() if k != "support"}, "missing column: 'support'"),
+        ("multiple_choice", {"question": "x", "choices": "a, b", "label": 0}, "wrong choices: 'a, b', expected a list"),
         (
             "multiple_choice",
             {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "label": 0},
             "expected a list",
         ),
-        ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "label is 0"),
-        ("rows", {"prompt": "x", "completion": "  "}, "the answer is '  ', expected text"),
-        ("rows", {"prompt": "x", "completion": 4}, "the answer is 4, expected text"),
-        ("rows", {"prompt": None, "completion": "x"}, "the prompt is None, expected text"),
-        ("rows", {"prompt": "x"}, "column 'completion' is missing"),
-        ("rows", {"messages": [USER]}, "messages must end with an answer of the assistant"),
-        ("rows", {"messages": [{"role": "assistant", "content": "Hi"}]}, "messages must end with an answer"),
-        ("rows", {"messages": [USER, {"role": "assistant", "content": ""}]}, "the answer is '', expected text"),
-        ("rows", {"messages": []}, "not enough values"),
-        ("rows", {"messages": None}, "NoneType"),
-        ("rows", {}, "this row has nothing"),
+        ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "wrong label: 0"),
+        ("rows", {"prompt": "x", "completion": "  "}, "empty cell: completion is '  '"),
+        ("rows", {"prompt": "x", "completion": 4}, "wrong cell: completion is 4"),
+        ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),
+        ("rows", {"prompt": "x"}, "missing column: 'completion'"),
+        ("rows", {"messages": [USER]}, "they must end with an answer of the assistant"),
+        ("rows", {"messages": [{"role": "assistant", "content": "Hi"}]}, "they must end with an answer"),
+        ("rows", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty cell: answer is ''"),
+        ("rows", {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "wrong messages: [{"),
+        ("rows", {"messages": ["Hi", {"role": "assistant", "content": "x"}]}, "wrong messages: ['Hi'"),
+        ("rows", {"prompt": "", "completion": "x"}, "empty cell: prompt is ''"),
+        ("multiple_choice", {"question": None, "choices": ["a"], "label": 0}, "wrong cell: question is None"),
+        ("multiple_choice", {"question": float("nan"), "choices": ["a"], "label": 0}, "wrong cell: question is nan"),
+        ("multiple_choice", {"question": "x", "choices": ["a", " "], "label": 0}, "empty cell: choices is ' '"),
+        ("multiple_choice", {"question": "x", "choices": ["a", True], "label": 0}, "wrong cell: choices is True"),
+        ("piqa", {**ROWS["piqa"][0], "label": float("nan")}, "wrong label: nan"),
+        ("piqa", {**ROWS["piqa"][0], "label": float("inf")}, "wrong label: inf"),
+        ("piqa", {**ROWS["piqa"][0], "label": [1]}, "wrong label: [1]"),
+        ("rows", {"messages": []}, "they must end"),
+        ("rows", {"messages": None}, "wrong messages: None"),
+        ("rows", {}, "missing column: 'prompt', it has nothing"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_with_its_problem_and_the_columns_needed(
+def test_a_row_that_cannot_be_used_is_refused_with_the_kind_and_the_particulars(
     task: str, row: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        read_example(task, row, "train.jsonl row 7")
-    message = str(caught.value)
-    assert message.startswith("train.jsonl row 7: ") and problem in message
-    assert f"Task {task!r} needs {TASKS[task].columns}" in message
-    assert all(name in message for name in row)
+        read_example(task, row)
+    assert problem in str(caught.value) and ": " in str(caught.value)

@@ -216,7 +216,7 @@ class Grid:
         if key not in self._read:
             _, documents = data.hold_out_documents(self._general_text(self.config.general, seed))
             others = self.config.selection.texts.items()
-            held_out = {"general (held out)": documents, **{n: data.read_documents(path) for n, path in others}}
+            held_out = {"general (held out)": documents, **{n: data.measured_text(path) for n, path in others}}
             self._read[key] = {name: "\n\n".join(parts) for name, parts in held_out.items()}
         return self._read[key]
 
@@ -229,10 +229,11 @@ class Grid:
 
     def domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
         """Domain rows without those that strengths are chosen on, and those."""
+        space = data.Space.of(self.base, self.tokenizer, config.training.of_tune())
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
-        key = digest({"domain": rows})
+        key = digest({"domain": rows, "space": (space.context, space.cut, space.trained)})
         if key not in self._read:
-            found = data.domain_rows(config.domain, config.evaluation.max_rows, config.seed)
+            found = data.domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
             self._read[key] = data.hold_out(found, config.held_out_rows, config.seed)
         return self._read[key]
 
@@ -372,11 +373,13 @@ class Grid:
                 if base and cell[part]:
                     add_forgetting(cell[part], base[part])
         texts = next((list(cell["test"]["texts"]) for cell in cells if cell["test"]), list(config.evaluation.texts))
-        seed = self._cell(next(iter(config.arms)), next(iter(config.tasks)), config.seeds[0], None).config
+        first = {task: self._cell(next(iter(config.arms)), task, config.seeds[0], None).config for task in config.tasks}
+        facts = {task: self.domain(cell)[0].facts for task, cell in first.items()}
+        general = self.general(next(iter(first.values()))).facts
         comparison = {
             "config": config.model_dump(),
             "command": command,
-            "provenance": pipeline.provenance(self.base, {"general": self.general(seed).facts}),
+            "provenance": pipeline.provenance(self.base, {"general": general, "domain": facts}),
             "model": config.model.name,
             "arms": list(config.arms),
             "tasks": list(config.tasks),

@@ -11,10 +11,19 @@ import reprlib
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hlora.errors import ConfigError
 
@@ -85,6 +94,16 @@ class LoraSettings(_Section):
         return value
 
 
+def _is_a_limit(value: Any) -> Any:
+    from hlora.rows import allowed
+
+    allowed(value, 0)
+    return value
+
+
+RowLimit = Annotated[int | str, BeforeValidator(_is_a_limit)]
+
+
 class GeneralSource(_Section):
     """One source of general text."""
 
@@ -102,6 +121,9 @@ class GeneralSource(_Section):
     """Column that holds the text (.jsonl, .parquet, hub)."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read at most so many documents. Hub data sets are streamed up to it."""
+    max_unusable: RowLimit = "1%"
+    """How many rows of a file may be left out because they hold no text: a share, rounded down, or a number of rows.
+    They are listed in the report."""
     samples: int = Field(default=256, ge=1)
     """model: sequences to sample."""
     sample_tokens: int = Field(default=128, ge=8)
@@ -145,6 +167,10 @@ class DomainConfig(_Section):
     """Hub configuration of the data set."""
     max_train_rows: int | None = Field(default=None, ge=1)
     """Train on at most so many rows (seeded choice)."""
+    max_unusable: RowLimit = "1%"
+    """How many rows of a file may be left out because they cannot be used (an empty cell, a wrong label, a line that is
+    no JSON, longer than the model's context): a share, rounded down, or a number of rows. They are listed in the
+    report."""
 
 
 class ImportanceConfig(_Section):

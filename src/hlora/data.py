@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel
@@ -24,13 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hlora.config import DomainConfig, EvaluationConfig, GeneralConfig, GeneralSource
 from hlora.errors import DataError, first_line
 from hlora.files import write_text
-from hlora.tasks import Example, read_example
+from hlora.rows import Rows, read_documents, read_rows, text_of
+from hlora.tasks import TASKS, Example, prompt_text, read_example
 
 logger = logging.getLogger("hlora")
 
-_DOCUMENT = 10_000  # characters of one training document cut from a .txt file, at paragraph ends
 _HELD_OUT = 0.1  # share of the general documents kept for evaluation when no evaluation text is named
-_JSON_CELLS = ("label", "cop", "choices", "messages")  # columns of a CSV
+_SPECIAL = 8  # tokens that a tokenizer adds to a text, at most
 _LONG_LINE = 80  # characters; a line this long that stands in an evaluation text is no coincidence
 
 
@@ -77,11 +75,15 @@ def general_text(
     Lines of 80 characters or more that stand in an evaluation text are taken out of the training documents. Without
     `evaluation.texts` the last tenth of the documents is held out. Samples of the model are kept in `directory`.
 
-    Raises DataError when a file cannot be read, or nothing is left to train on.
+    Raises DataError when a file cannot be read, more of its rows than `max_unusable` hold no text, or nothing is left
+    to train on.
     """
+    unusable: dict[str, Any] = {}
 
     def read(source: GeneralSource) -> list[str]:
-        return _documents(source, model, tokenizer, seed, directory)
+        documents, left_out = _documents(source, model, tokenizer, seed, directory)
+        unusable.update(left_out)
+        return documents
 
     mixed: list[dict[str, Any]] = []
     if config.mixture:
@@ -90,7 +92,7 @@ def general_text(
         mixed = [{"source": each.source, "characters": n} for each, n in zip(config.mixture, shares, strict=True)]
     else:
         documents = read(config)
-    texts = {name: "\n\n".join(read_documents(path, config.column)) for name, path in evaluation.texts.items()}
+    texts = {name: "\n\n".join(measured_text(path, config.column)) for name, path in evaluation.texts.items()}
     if not texts:
         if len(documents) < 2:
             raise DataError(
@@ -115,36 +117,96 @@ def general_text(
         "sha256": _sha256(train),
         "characters_left_out_as_evaluation_text": dropped,
         "evaluation_texts": {name: _sha256([text]) for name, text in texts.items()},
+        **({"unusable": unusable} if unusable else {}),
     }
     return GeneralText(train, texts, facts)
 
 
-def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int) -> DomainRows:
+@dataclass(frozen=True)
+class Space:
+    """How long a row may be, in tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    """Of the model; None: it has no limit."""
+    cut: int | None
+    """Where training cuts the end of a row off; None: it does not."""
+    trained: int | None
+    """What training makes of the longest row; None: all of it."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Space:
+        """arguments: of trl.SFTConfig, those of the domain phase."""
+        from trl import SFTConfig
+
+        length, mode, packing = (
+            arguments.get(name, getattr(SFTConfig, name)) for name in ("max_length", "truncation_mode", "packing")
+        )
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return cls(tokenizer, context, length if mode == "keep_start" and not packing else None, length)
+
+    def train(self, example: Example) -> Example:
+        """The example. Raises DataError when no token of its answer would be trained, or it exceeds the context."""
+        if self.cut is not None and self._reaches(example, "", self.cut):
+            raise DataError(f"no answer left: the prompt fills the {self.cut} tokens of training.tune.max_length")
+        if self.trained is None or (self.context is not None and self.trained > self.context):
+            self._fits_context(example, example.answer)
+        return example
+
+    def test(self, example: Example) -> Example:
+        """The example. Raises DataError when the prompt and an answer exceed the model's context."""
+        self._fits_context(example, max((example.answer, *example.choices), key=len))
+        return example
+
+    def _fits_context(self, example: Example, answer: str) -> None:
+        if self.context is not None and self._reaches(example, f" {answer}", self.context + 1):
+            raise DataError(f"too long: more than the {self.context} tokens of the model's context")
+
+    def _reaches(self, example: Example, answer: str, tokens: int) -> bool:
+        """Whether a text has so many tokens. No more of it is tokenised than that takes: it may be one of 100 MB."""
+        text = prompt_text(self.tokenizer, example) + answer
+        if len(text.encode("utf-8")) + _SPECIAL < tokens:  # a token has a byte at least
+            return False
+        special, characters = isinstance(example.prompt, str), 8 * tokens
+        while True:
+            found = self.tokenizer(text[:characters], add_special_tokens=special, truncation=False, verbose=False)
+            if len(found["input_ids"]) >= tokens or characters >= len(text):
+                return len(found["input_ids"]) >= tokens
+            characters *= 4
+
+
+def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, space: Space | None = None) -> DomainRows:
     """Read the domain's train and test rows. Train rows whose prompt stands in the test set are left out and counted.
 
-    Raises DataError that names file and row for a row which cannot be used, and for an empty set.
+    Rows that cannot be used, or have no `space`, are left out and listed. Raises DataError when they are more than
+    `max_unusable`, and for an empty set.
     """
-    train_rows, train_name = _domain_source(config, config.train, config.train_split)
     hub_split = None if _is_file(config.test) else config.test
     if hub_split and _is_file(config.train):
         raise DataError(
             f"domain.test: {hub_split!r} is no .jsonl, .parquet or .csv file, and train names no hub data set"
         )
-    test_rows, test_name = _domain_source(config, config.train if hub_split else config.test, hub_split)
-    test_rows = test_rows[:max_test_rows]
-    train = [read_example(config.task, row, f"{train_name} row {n}") for n, row in enumerate(train_rows, 1)]
-    test = [read_example(config.task, row, f"{test_name} row {n}") for n, row in enumerate(test_rows, 1)]
+    read, limit = partial(read_example, config.task), (config.max_unusable, "domain.max_unusable")
+    needed = f"Task {config.task!r} needs {TASKS[config.task].columns}. "
+    train_rows = _domain_source(config, config.train, config.train_split).read(read)
+    train_rows = (train_rows.read(space.train) if space else train_rows).within(*limit, needed)
+    raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
+    test_rows = raw.read(read)
+    test_rows = (test_rows.read(space.test) if space else test_rows).within(*limit, needed)
+    train, numbers = list(train_rows.kept.values()), list(test_rows.kept)[:max_test_rows]
+    test = [test_rows.kept[number] for number in numbers]
     if not test:
-        raise DataError(f"{test_name}: no rows to evaluate on")
+        raise DataError(f"{test_rows.source}: no rows to evaluate on")
     seen = {json.dumps(example.prompt) for example in test}
     kept = [example for example in train if json.dumps(example.prompt) not in seen]
-    left_out = len(train) - len(kept)
+    left_out, name = len(train) - len(kept), train_rows.source
     if left_out:
-        logger.warning("%s: left out %d of %d rows whose prompt is in the test set", train_name, left_out, len(train))
+        logger.warning("%s: left out %d of %d rows whose prompt is in the test set", name, left_out, len(train))
     if not kept:
-        raise DataError(f"{train_name}: no rows to train on ({len(train)} read, {left_out} of them in the test set)")
+        raise DataError(f"{name}: no rows to train on ({len(train)} read, {left_out} of them in the test set)")
     if config.max_train_rows and config.max_train_rows < len(kept):
         kept = random.Random(seed).sample(kept, config.max_train_rows)
+    unusable = {**train_rows.facts(), **test_rows.facts()}
     facts = {
         "task": config.task,
         "train_rows": len(kept),
@@ -152,23 +214,27 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int) -> D
         "train_rows_left_out_as_test_prompts": left_out,
         "train_sha256": _sha256(json.dumps(example.training_row()) for example in kept),
         "test_sha256": _sha256(json.dumps(example.training_row()) for example in test),
+        **({"unusable": unusable} if unusable else {}),
     }
-    return DomainRows(kept, test, test_rows, facts)
+    return DomainRows(kept, test, [raw.kept[number] for number in numbers], facts)
 
 
 def _documents(
     source: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, directory: Path
-) -> list[str]:
+) -> tuple[list[str], dict[str, Any]]:
+    """The documents of a source, and what was left out of it (see Rows.facts)."""
     if source.source == "files":
-        documents = [document for path in source.paths for document in read_documents(path, source.column)]
+        parts = [read_documents(path, source.column) for path in source.paths]
     elif source.source == "hub":
-        documents = _hub_documents(source)
+        parts = [_hub_documents(source)]
     else:
-        documents = model_samples(source, model, tokenizer, seed, directory)
-    documents = [document for document in documents if document.strip()][: source.max_documents]
+        parts = [Rows("samples", dict(enumerate(model_samples(source, model, tokenizer, seed, directory), 1)))]
+    parts = [part.within(source.max_unusable, "general.max_unusable", "Set general.column. ") for part in parts]
+    # Blank documents count as nothing at all: data sets of the hub have one for each blank line of a page.
+    documents = [text for part in parts for text in part.kept.values() if text.strip()][: source.max_documents]
     if not documents:
         raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
-    return documents
+    return documents, {name: found for part in parts for name, found in part.facts().items()}
 
 
 def _mixed(parts: list[list[str]], weights: list[float], seed: int) -> tuple[list[str], list[int]]:
@@ -208,7 +274,7 @@ def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str
     """
     found = {}
     for name, path in paths.items():
-        kept, dropped = _without_lines_of(read_documents(path), [*general.train, *general.evaluation.values()])
+        kept, dropped = _without_lines_of(measured_text(path), [*general.train, *general.evaluation.values()])
         if not kept:
             raise DataError(
                 f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it stands in the general or an "
@@ -218,6 +284,14 @@ def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str
             logger.warning("probe text %r: left out %d characters that are trained or evaluated on too", name, dropped)
         found[name] = "\n\n".join(kept)
     return found
+
+
+def measured_text(path: str, column: str = "text") -> list[str]:
+    """All documents of a file that something is measured on. Raises DataError when one of them cannot be used."""
+    found = read_documents(path, column)
+    if found.unusable:
+        raise DataError(f"{path}: {found.first(5)}. Of a text that is measured on no row is left out; mend them.")
+    return list(found.kept.values())
 
 
 def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
@@ -251,65 +325,11 @@ def hold_out(rows: DomainRows, count: int, seed: int) -> tuple[DomainRows, list[
     return replace(rows, train=train, facts={**rows.facts, "train_rows": len(train), "held_out": count}), held_out
 
 
-def read_documents(path: str, column: str = "text") -> list[str]:
-    """Documents of a .txt file, cut at paragraph ends to about 10,000 characters, or of a .jsonl or .parquet column."""
-    if Path(path).suffix == ".txt":
-        return _paragraph_groups(_read_text(path))
-    documents = []
-    for number, row in enumerate(read_rows(path), 1):
-        if not isinstance(row.get(column), str):
-            raise DataError(
-                f"{path} row {number}: no text in column {column!r}; it has {', '.join(row)}. Set general.column."
-            )
-        documents.append(row[column])
-    return documents
-
-
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .parquet or .csv file. Raises DataError that names file and line."""
-    suffix = Path(path).suffix
-    if suffix == ".parquet":
-        try:
-            return pyarrow.parquet.read_table(_existing(path)).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
-    if suffix == ".csv":
-        table = csv.DictReader(io.StringIO(_read_text(path)), restkey="(no name)", strict=True)
-        try:
-            return [_csv_row(path, number, row) for number, row in enumerate(table, 1)]
-        except csv.Error as error:
-            raise DataError(f"{path} line {table.reader.line_num}: not CSV ({error})") from None
-    if suffix not in (".jsonl", ".json"):
-        raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {suffix or 'no suffix'}")
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines would cut at U+2028 inside a text
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 10,000 deep
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise DataError(f"{path} line {number}: not JSON ({reason}). Expected one object a line.") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
-
-
-def _csv_row(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """CSV knows text only: a label becomes a number, and choices and messages are JSON lists."""
-    try:
-        return {key: json.loads(cell) if key in _JSON_CELLS else cell for key, cell in row.items()}
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(
-            f'{path} row {number}: {", ".join(_JSON_CELLS)} are read as JSON; expected 2 or ["a", "b"]'
-        ) from None
-
-
-def _domain_source(config: DomainConfig, source: str, split: str | None) -> tuple[list[dict[str, Any]], str]:
+def _domain_source(config: DomainConfig, source: str, split: str | None) -> Rows[dict[str, Any]]:
     if _is_file(source):
-        return read_rows(source), source
-    return _hub(source, config.subset, split or "train").to_list(), f"{source} ({split})"
+        return read_rows(source)
+    found = _hub(source, config.subset, split or "train").to_list()
+    return Rows(f"{source} ({split})", dict(enumerate(found, 1)))
 
 
 def _is_file(source: str) -> bool:
@@ -326,17 +346,11 @@ def _hub(name: str, subset: str | None, split: str, streaming: bool = False) -> 
         ) from None
 
 
-def _hub_documents(config: GeneralSource) -> list[str]:
+def _hub_documents(config: GeneralSource) -> Rows[str]:
     assert config.dataset is not None  # validated with the configuration
     rows: Iterable[dict[str, Any]] = _hub(config.dataset, config.subset, config.split, config.max_documents is not None)
-    documents = []
-    for row in rows:
-        if not isinstance(row.get(config.column), str):
-            raise DataError(f"{config.dataset}: no text in column {config.column!r}; it has {', '.join(row)}")
-        documents.append(row[config.column])
-        if len(documents) == config.max_documents:
-            break
-    return documents
+    found = Rows(config.dataset, dict(enumerate(islice(rows, config.max_documents), 1)))
+    return found.read(lambda row: text_of(row, config.column))
 
 
 @torch.no_grad()
@@ -377,16 +391,6 @@ def model_samples(
     return samples
 
 
-def _paragraph_groups(text: str) -> list[str]:
-    groups, group = [], ""
-    for paragraph in re.split(r"(?<=\n)[ \t]*\n", text):  # a blank line, be it empty or of spaces
-        group += paragraph + "\n"
-        if len(group) >= _DOCUMENT:
-            groups.append(group)
-            group = ""
-    return groups + ([group] if group.strip() else [])
-
-
 def _without_lines_of(documents: list[str], texts: Iterable[str]) -> tuple[list[str], int]:
     """The documents without long lines that stand in `texts`, and the number of characters taken out."""
     lines = {line.strip() for text in texts for line in text.splitlines() if len(line.strip()) >= _LONG_LINE}
@@ -400,21 +404,6 @@ def _without_lines_of(documents: list[str], texts: Iterable[str]) -> tuple[list[
         if document.strip():
             kept.append(document)
     return kept, dropped
-
-
-def _read_text(path: str) -> str:
-    try:
-        return _existing(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file (from {Path.cwd()})")
-    return Path(path)
 
 
 def _sha256(parts: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from hlora.config import EvaluationConfig
 from hlora.data import DomainRows
 from hlora.errors import DataError
 from hlora.models import quiet
-from hlora.tasks import Example, write_harness_task
+from hlora.tasks import Example, prompt_text, write_harness_task
 
 _SHOWN = 8  # sample answers kept for the report
 _BLOCK = 64  # tokens of one paired difference between two models
@@ -60,7 +60,7 @@ def evaluate(
         matches = [float(_normal(a) == _normal(e.answer)) for a, e in zip(written, asked, strict=True)]
         result["domain"] |= {"generated": len(asked), **_mean("exact_match", matches)}
         result["samples"] = [
-            {"prompt": _text(tokenizer, example), "expected": example.answer, "answer": answer}
+            {"prompt": prompt_text(tokenizer, example), "expected": example.answer, "answer": answer}
             for answer, example in list(zip(written, asked, strict=True))[:_SHOWN]
         ]
     model.train(training)
@@ -206,7 +206,7 @@ def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: EvaluationConfig
 ) -> list[str]:
     """Greedy answers, cut after as many lines as the expected answer has."""
-    prompts = [_text(tokenizer, example) for example in examples]
+    prompts = [prompt_text(tokenizer, example) for example in examples]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     answers: list[str] = []
     for start in track(range(0, len(prompts), settings.batch_size), description="sample answers", transient=True):
@@ -231,20 +231,9 @@ def generate_answers(
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    if isinstance(example.prompt, str):
-        return example.prompt
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "domain: rows of messages need a tokenizer with a chat template, and this model's has none. "
-            "Use prompt and completion columns instead."
-        )
-    return str(tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True))
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Tensor, int]:
     """Tokens of prompt and answer, (n,), and how many of them are the answer's."""
-    text = _text(tokenizer, example)
+    text = prompt_text(tokenizer, example)
     special = isinstance(example.prompt, str)  # a chat template writes its own special tokens
     whole = tokenizer(text + (" " if special else "") + example.answer, add_special_tokens=special)["input_ids"]
     before = tokenizer(text, add_special_tokens=special)["input_ids"]

@@ -132,7 +132,8 @@ class Job:
 
     @cached_property
     def domain(self) -> data.DomainRows:
-        return data.domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed)
+        space = data.Space.of(self.base, self.tokenizer, self.config.training.of_tune())
+        return data.domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, space)
 
 
 def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:

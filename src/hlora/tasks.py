@@ -6,18 +6,26 @@ Prompts are those of lm-evaluation-harness, and a model is trained on exactly th
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
-from hlora.errors import DataError
+from hlora.errors import DataError, first_line
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 3
+_short = _SHORT.repr
 
 
 @dataclass(frozen=True)
@@ -38,52 +46,63 @@ class Example:
 
 
 def _sciq(row: Row) -> Example:
-    choices = (row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"])
-    return _choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
+    choices = [_text(row, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    support = row["support"] if row["support"] == "" else _text(row, "support")
+    return _choose(f"{support.lstrip()}\nQuestion: {_text(row, 'question')}\nAnswer:", choices, 3)
 
 
 def _piqa(row: Row) -> Example:
-    return _choose(f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), row["label"])
+    return _choose(f"Question: {_text(row, 'goal')}\nAnswer:", [_text(row, "sol1"), _text(row, "sol2")], row["label"])
 
 
 def _medmcqa(row: Row) -> Example:
     letters = "ABCD"
     options = "".join(
-        f"{letter}. {row[key]}\n" for letter, key in zip(letters, ("opa", "opb", "opc", "opd"), strict=True)
+        f"{letter}. {_text(row, key)}\n" for letter, key in zip(letters, ("opa", "opb", "opc", "opd"), strict=True)
     )
-    return _choose(f"Question: {row['question']}\nChoices:\n{options}Answer:", tuple(letters), row["cop"])
+    return _choose(f"Question: {_text(row, 'question')}\nChoices:\n{options}Answer:", letters, row["cop"])
 
 
 def _multiple_choice(row: Row) -> Example:
     if not isinstance(row["choices"], list):  # text from a CSV would be taken for a list of its letters
-        raise ValueError(f"choices is {row['choices']!r}, expected a list")
-    choices = tuple(str(choice) if isinstance(choice, int | float) else choice for choice in row["choices"])
-    return _choose(f"Question: {row['question']}\nAnswer:", choices, row["label"])
+        raise DataError(f"wrong choices: {_short(row['choices'])}, expected a list of texts")
+    choices = [_text({"choices": choice}, "choices") for choice in row["choices"]]
+    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", choices, row["label"])
 
 
 def _rows(row: Row) -> Example:
-    if "messages" in row:
-        *prompt, last = row["messages"]
-        if not prompt or last["role"] != "assistant":
-            raise ValueError("messages must end with an answer of the assistant to something")
-        answer = last["content"]
-    else:
-        prompt, answer = row["prompt"], row["completion"]
-        if not isinstance(prompt, str):
-            raise ValueError(f"the prompt is {prompt!r}, expected text")
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"the answer is {answer!r}, expected text")
-    return Example(prompt, answer.strip())
+    if "messages" not in row:
+        return Example(_text(row, "prompt"), _text(row, "completion", str).strip())
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise DataError(f"wrong messages: {_short(messages)}, expected a list of role and content, both texts")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError("wrong messages: they must end with an answer of the assistant to something")
+    return Example(messages[:-1], _text({"answer": messages[-1]["content"]}, "answer").strip())
 
 
-def _choose(prompt: str, choices: tuple[str, ...], label: Any) -> Example:
-    if not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"the choices are {choices!r}, expected texts")
+def _text(row: Row, column: str, kind: Any = str | int | float) -> str:
+    """A cell that holds text, or a number where that will do."""
+    cell = row[column]
+    if not isinstance(cell, kind) or isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):
+        raise DataError(f"wrong cell: {column} is {_short(cell)}, expected text")
+    if not str(cell).strip():
+        raise DataError(f"empty cell: {column} is {_short(cell)}")
+    return str(cell)
+
+
+def _choose(prompt: str, choices: Sequence[str], label: Any) -> Example:
     whole = not isinstance(label, bool) and (not isinstance(label, float) or label.is_integer())  # inf is none
-    index = int(label) if whole else -1
+    try:
+        index = int(label) if whole else -1
+    except (TypeError, ValueError):
+        index = -1
     if not 0 <= index < len(choices):
-        raise ValueError(f"label is {label!r}, expected 0 to {len(choices) - 1}")
-    return Example(prompt, choices[index], choices)
+        raise DataError(f"wrong label: {_short(label)}, expected 0 to {len(choices) - 1}")
+    return Example(prompt, choices[index], tuple(choices))
 
 
 @dataclass(frozen=True)
@@ -125,16 +144,27 @@ TASKS: dict[str, Task] = {
 }
 
 
-def read_example(task: str, row: Row, place: str) -> Example:
-    """The example in a row. Raises DataError that names the place, such as train.jsonl row 7, when it holds none."""
+def read_example(task: str, row: Row) -> Example:
+    """The example in a row. Raises DataError that says what is wrong with it; place and remedy are the caller's."""
     try:
         return TASKS[task].read(row)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        problem = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
+    except KeyError as error:
+        raise DataError(f"missing column: {error}, it has {', '.join(map(str, row)) or 'nothing'}") from None
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The prompt as the model reads it. Raises DataError for messages that the tokenizer's template does not take."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    if tokenizer.chat_template is None:
         raise DataError(
-            f"{place}: {problem}. Task {task!r} needs {TASKS[task].columns}; "
-            f"this row has {', '.join(row) or 'nothing'}."
-        ) from None
+            "no chat template: rows of messages need a tokenizer that has one, and this model's has none; "
+            "use prompt and completion columns instead"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise DataError(f"wrong messages: the model's chat template refuses them ({first_line(error)})") from None
 
 
 def _typed(task: Task, row: Row) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def full(job_fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def test_every_field_takes_a_valid_value_or_is_refused_by_its_name(full: dict[str, Any]) -> None:
+def test_every_field_takes_a_valid_value_or_is_refused_by_its_name(full: dict[str, Any], tally: Any) -> None:
     cases, refused = 0, 0
     for path in leaves(full):
         for value in WRONG:
@@ -84,7 +84,7 @@ def test_every_field_takes_a_valid_value_or_is_refused_by_its_name(full: dict[st
                 named = {str(key) for key in path if isinstance(key, str)}
                 assert any(name in str(error) for name in named), f"{path} = {value!r}: {error}"
     assert cases >= 500 and refused >= cases // 3
-    print(f"fields × values: {cases} cases, {refused} refused, each by its name")
+    tally("configuration: fields × values, parsed", cases=cases, good=cases, bad=0)
 
 
 def test_a_configuration_cut_anywhere_is_read_or_refused(full: dict[str, Any], tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def read_rows(path: Path, task: str = "multiple_choice") -> data.DomainRows:
     return data.domain_rows(DomainConfig(task=task, train=str(path), test=str(path.with_name("test.jsonl"))), None, 0)
 
 
-def test_every_wrong_cell_of_a_row_is_refused_with_its_file_and_row(tmp_path: Path) -> None:
+def test_every_wrong_cell_of_a_row_is_refused_with_its_file_and_row(tmp_path: Path, tally: Any) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps({**ROW, "question": "Another?"}) + "\n", encoding="utf-8")
     path, cases, refused = tmp_path / "rows.jsonl", 0, 0
     good = json.dumps({**ROW, "question": "And another?"})
@@ -144,7 +144,7 @@ def test_every_wrong_cell_of_a_row_is_refused_with_its_file_and_row(tmp_path: Pa
                 refused += 1
                 assert "rows.jsonl" in str(error) and "2" in str(error), f"{cell} = {value!r}: {error}"
     assert refused >= cases // 3
-    print(f"cells × values: {cases} cases, {refused} refused")
+    tally("rows: cells × values, parsed", cases=cases, good=cases, bad=0)
 
 
 @pytest.mark.parametrize(

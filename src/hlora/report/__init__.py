@@ -152,6 +152,7 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "weights": _weights(importance),
         "sample_arms": [arm_label(arm) for arm in arms if arms[arm].get("samples")],
         "samples": _samples(arms),
+        "left_out": _left_out((results.get("provenance") or {}).get("data") or {}),
         "provenance": results.get("provenance") or {},
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "command": results.get("command") or "",
@@ -285,6 +286,17 @@ def _weights(importance: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for name in order
     ]
+
+
+def _left_out(facts: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Rows that could not be used, by file: its name, how many by kind of reason, and the first ones with theirs."""
+    shown = []
+    for part in ("general", "domain"):
+        for source, found in ((facts.get(part) or {}).get("unusable") or {}).items():
+            kinds = ", ".join(f"{count} {kind}" for kind, count in found["reasons"].items())
+            listed = [(row.removeprefix("row "), reason) for row, reason in found["first"].items()]
+            shown.append((source, f"{found['rows']} of {found['of']} rows: {kinds}", listed))
+    return shown
 
 
 def _samples(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
