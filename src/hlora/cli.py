@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from hlora import __version__
 from hlora.errors import HloraError
+from hlora.redaction import RedactingFormatter, redact_argument, redact_text
 
 app = typer.Typer(
     help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
@@ -199,7 +200,9 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Entry point. An error of ours, or of the disk, is one message on stderr and status 2, without a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hlora").setLevel(logging.INFO)
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
@@ -210,9 +213,9 @@ def main() -> None:
         sys.exit(2)
     except (OSError, SafetensorError) as error:  # disk full, no permission, a mount that is gone
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason = redact_text(f"{place}{(isinstance(error, OSError) and error.strerror) or error}")
         print(
-            f"hlora: {place}{reason}. What was finished before is whole; when this is mended, the same command goes on "
+            f"hlora: {reason}. What was finished before is whole; when this is mended, the same command goes on "
             "from there.",
             file=sys.stderr,
         )
@@ -226,7 +229,7 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _command() -> str:
-    return shlex.join(["hlora", *sys.argv[1:]])
+    return shlex.join(["hlora", *map(redact_argument, sys.argv[1:])])
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from hlora.methods import METHODS, fisher
 from hlora.models import load_base
 from hlora.pipeline import Job
 from hlora.recording import Busy, claim, digest, importance
+from hlora.redaction import redacted, without_secret_fields
 from hlora.rivals import ALTERS_BASE
 from hlora.tasks import Example
 from hlora.trainer import sft_arguments
@@ -135,7 +136,8 @@ class Grid:
         output = Path(config.output)
         try:
             output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+            shown = redacted(config.model_dump())
+            write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise ConfigError(
                 f"output: {output} cannot be written ({error.strerror}). Name another directory."
@@ -189,7 +191,7 @@ class Grid:
         changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
         config = parse_config(described, f"arms.{arm}", changes, CellConfig)
         made_from = {
-            **config.model_dump(exclude={"output", "baselines"}),
+            **without_secret_fields(config.model_dump(exclude={"output", "baselines"})),
             "general_data": self.general(config).facts,
             "domain_data": self.domain(config)[0].facts,
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
@@ -281,7 +283,7 @@ class Grid:
                 logger.error("%s failed: %s", name, text)
                 result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
             self.base_is_spoilt |= result["status"] != "done" or cell.config.method in ALTERS_BASE
-            write_text(path, json.dumps({**_names(cell), **_NOTHING, **result}, ensure_ascii=False))
+            write_text(path, json.dumps(redacted({**_names(cell), **_NOTHING, **result}), ensure_ascii=False))
             return True
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
@@ -392,6 +394,7 @@ class Grid:
             "chosen": chosen,
             "cells": cells,
         }
+        comparison = redacted(comparison)
         write_text(self.output / "comparison.json", json.dumps(comparison, ensure_ascii=False))
         write_report(comparison, self.output)
         return comparison
@@ -431,6 +434,7 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    comparison = redacted(comparison)  # kept by an older hlora
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
     write_tables(tables, output / "tables")
     (output / "figures").mkdir(exist_ok=True)

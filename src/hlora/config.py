@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from hlora.errors import ConfigError
+from hlora.redaction import MARK, is_secret_name, redact_argument
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
@@ -273,7 +274,8 @@ class TrainingConfig(_Section):
                 TypeAdapter(types[name]).validate_python(value)
             except ValidationError:
                 expected = getattr(types[name], "__name__", str(types[name]))
-                raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {value!r}") from None
+                got = MARK if is_secret_name(name) else repr(value)
+                raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {got}") from None
         return arguments
 
     def of_record(self) -> dict[str, Any]:
@@ -497,7 +499,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not readable as YAML: {_without_excerpt(error)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
     return data
@@ -523,18 +525,27 @@ def parse_config(
 
 
 def _set(data: dict[str, Any], override: str) -> None:
+    shown = redact_argument(override)
     path, separator, value = override.partition("=")
     if not separator or not path:
-        raise ConfigError(f"--set {override!r}: expected field=value, such as penalty.phi=9")
+        raise ConfigError(f"--set {shown!r}: expected field=value, such as penalty.phi=9")
     *sections, name = path.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override!r}: {section} is not a section")
+            raise ConfigError(f"--set {shown!r}: {section} is not a section")
     try:
         data[name] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--set {shown!r}: not a YAML value: {_without_excerpt(error)}") from None
+
+
+def _without_excerpt(error: Exception) -> str:
+    """PyYAML's message on one line, without the excerpt of the text, which may hold a token."""
+    for mark in (getattr(error, name, None) for name in ("context_mark", "problem_mark")):
+        if mark is not None:
+            mark.buffer = None
+    return " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):

@@ -26,6 +26,7 @@ from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.pipeline import Job, provenance
 from hlora.recorder import ImportanceRecorder
+from hlora.redaction import redacted
 from hlora.trainer import sft_arguments, train
 
 EWC_SEQUENCES = 20_000  # paper, Fig. 5
@@ -137,6 +138,7 @@ def measure_cost(
         "published": PUBLISHED,
         "notes": _notes(scale, ewc, nu, nu_samples, length, whole_model_bytes(job.base)),
     }
+    cost = redacted(cost)
     write_text(job.output / "cost.json", json.dumps(cost, indent=1))
     return cost
 

@@ -12,9 +12,14 @@ Each message says what was expected, what came and what to do next. The CLI prin
 traceback and exits with status 2.
 """
 
+from hlora.redaction import redact_text
+
 
 class HloraError(Exception):
-    """Base of every error that hlora raises on purpose."""
+    """Base of every error that hlora raises on purpose. Its message holds no secret, whatever it quotes."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact_text(str(message)))
 
 
 class ConfigError(HloraError):

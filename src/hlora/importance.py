@@ -26,6 +26,7 @@ from hlora.adapters import AdaptedMatrix, adapted_matrices
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.files import building, sha256
+from hlora.redaction import redacted
 
 FORMAT = 1
 _FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -200,7 +201,10 @@ class Importance:
             "encoding": self.encoding,
             "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
             "lora_config": _constructible(self.lora_config),
-            "provenance": {**self.provenance, "versions": {p: version(p) for p in ("torch", "transformers", "peft")}},
+            "provenance": {
+                **redacted(self.provenance),
+                "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
+            },
         }
         document = json.loads(json.dumps(document, default=_plain))
         sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}

@@ -32,6 +32,7 @@ from hlora.importance import Importance
 from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
 from hlora.recorder import ImportanceRecorder
+from hlora.redaction import redacted, without_secret_fields
 from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
@@ -122,7 +123,7 @@ class Job:
         base, tokenizer = load_base(config.model)
         job = cls(config, base, tokenizer, output, resumable=resumable)
         job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
-        write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        write_text(output / "config.yaml", yaml.safe_dump(redacted(config.model_dump()), sort_keys=False))
         return job
 
     @cached_property
@@ -302,6 +303,7 @@ def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
 def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and report.html."""
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    results = redacted(results)
     write_text(job.output / "results.json", json.dumps(results, indent=1))
     report.write_report(results, job.output / "report.html")
     if job.resumable:  # an evaluation in between leaves what an interrupted run goes on from
@@ -312,7 +314,7 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
 def read_results(output: Path) -> dict[str, Any]:
     """results.json of a run. Raises DataError when it is absent or damaged."""
     try:
-        return json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{output}: no readable results.json ({error}). Make it with `hlora run` or `hlora evaluate`."
@@ -345,7 +347,7 @@ def _timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     before = results["seconds"].get(phase, 0.0)  # trained, but not measured, when the run was interrupted
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
-        document = {"made_from": _made_from(job), "results": results}
+        document = {"made_from": _made_from(job), "results": redacted(results)}
         write_text(job.output / UNFINISHED, json.dumps(document))
 
 
@@ -365,13 +367,14 @@ def _unfinished(job: Job, command: str) -> dict[str, Any]:
         logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
     _forget(job)
     results = _start(job, command)
-    write_text(job.output / UNFINISHED, json.dumps({"made_from": _made_from(job), "results": results}))
+    write_text(job.output / UNFINISHED, json.dumps({"made_from": _made_from(job), "results": redacted(results)}))
     return results
 
 
 def _made_from(job: Job) -> str:
-    """A digest of what determines a run's results."""
-    facts = {"config": job.config.model_dump(exclude={"output"}), "hlora": version("hlora")}
+    """A digest of what determines a run's results. Another token is no other run."""
+    config = without_secret_fields(job.config.model_dump(exclude={"output"}))
+    facts = {"config": config, "hlora": version("hlora")}
     facts |= {"general": job.general.facts, "domain": job.domain.facts}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

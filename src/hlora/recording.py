@@ -26,6 +26,7 @@ from hlora.files import building, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.pipeline import Job, recorder_for, squared_gradients
+from hlora.redaction import redacted, without_secret_fields
 from hlora.trainer import train
 
 
@@ -75,14 +76,14 @@ def general_phase(job: Job) -> Path:
             tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
             save_file(tensors, directory / f"{kind}.safetensors", {"state": json.dumps(state)})
         facts = {"made_from": made_from, "history": history, "seconds": seconds}
-        write_text(directory / "recording.json", json.dumps(facts, indent=1))
+        write_text(directory / "recording.json", json.dumps(redacted(facts), indent=1))
         model.unload()
 
     training = config.training.of_record()
     made_from = {
         **config.model_dump(include={"model", "lora", "seed"}),
         "kinds": [kind for kind, _ in kinds],
-        "training": training,
+        "training": without_secret_fields(training),
         "stop_at_move": config.importance.stop_at_move,
         "text": job.general.facts,
     }

@@ -27,6 +27,7 @@ from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
+from hlora.redaction import without_secret_fields
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -234,7 +235,8 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
     try:
         return SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from None
+        refused = f"trl.SFTConfig refuses {without_secret_fields(arguments)}"
+        raise ConfigError(f"training: {refused}: {' '.join(str(error).split())}") from None
 
 
 def train(
@@ -261,6 +263,8 @@ def train(
     if resumable:
         defaults |= {"save_only_model": True, "save_total_limit": 2}  # two: the newest may be cut short
     config = sft_arguments(output, {**defaults, **arguments}, seed)
+    if not config.push_to_hub:
+        config.hub_token = None  # Trainer pickles its arguments into each checkpoint
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK:
         disable_progress_bars()

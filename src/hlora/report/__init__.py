@@ -31,6 +31,7 @@ from rich.text import Text
 
 from hlora import figures
 from hlora.figures import arm_label, change, number, phase_label
+from hlora.redaction import redacted
 from hlora.report.page import write_page
 from hlora.report.verdict import Verdict, figure, improved, main_arm, percent, verdict
 
@@ -61,7 +62,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
     """Write report.html: one file without scripts and outside addresses, everything in it escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__name__).joinpath("template.html").read_text(encoding="utf-8"))
-    write_page(template.render(_page(results)), path)
+    write_page(template.render(_page(redacted(results))), path)
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[Row]:

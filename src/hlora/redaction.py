@@ -1,0 +1,95 @@
+"""Secrets stay out of what is written and printed: tokens, keys and passwords become <redacted>.
+
+A secret is known by the name of its field or variable (hub_token, WANDB_API_KEY, PGPASSWORD), by being the value of an
+environment variable of such a name, by its shape (hf_…, sk-…, a JWT), or by its place in an address (user:password@).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MARK = "<redacted>"
+
+_NAME = re.compile(
+    r"secret|passw(or)?d|passphrase|credential|(api|access|private|auth)[_-]?key|(?<!eos_)(?<!pad_)(?<!bos_)token$",
+    re.I,
+)
+_SHAPES = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bsk-[\w-]{16,}"  # OpenAI, Anthropic and those that copy them
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
+    r"|\bxox[abeprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
+    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"  # a JSON web token
+    r"|(?<=\bBearer )[\w.~+/=-]{8,}"
+    r"|(?<=://)[^\s/@'\"]+(?=@)"  # https://user:password@host
+)
+# name=value, as on a command line or in an address; 'name': 'value', as Python and JSON show a mapping.
+_ASSIGNED = re.compile(r"""([\w.-]+)(=)("[^"]*"|'[^']*'|[^\s'"&,;)]+)|(?<=['"])([\w.-]+)(['"]: )("[^"]*"|'[^']*')""")
+_LEAST = 8  # characters of an environment variable's value that is a secret: `yes` is none
+
+
+def redacted(value: Any) -> Any:
+    """A copy of nested mappings, lists and text without secrets. Other values are passed on as they are."""
+    return _everywhere(without_secret_fields(value), _values_of_environment())
+
+
+def redact_text(text: str) -> str:
+    """The text without secrets."""
+    return _everywhere(text, _values_of_environment())
+
+
+def redact_argument(argument: str) -> str:
+    """One word of a command line without secrets; of `field=value` with a secret's name the whole value goes."""
+    name, separator, _ = argument.partition("=")
+    return f"{name}={MARK}" if separator and is_secret_name(name) else redact_text(argument)
+
+
+def without_secret_fields(value: Any) -> Any:
+    """The same with the text of each field that has a secret's name taken out."""
+    if isinstance(value, Mapping):
+        return {
+            key: MARK if isinstance(each, str) and is_secret_name(str(key)) else without_secret_fields(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secret_fields(each) for each in value]
+    return value
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a field, by its path, or a variable of that name holds a secret; eos_token and its like do not."""
+    return any(_NAME.search(part) for part in name.split("."))
+
+
+class RedactingFormatter(logging.Formatter):
+    """A log line, with the traceback that it may have, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
+def _everywhere(value: Any, secrets: re.Pattern[str] | None) -> Any:
+    if isinstance(value, str):
+        text = value if secrets is None else secrets.sub(MARK, value)
+        return _ASSIGNED.sub(_assignment, _SHAPES.sub(MARK, text))
+    if isinstance(value, Mapping):
+        return {_everywhere(key, secrets): _everywhere(each, secrets) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_everywhere(each, secrets) for each in value]
+    return value
+
+
+def _assignment(found: re.Match[str]) -> str:
+    name, between = found[1] or found[4], found[2] or found[5]
+    if not is_secret_name(name):
+        return found[0]
+    return f"{name}{between}{MARK}" if found[1] else f"{name}{between}'{MARK}'"
+
+
+def _values_of_environment() -> re.Pattern[str] | None:
+    values = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _LEAST}
+    return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
