@@ -14,6 +14,9 @@ from pathlib import Path
 
 from hlora.errors import ConfigError
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Suffixes of files that PyTorch and others unpickle."""
+
 
 def make_directory(directory: Path) -> None:
     """Make a directory for output. Raises ConfigError when it cannot be made or written to."""
@@ -62,6 +65,19 @@ def write_text(path: Path, text: str) -> None:
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
+
+
+def how_to_convert(directory: Path) -> str:
+    """A hint, with a space before it, where a directory holds pickled weights; empty where it holds none."""
+    found = (path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    pickles = sorted(name for name in found if not name.startswith(("training_args", "optimizer", "scheduler", "rng")))
+    if not pickles:
+        return ""
+    code = (
+        "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+        f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{Path(pickles[0]).stem}.safetensors')"
+    )
+    return f' {pickles[0]} is a pickle, which can hold code and is not read. If you trust it: python -c "{code}"'
 
 
 def flush(path: Path) -> None:

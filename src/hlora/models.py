@@ -28,6 +28,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
 from hlora.errors import ConfigError, first_line
+from hlora.files import PICKLES, how_to_convert
 
 logger = logging.getLogger("hlora")
 
@@ -44,6 +45,8 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if config.gguf_file:
         options["gguf_file"] = config.gguf_file
     quantised = _quantisation(config, dtype, device)
+    if (Path(name) / "adapter_config.json").exists():  # Transformers would load the base that it names, and its pickles
+        raise ConfigError(f"model.name: {config.name} is an adapter, or has one in it. Name the base model alone.")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -173,9 +176,12 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
     if "custom code" in str(error):
         remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
     elif Path(name).is_dir():
-        remedy = "The directory needs config.json, safetensors weights and a tokenizer"
+        remedy = f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
         if not config.gguf_file and list(Path(name).glob("*.gguf")):
             remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
+    elif Path(name).suffix in PICKLES:
+        remedy = "A pickle can hold code and is not read; name a directory with config.json and safetensors weights"
     else:
         remedy = "It is no directory here; as a hub name it needs the network, and a login if the model is gated"
-    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}."
+    end = "" if remedy.endswith('"') else "."
+    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}{end}"

@@ -33,6 +33,7 @@ from hlora.models import attach_lora, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
 from hlora.recorder import ImportanceRecorder
 from hlora.redaction import redacted, without_secret_fields
+from hlora.saved_adapter import check_adapter, load_adapter
 from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
@@ -62,7 +63,7 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
             _measure(job, results, "after_general", lambda: at_general_adapter(job, importance))
 
         adapter = _tuned(job, results, importance)
-        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+        _measure(job, results, "hlora", lambda: load_adapter(job.base, adapter))
 
         for arm in config.baselines:
             start = importance if arm == "lora_nu_mu" else None
@@ -269,17 +270,16 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     Curves and times of the phases stay as an earlier results.json has them.
     """
     adapter = Path(config.output) / "adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise DataError(f"{adapter}: no adapter_model.safetensors. Make it with `hlora tune` or `hlora run` first.")
     with alone(Path(config.output)):
         job = Job.open(config)
+        check_adapter(job.base, adapter, config.lora.rank)
         results = _start(job, command)
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": earlier["history"], "seconds": seconds}
         _measure(job, results, "base", lambda: job.base)
-        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+        _measure(job, results, "hlora", lambda: load_adapter(job.base, adapter))
         if (job.output / "importance").is_dir():
             results["importance"] = describe(Importance.load(job.output / "importance"), config)
         return finish(job, results)
