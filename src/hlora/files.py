@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from hlora.errors import ConfigError
 
@@ -37,7 +38,8 @@ def alone(directory: Path) -> Iterator[None]:
     Raises ConfigError that names the process which has it, and since when; or that it cannot be written.
     """
     make_directory(directory)
-    with (directory / ".lock").open("a+", encoding="utf-8") as lock:
+    refuse_links(directory)
+    with open_lock(directory / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,6 +54,24 @@ def alone(directory: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         yield
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises ConfigError for a symbolic link in an output directory where a write or a removal would follow it.
+
+    The directory itself may be one. A linked file or artefact below it is replaced, and what it points to stays.
+    """
+    for path in (directory / ".lock", directory / "logs", *directory.glob("logs/*"), *directory.glob("logs/*/*")):
+        if path.is_symlink():
+            raise ConfigError(
+                f"output: {path} is a link to {path.readlink()}, and what is written there would be too. Remove the "
+                "link, or name another directory."
+            )
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A file to lock, made if it is not there. Raises OSError where it is a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,7 +135,7 @@ def building(directory: Path) -> Iterator[Path]:
             if previous.exists():
                 previous.rename(directory)
             raise
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -131,10 +151,16 @@ def clear(path: Path) -> None:
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """A file, a directory, or a link to one, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(config, name, error)) from None
+    _check_tokenizer(config, tokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)
@@ -66,6 +67,32 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     precision = config.quantization or model.dtype
     logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", precision, model.device)
     return model, tokenizer
+
+
+def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> None:
+    """Raises ConfigError that names the first field of `lengths` (field → tokens) above the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    for field, length in lengths.items():
+        if context and length and length > context:
+            raise ConfigError(
+                f"{field}: {length} tokens, but the model's context is {context}. Set it to at most that."
+            )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has neither a pad nor an end token, and rows are padded with "
+            "one. Set pad_token in its tokenizer_config.json to a token that it has."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary ends at "
+            f"{rows - 1}. Use the model's own tokenizer, or resize the embeddings and save it."
+        )
 
 
 def keep_trainable(model: nn.Module) -> None:

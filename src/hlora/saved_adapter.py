@@ -20,12 +20,12 @@ logger = logging.getLogger("hlora")
 _PREFIX = "base_model.model."
 
 
-def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, directory: Path, rank: int | None = None) -> PeftModel:
     """The base model with the adapter of a directory on it.
 
-    Raises ArtifactError when it is pickled, damaged, no LoRA, incomplete or made for another base model.
+    Raises ArtifactError when it is pickled, damaged, no LoRA, incomplete, or of another base model or `rank`.
     """
-    check_adapter(base, directory)
+    check_adapter(base, directory, rank)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # it would make them up
@@ -78,7 +78,7 @@ def _config(directory: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"expected an adapter of peft_type LORA, got {str(kind)[:80]!r}")
-        for field in ("megatron_config", "auto_mapping", "layer_replication"):
+        for field in ("megatron_config", "layer_replication"):
             if config.get(field):
                 raise ValueError(f"{field} is set, which is not a plain LoRA's")
         ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
