@@ -145,7 +145,7 @@ def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
     training, importance, evaluation = config.training, config.importance, config.evaluation
     found = {f"training.{part}.max_length": getattr(training, part).get("max_length") for part in _PARTS}
     if "window" in evaluation.model_fields_set:
-        found["evaluation.window"] = evaluation.window
+        found["evaluation.window"] = min(evaluation.window, evaluation.max_tokens)
     if importance.method == "squared_gradients":
         found["importance.sequence_length"] = importance.sequence_length
     if config.general.source == "model":
