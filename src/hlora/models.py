@@ -87,7 +87,11 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
         )
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # Transformers gives some tokenizers, those of GGUF files, a special token of its own that no text has.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    unused = special - {*tokenizer.all_special_tokens}
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in unused}
+    token, number = max(vocabulary.items(), key=lambda item: item[1])
     if number >= rows:
         raise ConfigError(
             f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary ends at "

@@ -218,7 +218,7 @@ def test_a_length_above_the_models_context_is_refused_by_its_field(
 
 
 def test_a_comparison_refuses_a_length_above_the_models_context(comparison_config: CompareConfig) -> None:
-    comparison_config.evaluation.window = 257
+    comparison_config.evaluation.window, comparison_config.evaluation.max_tokens = 257, 300
     with pytest.raises(ConfigError, match=r"evaluation\.window: 257 tokens"):
         Grid.open(comparison_config)
 
