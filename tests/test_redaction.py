@@ -111,6 +111,11 @@ def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
 ) -> None:
     planted["training"]["record"]["save_steps"], planted["training"]["record"]["save_strategy"] = 2, "steps"
     with monkeypatch.context() as cut:
+        cut.setattr(pipeline, "measure", lambda *_: 1 / 0)  # before anything is finished
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run(parse_config(planted), f"hlora run {SHAPES[0]}")
+        assert (tmp_path / "out" / "unfinished.json").exists() and found_in(tmp_path / "out") == []
+    with monkeypatch.context() as cut:
         cut.setattr(pipeline, "tune_phase", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pipeline.run(parse_config(planted), f"hlora run {SHAPES[0]}")
@@ -128,16 +133,23 @@ def test_a_comparison_leaves_no_secret_in_its_files(
     def fails(*_: Any) -> Any:
         raise RuntimeError(f"the server refuses {SHAPES[0]} of https://{ADDRESS}@example.org/?token={FIELD}")
 
-    monkeypatch.setitem(METHODS, "lora_after_general", fails)
+    monkeypatch.setitem(METHODS, "rslora", fails)
     task = planted.pop("domain")
-    arms = {"Base": {"method": "base"}, "LoRA(μ)": {"method": "lora"}, SHAPES[1]: {"method": "lora_after_general"}}
+    arms = {
+        "Base": {"method": "base"},
+        "LoRA(μ)": {"method": "lora"},
+        "LoRA(ν+μ)": {"method": "lora_after_general"},
+        SHAPES[1]: {"method": "rslora"},
+    }
     planted |= {"seeds": [0], "tasks": {"sums": task}, "arms": arms, "selection": {"rows": 6}}
     planted["evaluation"] |= {"generate": 0, "accuracy": False}
+    planted["training"]["tune"]["save_strategy"] = "epoch"  # Trainer's pickles stay there
     config = tmp_path / "compare.yaml"
     config.write_text(yaml.safe_dump(planted, allow_unicode=True), encoding="utf-8")
     status = command_line(monkeypatch, "compare", config, "--set", f"training.tune.hub_token={FIELD}")
     shown = capfd.readouterr()
     assert status == 0, shown.err
+    assert list(tmp_path.rglob("training_args.bin")) and list(tmp_path.rglob("recording.json"))
     assert "failed" in shown.err and "comparison.json" in {file.name for file in (tmp_path / "out").iterdir()}
     assert found_in(tmp_path / "out") == []
     none_in(shown.out + shown.err)

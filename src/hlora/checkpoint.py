@@ -29,12 +29,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.errors import ArtifactError, first_line
-from hlora.files import flush, sha256, write_text
+from hlora.files import PICKLES, flush, sha256, write_text
 
 logger = logging.getLogger("hlora")
 
 _EVERY = 300.0  # seconds between checkpoints
-_PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TENSOR = "tensor"  # key of a mapping that stands for a tensor in JSON
 
 
@@ -125,12 +124,15 @@ def latest(directory: Path) -> Path | None:
 
 
 def check(checkpoint: Path) -> None:
-    """Raises ArtifactError that names what is missing or damaged in a checkpoint."""
+    """Raises ArtifactError that names what a checkpoint lacks, what is damaged, or a pickle for Trainer to read."""
     try:
         sums = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["sha256"]
         for name, expected in sums.items():
             if sha256(checkpoint / Path(name).name) != expected:
                 raise ArtifactError(f"{checkpoint}: {name} is damaged")
+        for file in checkpoint.rglob("*"):
+            if file.suffix in PICKLES:
+                raise ArtifactError(f"{checkpoint}: holds {file.name}, a pickle, as none of hlora's does")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{checkpoint}: not complete ({type(error).__name__}: {error})") from None
 
@@ -145,7 +147,7 @@ def complete(checkpoint: Path) -> None:
     """Take the pickles away, bring all files to the disk, and write the list that says so."""
     files = []
     for file in sorted(checkpoint.iterdir()):
-        if file.suffix in _PICKLES:
+        if file.suffix in PICKLES:
             file.unlink()
         elif file.is_file() and file.name != "complete.json":
             flush(file)

@@ -28,9 +28,9 @@ from hlora import data, pipeline
 from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, parse_config
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import write_text
+from hlora.files import refuse_links, write_text
 from hlora.methods import METHODS, fisher
-from hlora.models import load_base
+from hlora.models import check_lengths, load_base
 from hlora.pipeline import Job
 from hlora.recording import Busy, claim, digest, importance
 from hlora.redaction import redacted, without_secret_fields
@@ -136,6 +136,7 @@ class Grid:
         output = Path(config.output)
         try:
             output.mkdir(parents=True, exist_ok=True)
+            refuse_links(output)
             shown = redacted(config.model_dump())
             write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         except OSError as error:
@@ -145,6 +146,7 @@ class Grid:
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
+        check_lengths(base, pipeline.lengths(config))
         grid = cls(config, output, base, tokenizer)
         grid.first_cells()  # a wrong arm or row is reported now
         return grid

@@ -333,7 +333,7 @@ def _domain_source(config: DomainConfig, source: str, split: str | None) -> Rows
 
 
 def _is_file(source: str) -> bool:
-    return Path(source).suffix in (".jsonl", ".json", ".parquet", ".csv")
+    return Path(source).suffix in (".jsonl", ".json", ".parquet", ".csv") or Path(source).is_file()
 
 
 def _hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Any:

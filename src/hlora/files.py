@@ -11,8 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from hlora.errors import ConfigError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Suffixes of files that PyTorch and others unpickle."""
 
 
 def make_directory(directory: Path) -> None:
@@ -34,7 +38,8 @@ def alone(directory: Path) -> Iterator[None]:
     Raises ConfigError that names the process which has it, and since when; or that it cannot be written.
     """
     make_directory(directory)
-    with (directory / ".lock").open("a+", encoding="utf-8") as lock:
+    refuse_links(directory)
+    with open_lock(directory / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,6 +56,24 @@ def alone(directory: Path) -> Iterator[None]:
         yield
 
 
+def refuse_links(directory: Path) -> None:
+    """Raises ConfigError for a symbolic link in an output directory where a write or a removal would follow it.
+
+    The directory itself may be one. A linked file or artefact below it is replaced, and what it points to stays.
+    """
+    for path in (directory / ".lock", directory / "logs", *directory.glob("logs/*"), *directory.glob("logs/*/*")):
+        if path.is_symlink():
+            raise ConfigError(
+                f"output: {path} is a link to {path.readlink()}, and what is written there would be too. Remove the "
+                "link, or name another directory."
+            )
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A file to lock, made if it is not there. Raises OSError where it is a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,6 +85,19 @@ def write_text(path: Path, text: str) -> None:
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
+
+
+def how_to_convert(directory: Path) -> str:
+    """A hint, with a space before it, where a directory holds pickled weights; empty where it holds none."""
+    found = (path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    pickles = sorted(name for name in found if not name.startswith(("training_args", "optimizer", "scheduler", "rng")))
+    if not pickles:
+        return ""
+    code = (
+        "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+        f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{Path(pickles[0]).stem}.safetensors')"
+    )
+    return f' {pickles[0]} is a pickle, which can hold code and is not read. If you trust it: python -c "{code}"'
 
 
 def flush(path: Path) -> None:
@@ -99,7 +135,7 @@ def building(directory: Path) -> Iterator[Path]:
             if previous.exists():
                 previous.rename(directory)
             raise
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -115,10 +151,16 @@ def clear(path: Path) -> None:
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """A file, a directory, or a link to one, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:

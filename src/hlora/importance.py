@@ -25,7 +25,7 @@ from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
-from hlora.files import building, sha256
+from hlora.files import building, how_to_convert, sha256
 from hlora.redaction import redacted
 
 FORMAT = 1
@@ -250,7 +250,7 @@ class Importance:
         ) as error:  # fmt: skip
             raise ArtifactError(
                 f"{directory}: not a readable importance ({type(error).__name__}: {error}). "
-                f"Expected the files {', '.join(_FILES)}; copy it again or record again."
+                f"Expected the files {', '.join(_FILES)}; copy it again or record again.{how_to_convert(directory)}"
             ) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
 from hlora.errors import ConfigError, first_line
+from hlora.files import PICKLES, how_to_convert
 
 logger = logging.getLogger("hlora")
 
@@ -44,6 +45,8 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if config.gguf_file:
         options["gguf_file"] = config.gguf_file
     quantised = _quantisation(config, dtype, device)
+    if (Path(name) / "adapter_config.json").exists():  # Transformers would load the base that it names, and its pickles
+        raise ConfigError(f"model.name: {config.name} is an adapter, or has one in it. Name the base model alone.")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -55,6 +58,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(config, name, error)) from None
+    _check_tokenizer(config, tokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)
@@ -63,6 +67,36 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     precision = config.quantization or model.dtype
     logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", precision, model.device)
     return model, tokenizer
+
+
+def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> None:
+    """Raises ConfigError that names the first field of `lengths` (field → tokens) above the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    for field, length in lengths.items():
+        if context and length and length > context:
+            raise ConfigError(
+                f"{field}: {length} tokens, but the model's context is {context}. Set it to at most that."
+            )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has neither a pad nor an end token, and rows are padded with "
+            "one. Set pad_token in its tokenizer_config.json to a token that it has."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    # Transformers gives some tokenizers, those of GGUF files, a special token of its own that no text has.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    unused = special - {*tokenizer.all_special_tokens}
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in unused}
+    token, number = max(vocabulary.items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary ends at "
+            f"{rows - 1}. Use the model's own tokenizer, or resize the embeddings and save it."
+        )
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -173,9 +207,12 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
     if "custom code" in str(error):
         remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
     elif Path(name).is_dir():
-        remedy = "The directory needs config.json, safetensors weights and a tokenizer"
+        remedy = f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
         if not config.gguf_file and list(Path(name).glob("*.gguf")):
             remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
+    elif Path(name).suffix in PICKLES:
+        remedy = "A pickle can hold code and is not read; name a directory with config.json and safetensors weights"
     else:
         remedy = "It is no directory here; as a hub name it needs the network, and a login if the model is gated"
-    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}."
+    end = "" if remedy.endswith('"') else "."
+    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}{end}"

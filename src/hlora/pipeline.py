@@ -22,22 +22,25 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hlora import checkpoint, data, report
+from hlora.adapters import adapted_matrices
 from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
-from hlora.config import GeneralSource, ImportanceConfig, RunConfig
-from hlora.errors import DataError, first_line
+from hlora.config import CompareConfig, GeneralSource, ImportanceConfig, RunConfig
+from hlora.errors import ArtifactError, DataError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import alone, building, make_directory, write_text
 from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
-from hlora.models import attach_lora, load_base
+from hlora.models import attach_lora, check_lengths, load_base
 from hlora.penalty import ImportancePenalty, layer_coefficients
 from hlora.recorder import ImportanceRecorder
 from hlora.redaction import redacted, without_secret_fields
+from hlora.saved_adapter import load_adapter
 from hlora.trainer import sft_arguments, train
 
 logger = logging.getLogger("hlora")
 
 UNFINISHED = "unfinished.json"  # what a run has finished so far; absent once it is done
+_PARTS = ("common", "record", "tune")
 _PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
 
 History = list[dict[str, Any]]
@@ -62,7 +65,7 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
             _measure(job, results, "after_general", lambda: at_general_adapter(job, importance))
 
         adapter = _tuned(job, results, importance)
-        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+        _measure(job, results, "hlora", lambda: load_adapter(job.base, adapter))
 
         for arm in config.baselines:
             start = importance if arm == "lora_nu_mu" else None
@@ -121,6 +124,7 @@ class Job:
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seed)
         base, tokenizer = load_base(config.model)
+        check_lengths(base, lengths(config))
         job = cls(config, base, tokenizer, output, resumable=resumable)
         job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
         write_text(output / "config.yaml", yaml.safe_dump(redacted(config.model_dump()), sort_keys=False))
@@ -135,6 +139,19 @@ class Job:
     def domain(self) -> data.DomainRows:
         space = data.Space.of(self.base, self.tokenizer, self.config.training.of_tune())
         return data.domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, space)
+
+
+def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
+    """Tokens of a row by field, for those that the user has set; TRL's own default of max_length is for any model."""
+    training, importance, evaluation = config.training, config.importance, config.evaluation
+    found = {f"training.{part}.max_length": getattr(training, part).get("max_length") for part in _PARTS}
+    if "window" in evaluation.model_fields_set:
+        found["evaluation.window"] = min(evaluation.window, evaluation.max_tokens)
+    if importance.method == "squared_gradients":
+        found["importance.sequence_length"] = importance.sequence_length
+    if config.general.source == "model":
+        found["general.sample_tokens"] = config.general.sample_tokens
+    return found
 
 
 def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
@@ -270,20 +287,36 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     Curves and times of the phases stay as an earlier results.json has them.
     """
     adapter = Path(config.output) / "adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise DataError(f"{adapter}: no adapter_model.safetensors. Make it with `hlora tune` or `hlora run` first.")
     with alone(Path(config.output)):
         job = Job.open(config)
+        _check_adapter(job, adapter)
         results = _start(job, command)
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": earlier["history"], "seconds": seconds}
         _measure(job, results, "base", lambda: job.base)
-        _measure(job, results, "hlora", lambda: PeftModel.from_pretrained(job.base, str(adapter)))
+        _measure(job, results, "hlora", lambda: load_adapter(job.base, adapter))
         if (job.output / "importance").is_dir():
             results["importance"] = describe(Importance.load(job.output / "importance"), config)
         return finish(job, results)
+
+
+def _check_adapter(job: Job, directory: Path) -> None:
+    """Raises ArtifactError when the adapter is not of the job's rank and base model, now and not after measuring that.
+
+    The importance beside it, if there is one, knows the base model by its weights.
+    """
+    model = load_adapter(job.base, directory, job.config.lora.rank)
+    recorded = job.output / "importance"
+    if recorded.is_dir():
+        importance = Importance.load(recorded)
+        matrices = adapted_matrices(model, unprotected="warn")
+        try:
+            importance.covering([matrix for matrix in matrices if matrix.name in importance.matrices])
+        except ArtifactError as error:
+            raise ArtifactError(f"{recorded}: {error}") from None
+    model.unload()
 
 
 def save_adapter(model: PeftModel, directory: Path) -> Path:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hlora.adapters import adapted_matrices
-from hlora.files import building, write_text
+from hlora.files import building, open_lock, write_text
 from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.pipeline import Job, recorder_for, squared_gradients
@@ -120,7 +120,7 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
 def claim(path: Path) -> Iterator[bool]:
     """Whether this process alone works on `path` now. The operating system frees the claim of a killed process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
+    with open_lock(path.with_name(f"{path.name}.lock")) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -27,7 +27,6 @@ from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
-from hlora.redaction import without_secret_fields
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -235,8 +234,7 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
     try:
         return SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     except (ValueError, TypeError, ImportError) as error:
-        refused = f"trl.SFTConfig refuses {without_secret_fields(arguments)}"
-        raise ConfigError(f"training: {refused}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from None
 
 
 def train(

@@ -1,0 +1,301 @@
+"""Adapters, tokenizers, lengths and links that do not fit: one message that names the culprit, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import record
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_corpus import HOSTILE, leaves
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hlora import files, pipeline, recording
+from hlora.comparison import Grid
+from hlora.config import CompareConfig, ModelConfig, parse_config
+from hlora.errors import ArtifactError, ConfigError, HloraError
+from hlora.importance import Importance
+from hlora.models import check_lengths, load_base, pick_device
+from hlora.saved_adapter import load_adapter
+
+
+@pytest.fixture
+def base(model_dir: str) -> PreTrainedModel:
+    return load_base(ModelConfig(name=model_dir, device="cpu"))[0]
+
+
+@pytest.fixture
+def adapter(peft_model: PeftModel, tmp_path: Path) -> Path:
+    """A sound adapter of rank 4 of the tiny Llama."""
+    peft_model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def adapter_of(directory: Path, rank: int = 4, targets: Any = ("q_proj", "v_proj"), **changes: Any) -> Path:
+    """An adapter of a Llama like the tiny one but for `changes`."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=384, **{**shape, "num_key_value_heads": 2, **changes}))
+    get_peft_model(model, LoraConfig(r=rank, target_modules=list(targets))).save_pretrained(str(directory))
+    return directory
+
+
+def change(adapter: Path, **fields: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+def test_a_sound_adapter_loads_and_the_base_is_as_before_after_it(base: PreTrainedModel, adapter: Path) -> None:
+    names = [name for name, _ in base.named_modules()]
+    load_adapter(base, adapter, rank=4).unload()
+    assert [name for name, _ in base.named_modules()] == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_size": 64}, r"adapter: model\.layers\.0\.self_attn\.q_proj of .* has in_features 32, .*A is 4 × 64"),
+        ({"num_key_value_heads": 4}, r"v_proj of .* has out_features 16, the adapter's B is 32 × 4.*set model\.name"),
+        ({"num_hidden_layers": 3}, r"adapts 'model\.layers\.2\.self_attn\.q_proj', which .*tiny-llama\S* lacks"),
+    ],
+)
+def test_an_adapter_of_another_base_says_what_is_unlike(
+    changes: dict[str, int], expected: str, base: PreTrainedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=expected):
+        load_adapter(base, adapter_of(tmp_path / "adapter", **changes))
+
+
+def test_an_adapter_of_another_rank_names_both(base: PreTrainedModel, adapter: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"adapter: the adapter is of rank 4, lora\.rank is 8"):
+        load_adapter(base, adapter, rank=8)
+    change(adapter, r=8)
+    with pytest.raises(ArtifactError, match=r"says rank 8, the matrices have 4"):
+        load_adapter(base, adapter)
+    change(adapter, r=4, rank_pattern={"q_proj": 2**40})  # PEFT would make room for it
+    with pytest.raises(ArtifactError, match=r"says rank 4, 1099511627776, the matrices have 4"):
+        load_adapter(base, adapter)
+
+
+def test_an_adapter_without_all_its_matrices_is_refused_and_none_is_made_up(
+    base: PreTrainedModel, adapter: Path
+) -> None:
+    path = adapter / "adapter_model.safetensors"
+    factors = load_file(path)
+    save_file({name: tensor for name, tensor in factors.items() if "layers.1.self_attn.v_proj" not in name}, path)
+    with pytest.raises(ArtifactError, match=r"adapter: PEFT cannot read this adapter .*missing adapter keys"):
+        load_adapter(base, adapter)
+
+
+def test_an_adapter_with_a_number_that_is_not_finite_is_refused(base: PreTrainedModel, adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    factors = load_file(path)
+    next(iter(factors.values()))[0, 0] = float("nan")
+    save_file(factors, path)
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors: .*not every number is finite"):
+        load_adapter(base, adapter)
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_an_adapter_with_a_hostile_header_is_refused(content: bytes, base: PreTrainedModel, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"adapter"):
+        load_adapter(base, adapter)
+
+
+def test_an_adapter_cut_anywhere_is_refused_and_one_with_a_flipped_bit_is_too_or_loads(
+    base: PreTrainedModel, adapter: Path
+) -> None:
+    draw, refused = random.Random(0), 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (adapter / name).read_bytes()
+        for step in range(64):
+            (adapter / name).write_bytes(whole[: len(whole) * step // 64])
+            with pytest.raises(ArtifactError, match=name):
+                load_adapter(base, adapter)
+        for place in draw.sample(range(min(2_000, len(whole))), 64):  # the header, and a little of the numbers
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << draw.randrange(8)
+            (adapter / name).write_bytes(flipped)
+            try:
+                load_adapter(base, adapter).unload()
+            except HloraError:
+                refused += 1
+        (adapter / name).write_bytes(whole)
+    assert refused >= 40
+
+
+def test_wrong_values_in_an_adapters_settings_are_refused_or_harmless(base: PreTrainedModel, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    cases = refused = 0
+    for place in leaves(
+        {key: document[key] for key in ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern")}
+    ):
+        for value in (None, "", "text", -1, 0, 2**40, 1.5, True, [], {}, [None], {"a": {}}, "x" * 10_000):
+            cases += 1
+            path.write_text(json.dumps({**document, place[0]: value}), encoding="utf-8")
+            try:
+                load_adapter(base, adapter).unload()
+            except HloraError:
+                refused += 1
+    assert cases >= 65 and refused >= 40
+    for content in (b"[" * 20_000, b"", b"[]", b"null", b"\xff", b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"adapter_config\.json: not a readable LoRA"):
+            load_adapter(base, adapter)
+
+
+def test_evaluating_an_adapter_of_another_model_costs_no_earlier_result(
+    job_fields: dict[str, Any], tmp_path: Path, peft_model: PeftModel, token_ids: Tensor
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "results.json").write_text("{}", encoding="utf-8")
+    config = parse_config(job_fields)
+    adapter_of(output / "adapter", hidden_size=64)
+    with pytest.raises(ArtifactError, match=r"out/adapter: .*q_proj of .* has in_features 32"):
+        pipeline.evaluate_output(config)
+    shutil.rmtree(output / "adapter")
+    adapter_of(output / "adapter")  # of the same shape: the importance beside it knows the weights
+    with torch.no_grad():
+        for parameter in peft_model.base_model.model.parameters():
+            parameter.mul_(1.5)
+    record(peft_model, token_ids, "factored", steps=1).save(output / "importance")
+    with pytest.raises(ArtifactError, match=r"out/importance: .*the base weights are not those"):
+        pipeline.evaluate_output(config)
+    assert (output / "results.json").read_text(encoding="utf-8") == "{}"
+
+
+# Tokenizers, lengths, devices
+
+
+@pytest.fixture
+def copy(model_dir: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_refused(copy: Path) -> None:
+    path = copy / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
+    with pytest.raises(ConfigError, match=r"model\.name: the tokenizer of .* neither a pad nor an end token"):
+        load_base(ModelConfig(name=str(copy), device="cpu"))
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(copy: Path) -> None:
+    _, tokenizer = load_base(ModelConfig(name=str(copy), device="cpu"))
+    tokenizer.add_tokens(["<one-too-many>"])
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(ConfigError, match=r"token 384, '<one-too-many>'; the model's vocabulary ends at 383"):
+        load_base(ModelConfig(name=str(copy), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["evaluation.window", "training.common.max_length", "training.record.max_length", "training.tune.max_length",
+     "importance.sequence_length", "general.sample_tokens"],
+)  # fmt: skip
+def test_a_length_above_the_models_context_is_refused_by_its_field(
+    field: str, job_fields: dict[str, Any], base: PreTrainedModel
+) -> None:
+    job_fields["penalty"] = {"anchor": "base"}
+    job_fields["importance"] = {"method": "squared_gradients"}
+    job_fields["general"]["source"] = "model"
+    for length, fits in ((256, True), (257, False)):
+        config = parse_config(job_fields, overrides=[f"{field}={length}"])
+        if fits:
+            check_lengths(base, pipeline.lengths(config))
+            continue
+        with pytest.raises(ConfigError, match=rf"^{field}: 257 tokens, but the model's context is 256"):
+            pipeline.Job.open(config)
+
+
+def test_a_comparison_refuses_a_length_above_the_models_context(comparison_config: CompareConfig) -> None:
+    comparison_config.evaluation.window, comparison_config.evaluation.max_tokens = 257, 300
+    with pytest.raises(ConfigError, match=r"evaluation\.window: 257 tokens"):
+        Grid.open(comparison_config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the GPU that must be absent")
+def test_a_gpu_that_is_not_here_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device: 'cuda' cannot be used here .* Try auto"):
+        pick_device("cuda")
+
+
+# Symbolic links
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A directory that nothing may change, with a file in it."""
+    directory = tmp_path / "elsewhere"
+    (directory / "checkpoint-1").mkdir(parents=True)
+    (directory / "file").write_text("mine", encoding="utf-8")
+    return directory
+
+
+def test_a_file_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path, elsewhere: Path) -> None:
+    (tmp_path / "results.json").symlink_to(elsewhere / "file")
+    files.write_text(tmp_path / "results.json", "new")
+    assert not (tmp_path / "results.json").is_symlink()
+    assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_directory_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path, elsewhere: Path) -> None:
+    (tmp_path / "adapter").symlink_to(elsewhere)
+    with files.building(tmp_path / "adapter") as fresh:
+        (fresh / "new").touch()
+    assert names(tmp_path / "adapter") == ["new"] and not (tmp_path / "adapter").is_symlink()
+    assert names(elsewhere) == ["checkpoint-1", "file"]
+    assert names(tmp_path) == ["adapter", "elsewhere"]
+    (tmp_path / ".adapter.999999999.old").symlink_to(elsewhere)  # an interrupted one's
+    files.clear(tmp_path / "adapter")
+    assert names(elsewhere) == ["checkpoint-1", "file"]
+    assert names(tmp_path) == ["adapter", "elsewhere"]
+
+
+@pytest.mark.parametrize("place", [".lock", "logs", "logs/record", "logs/record/checkpoint-1"])
+def test_a_link_that_would_be_followed_is_refused_by_name(
+    place: str, job_fields: dict[str, Any], comparison_config: CompareConfig, tmp_path: Path, elsewhere: Path
+) -> None:
+    output = tmp_path / "out"
+    job_fields["domain"] = next(iter(comparison_config.tasks.values())).model_dump()
+    (output / place).parent.mkdir(parents=True)
+    (output / place).symlink_to(elsewhere / "file" if place == ".lock" else elsewhere)
+    comparison_config.output = str(output)
+    for refused in (lambda: pipeline.run(parse_config(job_fields)), lambda: Grid.open(comparison_config)):
+        with pytest.raises(ConfigError, match=rf"output: \S*{place} is a link to \S*elsewhere"):
+            refused()
+    assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
+    assert names(elsewhere) == ["checkpoint-1", "file"]
+
+
+def test_the_lock_of_a_cell_does_not_follow_a_link(tmp_path: Path, elsewhere: Path) -> None:
+    (tmp_path / "cell.json.lock").symlink_to(elsewhere / "file")
+    with pytest.raises(OSError, match=r"cell\.json\.lock"), recording.claim(tmp_path / "cell.json"):
+        pass
+    assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_output_directory_itself_may_be_a_link(tmp_path: Path, elsewhere: Path) -> None:
+    (tmp_path / "out").symlink_to(elsewhere)
+    with files.alone(tmp_path / "out"):
+        files.write_text(tmp_path / "out" / "results.json", "{}")
+    assert (elsewhere / "results.json").is_file()
+
+
+def test_an_importance_through_a_link_reads(tmp_path: Path, peft_model: PeftModel, token_ids: Tensor) -> None:
+    saved = record(peft_model, token_ids, "factored", steps=1).save(tmp_path / "importance")
+    (tmp_path / "linked").symlink_to(saved)
+    assert Importance.load(tmp_path / "linked").norms() == Importance.load(saved).norms()
