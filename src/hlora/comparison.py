@@ -356,7 +356,10 @@ class Grid:
                 kind = self.cell(name, task, cell.config.seed, None).config.importance
                 if kind.method == "path_integral":
                     recorded[kind.encoding, kind.gradient] = kind
-        job = Job(cell.config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
+        config = cell.config.model_copy(deep=True)
+        name = config.training.of_tune().get("run_name", self.output.name)
+        config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
+        job = Job(config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
         job.general = self.general(cell.config)
         job.domain = self.domain(cell.config)[0]
         return job
