@@ -5,6 +5,7 @@ Two machines are two raylets on this one (ray.cluster_utils). Everything runs `h
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -89,7 +90,11 @@ def found_in(output: Path) -> Any:
         cell["config"].pop("output")
     for name in ("config", "command", "provenance"):
         found.pop(name)
-    tables = {path.name: path.read_bytes() for path in (output / "tables").iterdir() if "seconds" not in path.name}
+    tables = {}
+    for path in (output / "tables").glob("*.csv"):
+        with path.open(encoding="utf-8", newline="") as rows:
+            tables[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(rows)]
+    assert tables
     return found, tables
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,15 +67,28 @@ def read_tensorboard(directory: Path) -> Scalars:
     return found
 
 
+def records(log: bytes) -> Iterator[bytes]:
+    """What a .wandb file holds: LevelDB's log format behind 7 bytes. wandb 0.31 reads it in its Go binary alone."""
+    place, record = 7, b""
+    while place + 7 <= len(log):
+        if 32768 - place % 32768 < 7:  # no room for a header: the rest of a block is padding
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack("<HB", log[place + 4 : place + 7])  # behind a checksum
+        record += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
 def read_wandb(directory: Path) -> Scalars:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found: Scalars = {}
     for file in directory.glob("wandb/offline-run-*/*.wandb"):
-        store, run = DataStore(), ""
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        run = ""
+        for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.HasField("run"):
