@@ -93,7 +93,7 @@ def found_in(output: Path) -> Any:
     tables = {}
     for path in (output / "tables").glob("*.csv"):
         with path.open(encoding="utf-8", newline="") as rows:
-            tables[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(rows)]
+            tables[path.name] = [{k: v for k, v in row.items() if k != "Train s"} for row in csv.DictReader(rows)]
     assert tables
     return found, tables
 
