@@ -94,7 +94,7 @@ def main() -> None:
 def recorded(grid: Grid, directory: Path) -> Importance:
     """Squared gradients on 64 sequences of the comparison's general training text, made once."""
     if not directory.is_dir():
-        config = grid._cell("HLoRA", next(iter(grid.config.tasks)), 0, None).config
+        config = grid.cell("HLoRA", next(iter(grid.config.tasks)), 0, None).config
         model = attach_lora(grid.base, config.lora, 0)
         found = fisher_information(model, grid.tokenizer, grid.general(config).train, 64, 128, 0, encoding="factored")
         found.save(directory)
@@ -125,7 +125,7 @@ def run(
 ) -> dict[str, Any]:
     """One domain phase under one budget, and what it cost and brought."""
     seed = settings["seed"]
-    config = grid._cell("HLoRA", settings["task"], seed, None).config
+    config = grid.cell("HLoRA", settings["task"], seed, None).config
     domain, held_out = grid.domain(config)
     model = attach_lora(grid.base, config.lora, seed)
     evaluation, probe = probes

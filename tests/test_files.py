@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from hlora.errors import ConfigError
-from hlora.files import alone, building, write_text
+from hlora.files import alone, beside, building, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -70,31 +71,60 @@ def test_no_directory_is_left_when_building_the_first_one_fails(tmp_path: Path) 
     assert names(tmp_path) == []
 
 
-def dead_pid() -> int:
+def names_of_a_dead_process(*wanted: tuple[Path, str]) -> list[Path]:
+    """As a process that is no more has named what it left."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writing, "\n".join(str(beside(path, kind)) for path, kind in wanted).encode())
         os._exit(0)
+    os.close(writing)
     os.waitpid(child, 0)
-    return child
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        return [Path(line) for line in pipe.read().splitlines()]
 
 
 def test_what_a_dead_process_left_is_cleared_and_what_it_moved_away_comes_back(tmp_path: Path) -> None:
-    dead, mine = dead_pid(), tmp_path / "importance"
-    (tmp_path / f".importance.{dead}.tmp").mkdir()
-    (tmp_path / f".importance.{dead}.old").mkdir()
-    (tmp_path / f".importance.{dead}.old" / "kept").write_text("old")
-    (tmp_path / f".note.json.{dead}.tmp").write_text("half")
+    mine, note = tmp_path / "importance", tmp_path / "note.json"
+    half, moved, text = names_of_a_dead_process((mine, "tmp"), (mine, "old"), (note, "tmp"))
+    half.mkdir()
+    moved.mkdir()
+    (moved / "kept").write_text("old")
+    text.write_text("half")
     with alone(tmp_path):
         assert (mine / "kept").read_text() == "old"
         assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob(".*.old"))
 
 
 def test_what_a_living_process_is_building_stays(tmp_path: Path) -> None:
-    theirs = tmp_path / f".importance.{os.getppid()}.tmp"
+    mine = beside(tmp_path / "importance", "tmp")
+    theirs = mine.with_name(mine.name.replace(f".{os.getpid()}-", f".{os.getppid()}-"))
+    theirs.mkdir()
+    with building(tmp_path / "importance", locked=True):
+        assert theirs.is_dir()
+    assert theirs.is_dir()
+
+
+def test_what_another_machine_is_building_stays_unless_the_directory_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-7.cluster")
+        theirs, *_ = names_of_a_dead_process((tmp_path / "importance", "tmp"))
     theirs.mkdir()
     with building(tmp_path / "importance"):
         assert theirs.is_dir()
-    assert theirs.is_dir()
+    with building(tmp_path / "importance", locked=True):
+        assert not theirs.exists()
+
+
+def test_two_machines_and_two_threads_name_what_they_write_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = beside(tmp_path / "cell.json", "tmp")
+    assert beside(tmp_path / "cell.json", "tmp") != here
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster")
+    assert beside(tmp_path / "cell.json", "tmp").name.split("-", 2)[2] == "node-7_cluster.tmp"
 
 
 def test_a_directory_is_kept_to_one_process_until_it_ends(tmp_path: Path) -> None:

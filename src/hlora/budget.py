@@ -412,8 +412,8 @@ class Steering:
 class BudgetCallback(TrainerCallback, ExportableState):
     """A ForgettingBudget inside Trainer. Made by `budget.callback()`.
 
-    The log entry that follows a probe has probe_step, probe_rise, probe_stderr and budget; every one has phi, the next
-    step's. The end is measured, and the adapter landed, when training ends: checkpoints hold the adapter before that.
+    The log entry that follows a probe has probe_step, probe_rise, probe_stderr and budget. The end is measured, and the
+    adapter landed, when training ends: checkpoints hold the adapter before that.
 
     It is saved in a checkpoint's trainer_state.json, and read from there when training resumes.
     `restore_callback_states_from_checkpoint` must stay off (Trainer's default): it would replace the callback.
@@ -452,12 +452,9 @@ class BudgetCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or self._probed is None:
             return
-        said = {"phi": self.budget.penalty.phi}
-        if self._probed is not None:
-            said |= _for_log(self._probed)
-            self._probed = None
+        said, self._probed = _for_log(self._probed), None
         logs.update(said)
         state.log_history[-1].update(said)
 

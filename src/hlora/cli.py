@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,12 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+
+
+class Engine(StrEnum):
+    process = "process"
+    ray = "ray"
+
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; `hlora config` prints one to start from.")
@@ -126,6 +133,18 @@ def compare(
         bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute none.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed.")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="Where cells are computed: in this process, or as Ray tasks (docs/guides/ray.md).")
+    ] = Engine.process,
+    gpus_per_cell: Annotated[
+        float | None,
+        typer.Option(min=0, help="ray: GPUs that a cell has, 0.5 for two on one. 1, or 0 where there are none."),
+    ] = None,
+    cpus_per_cell: Annotated[float, typer.Option(min=0, help="ray: CPU cores that a cell has.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="ray: an existing cluster, HOST:PORT or auto; without it this machine alone, for the run."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
@@ -133,14 +152,18 @@ def compare(
     CONFIG is a comparison's, such as configs/compare-smollm2.yaml. Finished cells are kept: after an interruption, give
     the same command again. Several processes, one for each GPU, may share one output directory.
     """
-    from hlora import comparison, planning
+    from hlora import comparison, planning, ray_engine
     from hlora.config import load_comparison
 
     settings = load_comparison(config, overrides)
     if dry_run:
         console.print(planning.plan_table(planning.plan(settings)))
         return
-    found = comparison.compare(settings, _command(), retry)
+    if engine is Engine.ray:
+        with ray_engine.engine(ray_address, gpus_per_cell, cpus_per_cell) as compute:
+            found = comparison.compare(settings, _command(), retry, compute)
+    else:
+        found = comparison.compare(settings, _command(), retry)
     for line in comparison.summary(found):
         console.print(line, markup=False, highlight=False)
     console.print(f"report: {Path(settings.output) / 'report.html'}")

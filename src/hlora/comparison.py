@@ -5,6 +5,7 @@ general/, fisher/, squares/  what several cells share, made once a seed
 comparison.json    everything that tables, figures and the report are made from
 
 Several processes may work on one output directory at a time, one for each GPU: a cell is claimed by a file lock.
+ray_engine.py hands the cells to the workers of a Ray cluster instead, which write the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import statistics
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -56,17 +57,28 @@ class Cell:
     config: CellConfig
     key: str
 
+    @property
+    def name(self) -> str:
+        return ", ".join(str(part) for part in (self.arm, self.task, f"seed {self.seed}", self.strength))
 
-def compare(config: CompareConfig, command: str = "hlora compare", retry: bool = False) -> dict[str, Any]:
+
+def compare(
+    config: CompareConfig,
+    command: str = "hlora compare",
+    retry: bool = False,
+    compute: Callable[[Grid, list[Cell], bool], None] | None = None,
+) -> dict[str, Any]:
     """Compute what is missing of the grid and write comparison.json, tables, figures and report.html.
 
-    retry: compute failed cells again. Returns what comparison.json holds. A method that cannot run on the model, and
-    one that fails, says so in its cell; the rest of the grid goes on.
+    retry: compute failed cells again. compute: what computes cells, Grid.compute in this process by default, or what
+    ray_engine.engine gives. Returns what comparison.json holds. A method that cannot run on the model, and one that
+    fails, says so in its cell; the rest of the grid goes on.
     """
+    compute = compute or Grid.compute
     grid = Grid.open(config)
-    grid.compute(grid.first_cells(), retry)
+    compute(grid, grid.first_cells(), retry)
     chosen = choose(config, grid.results(grid.first_cells()))
-    grid.compute(grid.chosen_cells(chosen), retry)
+    compute(grid, grid.chosen_cells(chosen), retry)
     return grid.finish(chosen, command)
 
 
@@ -154,7 +166,7 @@ class Grid:
     def first_cells(self) -> list[Cell]:
         """Every strength of every arm on the first seeds."""
         return [
-            self._cell(arm, task, seed, strength)
+            self.cell(arm, task, seed, strength)
             for seed in self.config.seeds[: self.config.selection.seeds]
             for task in self.config.tasks
             for arm, settings in self._arms_of(task, seed)
@@ -164,7 +176,7 @@ class Grid:
     def chosen_cells(self, chosen: Mapping[str, Mapping[str, float | None]]) -> list[Cell]:
         """The chosen strength of every arm on every seed."""
         return [
-            self._cell(arm, task, seed, chosen[arm][task])
+            self.cell(arm, task, seed, chosen[arm][task])
             for seed in self.config.seeds
             for task in self.config.tasks
             for arm, _ in self._arms_of(task, seed)
@@ -177,7 +189,8 @@ class Grid:
             if task in (arm.tasks or self.config.tasks) and seed in seeds:
                 yield name, arm
 
-    def _cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
+    def cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
+        """One cell of the grid, with the key of what determines it."""
         settings, common = self.config.arms[arm], self.config
         shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
         described = {
@@ -245,26 +258,33 @@ class Grid:
         """Whether cells of this seed are measured on what strengths are chosen on; None is the base's."""
         return seed is None or seed in self.config.seeds[: self.config.selection.seeds]
 
+    def to_compute(self, cells: Iterable[Cell], retry: bool) -> list[tuple[Cell, bool]]:
+        """The cells that are not there, each once, and with `retry` the failed ones; and whether it is such a one."""
+        found = {cell.key: (cell, self.read(cell)) for cell in cells}
+        return [
+            (cell, known is not None)
+            for cell, known in found.values()
+            if known is None or (retry and known["status"] == "failed")
+        ]
+
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
         """Compute the cells that are not there, leaving those that another process has claimed to the end."""
         started = time.perf_counter()
-        retried = {cell.key for cell in cells if retry and (self.read(cell) or {}).get("status") == "failed"}
-        todo = [cell for cell in cells if self.read(cell) is None or cell.key in retried]
+        todo = self.to_compute(cells, retry)
         total, done = len(todo), 0
         while todo:
             left = []
-            for cell in todo:
-                if not self._attempt(cell, cell.key in retried):
-                    left.append(cell)
+            for cell, again in todo:
+                if not self.attempt(cell, again):
+                    left.append((cell, again))
                     continue
                 done += 1
-                minutes = (time.perf_counter() - started) / done * (total - done) / 60
-                logger.info("cell %d of %d done, about %.0f min left", done, total, minutes)
+                log_progress(done, total, started)
             if len(left) == len(todo):
                 time.sleep(2)
             todo = left
 
-    def _attempt(self, cell: Cell, again: bool) -> bool:
+    def attempt(self, cell: Cell, again: bool) -> bool:
         """Whether the cell is there now; False while another process has it, or something that it needs."""
         path = self._path(cell)
         with claim(path) as mine:
@@ -272,8 +292,7 @@ class Grid:
                 return False
             if path.exists() and not again:
                 return True  # another process made it meanwhile
-            name = ", ".join(str(part) for part in (cell.arm, cell.task, f"seed {cell.seed}", cell.strength))
-            logger.info("%s", name)
+            logger.info("%s", cell.name)
             try:
                 result = self._measure(cell)
             except Busy:
@@ -282,17 +301,13 @@ class Grid:
                 result = {"status": "cannot", "error": str(error)}
             except Exception as error:  # of any library: it is one cell's, and said there
                 text = str(error) if isinstance(error, HloraError) else first_line(error)
-                logger.error("%s failed: %s", name, text)
+                logger.error("%s failed: %s", cell.name, text)
                 result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
             self.base_is_spoilt |= result["status"] != "done" or cell.config.method in ALTERS_BASE
             write_text(path, json.dumps(redacted({**_names(cell), **_NOTHING, **result}), ensure_ascii=False))
             return True
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        if self.base_is_spoilt:
-            self.base = None
-            self.base, self.tokenizer = load_base(self.config.model)
-            self.base_is_spoilt = False
         job = self.job(cell)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -335,14 +350,21 @@ class Grid:
 
     def job(self, cell: Cell) -> Job:
         """What the cell's method works on. Its general phase records what any arm of the grid needs."""
+        if self.base_is_spoilt:
+            self.base = None
+            self.base, self.tokenizer = load_base(self.config.model)
+            self.base_is_spoilt = False
         recorded = {}
         for name, arm in self.config.arms.items():
             if arm.method in ("hlora", "l2"):
                 task = (arm.tasks or list(self.config.tasks))[0]
-                kind = self._cell(name, task, cell.config.seed, None).config.importance
+                kind = self.cell(name, task, cell.config.seed, None).config.importance
                 if kind.method == "path_integral":
                     recorded[kind.encoding, kind.gradient] = kind
-        job = Job(cell.config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
+        config = cell.config.model_copy(deep=True)
+        name = config.training.of_tune().get("run_name", self.output.name)
+        config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
+        job = Job(config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
         job.general = self.general(cell.config)
         job.domain = self.domain(cell.config)[0]
         return job
@@ -377,7 +399,7 @@ class Grid:
                 if base and cell[part]:
                     add_forgetting(cell[part], base[part])
         texts = next((list(cell["test"]["texts"]) for cell in cells if cell["test"]), list(config.evaluation.texts))
-        first = {task: self._cell(next(iter(config.arms)), task, config.seeds[0], None).config for task in config.tasks}
+        first = {task: self.cell(next(iter(config.arms)), task, config.seeds[0], None).config for task in config.tasks}
         facts = {task: self.domain(cell)[0].facts for task, cell in first.items()}
         general = self.general(next(iter(first.values()))).facts
         comparison = {
@@ -400,6 +422,12 @@ class Grid:
         write_text(self.output / "comparison.json", json.dumps(comparison, ensure_ascii=False))
         write_report(comparison, self.output)
         return comparison
+
+
+def log_progress(done: int, total: int, started: float) -> None:
+    """Say how many cells are done and how long the rest takes. started: of time.perf_counter()."""
+    minutes = (time.perf_counter() - started) / done * (total - done) / 60
+    logger.info("cell %d of %d done, about %.0f min left", done, total, minutes)
 
 
 _NOTHING: dict[str, Any] = {

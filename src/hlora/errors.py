@@ -6,6 +6,7 @@ HloraError
 ├── AdapterError   the model holds something that importance cannot protect
 ├── ArtifactError  a saved importance is damaged or belongs to another model
 ├── TrainingError  a loss or weight is not finite any more
+├── ClusterError   the machines that compute a grid's cells are not there, or die
 └── CannotRun      a method of a comparison does not work on this model
 
 Each message says what was expected, what came and what to do next. The CLI prints it without a
@@ -40,6 +41,10 @@ class ArtifactError(HloraError):
 
 class TrainingError(HloraError):
     """Training has diverged: a loss, the penalty or a weight is not finite any more."""
+
+
+class ClusterError(HloraError):
+    """The machines that compute a grid's cells are not there, see other files than the driver, or die."""
 
 
 class CannotRun(HloraError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hlora.files import write_text
+from hlora.files import beside, write_text
 
 ARM_LABELS = {
     "base": "Base",
@@ -269,7 +268,7 @@ def svg(figure: Figure) -> str:
 def save(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     """Write <path>.png (200 dpi) and <path>.svg, each whole or not at all; returns both paths."""
     png, vector = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
-    building = png.with_name(f".{png.name}.{os.getpid()}.tmp")
+    building = beside(png, "tmp")
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(building, format="png", dpi=200)

@@ -6,7 +6,9 @@ import fcntl
 import glob
 import hashlib
 import os
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +51,7 @@ def alone(directory: Path) -> Iterator[None]:
                 "Wait until it has ended, stop it, or name another directory."
             ) from None
         for left in (*directory.glob(".*.old"), *directory.glob(".*.tmp")):
-            clear(directory / left.name[1:].rsplit(".", 2)[0])
+            clear(directory / left.name[1:].rsplit(".", 2)[0], locked=True)
         lock.truncate(0)
         lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
@@ -76,7 +78,7 @@ def open_lock(path: Path) -> IO[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    building = beside(path, "tmp")
     try:
         with building.open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -112,21 +114,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def beside(path: Path, kind: str) -> Path:
+    """A name beside `path` that no other process, of this machine or another, and no other thread has.
+
+    kind: tmp for what will take its place, old for what had it.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}-{_machine()}.{kind}")
+
+
 @contextmanager
-def building(directory: Path) -> Iterator[Path]:
+def building(directory: Path, locked: bool = False) -> Iterator[Path]:
     """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception.
 
-    What an interrupted process left of the same directory is cleared away.
+    What an interrupted process left of the same directory is cleared away (`locked`: see clear).
     """
-    clear(directory)
-    fresh = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    clear(directory, locked)
+    fresh = beside(directory, "tmp")
     fresh.mkdir(parents=True)
     try:
         yield fresh
         for file in fresh.rglob("*"):
             if file.is_file():
                 flush(file)
-        previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+        previous = beside(directory, "old")
         if directory.exists():
             directory.rename(previous)
         try:
@@ -140,14 +150,19 @@ def building(directory: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def clear(path: Path) -> None:
+def clear(path: Path, locked: bool = False) -> None:
     """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away.
 
-    What a living process of this machine is about to finish stays.
+    What a living process of this machine is about to finish stays. Of another machine's process nobody here knows
+    whether it lives: what it left goes only if the caller has the lock of `path` (locked), so no other works on it.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        pid, kind = left.name.rsplit(".", 2)[1:]
-        if kind not in ("old", "tmp") or not pid.isdecimal() or (int(pid) != os.getpid() and _lives(int(pid))):
+        owner, kind = left.name.rsplit(".", 2)[1:]
+        pid, _, rest = owner.partition("-")
+        if kind not in ("old", "tmp") or not pid.isdecimal():
+            continue
+        here = rest.partition("-")[2] == _machine()
+        if (here and int(pid) != os.getpid() and _lives(int(pid))) or not (here or locked):
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
@@ -161,6 +176,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return socket.gethostname().replace(".", "_")
 
 
 def _lives(pid: int) -> bool:

@@ -18,8 +18,6 @@ from hlora.recording import digest
 from hlora.trainer import sft_arguments
 
 _AFTER_GENERAL = ("after_general", "lora_after_general", "hlora", "l2")
-_MADE_FROM = {"fisher": "fisher", "squares": "importance", "general": "training"}
-"""What is made once and kept for several cells, and the settings beside the general text that it depends on."""
 _CHARACTERS = 4  # of a token, about
 
 
@@ -96,8 +94,8 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
     if grid.validates(cell.seed):
         rows, texts = rows + len(held_out), texts + len(grid.held_out_texts(cell.seed))
     tokens: float = 0
-    if shared := _shared(config):
-        key = digest({"shared": shared, **config.model_dump(include={"seed", "general", _MADE_FROM[shared]})})
+    if shared := shared_part(config):
+        key = shared_key(config)
         if key in paid:
             shared = ""
         paid.add(key)
@@ -118,13 +116,24 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
     )
 
 
-def _shared(config: CellConfig) -> str:
-    """What the cell needs that is made once and kept for others too."""
+def shared_part(config: CellConfig) -> str:
+    """What a cell needs that is made once and kept for others too: fisher, squares, general, or nothing."""
     if config.method == "ewc":
         return "fisher"
     if config.method not in _AFTER_GENERAL:
         return ""
     return "squares" if config.importance.method == "squared_gradients" else "general"
+
+
+def shared_key(config: CellConfig) -> str:
+    """The same for cells that share that part: a digest of the settings that it is made from."""
+    shared = shared_part(config)
+    made_from = {"shared": shared, **config.model_dump(include={"seed", "model", "lora", "general", "evaluation"})}
+    if shared == "general":
+        made_from |= {"training": config.training.of_record(), "stop_at_move": config.importance.stop_at_move}
+    else:
+        made_from |= config.model_dump(include={"fisher" if shared == "fisher" else "importance"})
+    return digest(made_from)
 
 
 def _speed(job: Job) -> Speed:

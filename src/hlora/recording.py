@@ -111,7 +111,7 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
             if not mine:
                 raise Busy(directory)
             if not directory.is_dir():
-                with building(directory) as fresh:
+                with building(directory, locked=True) as fresh:
                     make(fresh)
     return directory
 

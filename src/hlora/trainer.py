@@ -27,6 +27,7 @@ from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
+from hlora.trackers import LayerCoefficients, run_of_its_own
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -89,8 +90,9 @@ class PenaltyCallback(TrainerCallback):
     """Adds the gradient of φ·L_reg (Eq. 16) once per optimizer step. Made by `penalty.callback()`.
 
     Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg) and
-    total_loss, means over the same steps as `loss`, which stays the task's. Reporters that run before this
-    callback (TensorBoard, by Trainer's order) see them only if it was put first, as `protect` and `train` do.
+    total_loss, means over the same steps as `loss`, which stays the task's, and phi, the next step's. Trackers that run
+    before this callback (all of them, by Trainer's order) see them only if it was put first, as `protect` and `train`
+    do; those also tell trackers the layer coefficients.
     """
 
     def __init__(self, penalty: ImportancePenalty) -> None:
@@ -138,6 +140,7 @@ class PenaltyCallback(TrainerCallback):
             "regularisation_loss": value,
             "weighted_regularisation_loss": weighted,
             "total_loss": logs["loss"] + weighted,
+            "phi": self.penalty.phi,
         }
         logs.update(losses)
         state.log_history[-1].update(losses)
@@ -209,9 +212,11 @@ def protect(
 
 
 def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Add a callback ahead of Trainer's reporters, so that what it adds to a log entry is reported."""
+    """Add a callback ahead of Trainer's trackers, so that what it adds to a log entry is reported."""
     # Not trainer.add_callback, which warns of a second recorder: a comparison has several on one training.
     trainer.callback_handler.callbacks.insert(0, callback)
+    if isinstance(callback, PenaltyCallback):
+        trainer.callback_handler.callbacks.append(LayerCoefficients(trainer, callback.penalty.coefficients))
 
 
 def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> SFTConfig:
@@ -257,10 +262,12 @@ def train(
     from trl import SFTTrainer
 
     # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
-    defaults = {"use_cpu": model.device.type == "cpu"}
+    defaults: dict[str, Any] = {"use_cpu": model.device.type == "cpu"}
     if resumable:
         defaults |= {"save_only_model": True, "save_total_limit": 2}  # two: the newest may be cut short
-    config = sft_arguments(output, {**defaults, **arguments}, seed)
+    of, phase = Path(output).resolve().parents[1].name, Path(output).name  # <output>/logs/<phase>
+    named = {"run_name": f"{arguments.get('run_name', of)}/{phase}"}  # in trackers, where a phase is a run
+    config = sft_arguments(output, {**defaults, **arguments, **named}, seed)
     if not config.push_to_hub:
         config.hub_token = None  # Trainer pickles its arguments into each checkpoint
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -284,7 +291,8 @@ def train(
     if found is not None:
         logger.info("going on from %s", found)
     try:
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        with run_of_its_own():
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]

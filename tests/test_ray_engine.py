@@ -1,0 +1,214 @@
+"""A grid on Ray's workers ends as it does in one process, whatever happens to a worker.
+
+Two machines are two raylets on this one (ray.cluster_utils). Everything runs `hlora compare` as a user does.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from hlora.comparison import Grid
+from hlora.config import CompareConfig
+from hlora.errors import ClusterError, ConfigError
+from hlora.ray_engine import _open, _Session, _work, engine
+
+# By default Ray starts its workers at niceness 15: on a busy machine they starve behind everything else.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture
+def ray() -> Any:
+    return pytest.importorskip("ray", reason="needs Ray: pip install 'hlora[ray]'")
+
+
+def command(file: Path, *options: str) -> list[str]:
+    return [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(file), *options]
+
+
+def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+@contextmanager
+def started(file: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command(file, *options), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        for each in reversed(family(process.pid)):
+            each.kill()
+        process.wait()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    try:
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def workers(pid: int, *titles: str) -> list[psutil.Process]:
+    """Ray's worker processes below `pid` that have one of the titles."""
+    found = []
+    for process in family(pid):
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0] in titles:
+                found.append(process)
+    return found
+
+
+def two_arms(file: Path, second: dict[str, Any]) -> None:
+    """Keep of the comparison's arms the base alone, beside another."""
+    fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+    fields |= {"arms": {"Base": {"method": "base"}, "other": second}, "seeds": [0], "unprotected": "other"}
+    file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def cells(output: Path) -> list[Path]:
+    return list((output / "cells").glob("*.json"))
+
+
+def found_in(output: Path) -> Any:
+    """comparison.json and the tables, without what differs from run to run."""
+    found = json.loads((output / "comparison.json").read_text(encoding="utf-8"))
+    for cell in found["cells"]:
+        cell.pop("seconds")
+        cell["config"].pop("output")
+    for name in ("config", "command", "provenance"):
+        found.pop(name)
+    tables = {}
+    for path in (output / "tables").glob("*.csv"):
+        with path.open(encoding="utf-8", newline="") as rows:
+            tables[path.name] = [{k: v for k, v in row.items() if k != "Train s"} for row in csv.DictReader(rows)]
+    assert tables
+    return found, tables
+
+
+@pytest.mark.slow
+def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, comparison_file: Path, tmp_path: Path) -> None:
+    """Two local workers; one is killed while it computes, once two cells are there. Compared bit by bit."""
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    done = run(comparison_file, "--set", f"output={whole}")
+    assert done.returncode == 0, done.stderr
+    with started(comparison_file, "--set", f"output={split}", "--engine", "ray", "--cpus-per-cell", "1") as process:
+        while process.poll() is None and len(cells(split)) < 2:
+            time.sleep(0.02)
+        made = {path: path.stat().st_mtime_ns for path in cells(split)}
+        while not (busy := workers(process.pid, "ray::_work")):
+            assert process.poll() is None
+        busy[0].send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "the worker died" in err and "trying again elsewhere" in err, err
+    assert found_in(split) == found_in(whole)
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+    assert len(list((split / "general").glob("*/recording.json"))) == 2, "a recording is made once a seed"
+    assert not list(split.glob(".driver-*")) and not list(split.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
+    ray: Any, comparison_file: Path, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ENVIRONMENT.items():
+            environment.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            second = cluster.add_node(num_cpus=1)
+            address = ("--engine", "ray", "--ray-address", cluster.address)
+            with started(comparison_file, *address) as process:
+                while process.poll() is None and not cells(tmp_path / "grid"):
+                    time.sleep(0.02)
+                cluster.remove_node(second, allow_graceful=False)
+                _, err = process.communicate(timeout=240)
+        finally:
+            cluster.shutdown()
+    assert process.returncode == 0, err
+    found, _ = found_in(tmp_path / "grid")
+    assert {cell["status"] for cell in found["cells"]} == {"done"} and len(found["cells"]) == 11
+    assert "trying again elsewhere" in err, err
+
+
+@pytest.mark.slow
+def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path, tmp_path: Path) -> None:
+    two_arms(comparison_file, {"method": "lora"})
+    with started(comparison_file, "--engine", "ray") as process:
+        while process.poll() is None:
+            for worker in workers(process.pid, "ray::_work", "ray::IDLE"):
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
+            time.sleep(0.1)
+        _, err = process.communicate()
+    assert process.returncode == 2, err
+    *_, last = err.strip().splitlines()
+    assert last.startswith("hlora: 2 of 2 cells are not computed, since workers died again and again"), err
+    assert err.count("trying again elsewhere") == 6 and "Traceback" not in err, err
+    assert not cells(tmp_path / "grid") and not list((tmp_path / "grid").glob(".driver-*"))
+
+
+@pytest.mark.slow
+def test_what_fails_inside_a_cell_is_said_there_and_not_tried_again(
+    ray: Any, comparison_file: Path, tmp_path: Path
+) -> None:
+    two_arms(comparison_file, {"method": "osf", "strengths": [2.0]})
+    done = run(comparison_file, "--engine", "ray")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "grid" / "comparison.json").read_text(encoding="utf-8"))
+    assert {cell["arm"]: cell["status"] for cell in found["cells"]} == {"Base": "done", "other": "failed"}
+    assert done.stderr.count("other, sums, seed 0, 2.0 failed: osf: expected") == 1, done.stderr
+    assert "trying again" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_address_without_a_cluster_and_more_than_the_machine_has_are_refused(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ClusterError, match=r"--cpus-per-cell"), engine(cpus=1000):
+        pass
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
+    with pytest.raises(ClusterError, match=r"--ray-address auto: .*`ray start --head`"), engine("auto"):
+        pass
+
+
+def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hlora\[ray\]'"), engine():
+        pass
+
+
+def test_a_machine_that_does_not_see_the_drivers_directories_refuses(
+    comparison_config: CompareConfig, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "grid" / ".driver-0"
+    with pytest.raises(ClusterError, match=r"machine \S+ does not see the driver's output directory, .*grid"):
+        _open(_Session(str(Path.cwd()), str(elsewhere), comparison_config))
+    with pytest.raises(ClusterError, match=rf"{tmp_path}/absent, No such file"):
+        _open(_Session(str(tmp_path / "absent"), str(elsewhere), comparison_config))
+
+
+def test_a_machine_with_other_data_than_the_driver_refuses(comparison_config: CompareConfig, tmp_path: Path) -> None:
+    cell, *_ = Grid.open(comparison_config).first_cells()
+    questions = Path(comparison_config.tasks["sums"].train)
+    questions.write_text("".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]))
+    mark = tmp_path / "grid" / ".driver-0"
+    mark.touch()
+    with pytest.raises(ClusterError, match="sees other data than the driver"):
+        _work(_Session(str(Path.cwd()), str(mark), comparison_config), cell, again=False, shared=False)
+    assert not cells(tmp_path / "grid")
