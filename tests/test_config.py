@@ -103,11 +103,11 @@ def test_a_number_with_an_exponent_is_a_number_in_yaml_and_in_overrides(
     text: str, expected: float, tmp_path: Path
 ) -> None:
     data = minimal()
-    by_override = parse_config(data, overrides=[f"training.common.learning_rate={text}"])
+    by_override = parse_config(data, overrides=[f"training.common.weight_decay={text}"])
     file = tmp_path / "my.yaml"
-    file.write_text(yaml.safe_dump(minimal()) + f"training: {{common: {{learning_rate: {text}}}}}\n")
+    file.write_text(yaml.safe_dump(minimal()) + f"training: {{common: {{weight_decay: {text}}}}}\n")
     for config in (by_override, load_config(file)):
-        value = config.training.common["learning_rate"]
+        value = config.training.common["weight_decay"]
         assert value == expected and isinstance(value, int | float)
 
 

@@ -6,6 +6,7 @@ The docstring below a field is its help: `hlora config` prints it as the comment
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from difflib import get_close_matches
@@ -271,11 +272,15 @@ class TrainingConfig(_Section):
             if name not in types:
                 raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{_nearest(name, set(types))}")
             try:
-                TypeAdapter(types[name]).validate_python(value)
+                read = TypeAdapter(types[name]).validate_python(value)
             except ValidationError:
                 expected = getattr(types[name], "__name__", str(types[name]))
                 got = MARK if is_secret_name(name) else repr(value)
                 raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {got}") from None
+            if name == "learning_rate" and not 0 < read < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+            if isinstance(value, str) and isinstance(read, float):
+                arguments[name] = read  # a number in quotes
         return arguments
 
     def of_record(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hlora.config import EvaluationConfig
 from hlora.data import DomainRows
-from hlora.errors import DataError
+from hlora.errors import DataError, TrainingError
 from hlora.models import quiet
 from hlora.tasks import Example, prompt_text, write_harness_task
 
@@ -43,6 +43,8 @@ def evaluate(
     """All measures of one model, as plain values: `texts` (by name), `domain` and `samples`. See docs/quickstart.md.
 
     The same texts, tokens and rows are scored whatever the model, so results before and after compare.
+
+    Raises TrainingError where a loss is not finite: a diverged model, or one whose float16 overflows.
     """
     training = model.training
     model.eval()
@@ -95,7 +97,7 @@ def text_likelihood(
     if len(tokens) < 2:
         raise DataError(f"evaluation.texts: a text of {len(tokens)} tokens has nothing to score; it needs at least 2")
     losses = _sliding_window(model, tokens, settings.window, settings.stride, settings.batch_size)
-    nll = float(losses.mean())
+    nll = _finite(float(losses.mean()), "a text's mean token loss")
     scored = len(str(tokenizer.decode(tokens[1:])).encode("utf-8"))
     return {
         "perplexity": math.exp(min(nll, 700.0)),
@@ -242,7 +244,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Tenso
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {name: statistics.fmean(values), f"{name}_stderr": spread / math.sqrt(len(values))}
+    mean = _finite(statistics.fmean(values), name)
+    return {name: mean, f"{name}_stderr": spread / math.sqrt(len(values))}
+
+
+def _finite(measured: float, what: str) -> float:
+    if not math.isfinite(measured):
+        raise TrainingError(
+            f"evaluation: {what} is {measured}. The model's weights or activations are not finite: in float16 take "
+            "model.dtype bfloat16 or float32, otherwise train with a lower learning rate."
+        )
+    return measured
 
 
 def _normal(answer: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -178,11 +179,14 @@ class Importance:
                 for factor in ("A", "B"):
                     if not getattr(matrix, factor).isfinite().all():
                         raise ValueError(f"{name}.{factor}: not every number is finite")
+                _check_cost(matrix.undo_cost, name)
             except ValueError as error:
-                raise ArtifactError(
-                    f"the importance cannot be saved: {error}. The general phase has diverged; record again with a "
-                    "smaller learning rate."
-                ) from None
+                what_to_do = (
+                    "The model's gradients are not finite; load it in bfloat16 or float32."
+                    if self.without_move
+                    else "The general phase has diverged; record again with a smaller learning rate, or a larger xi."
+                )
+                raise ArtifactError(f"the importance cannot be saved: {error}. {what_to_do}") from None
 
     def _write(self, directory: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -236,6 +240,7 @@ class Importance:
                 own = {part: tensors[f"{name}.{part}"] for part in encodings.PARTS if f"{name}.{part}" in tensors}
                 A, B = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
                 encodings.check(own, document["encoding"], B.shape[0], A.shape[1], name)
+                _check_cost(float(facts["undo_cost"]), name)
                 matrices[name] = ImportanceMatrix(
                     omega=encodings.from_parts(own),
                     A=A,
@@ -252,6 +257,11 @@ class Importance:
                 f"{directory}: not a readable importance ({type(error).__name__}: {error}). "
                 f"Expected the files {', '.join(_FILES)}; copy it again or record again.{how_to_convert(directory)}"
             ) from None
+
+
+def _check_cost(undo_cost: float, name: str) -> None:
+    if not math.isfinite(undo_cost):
+        raise ValueError(f"{name}.undo_cost: expected a finite number, got {undo_cost}")
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hlora import encodings, equations, ops
 from hlora.adapters import adapted_matrices, layer_number
 from hlora.encodings import Encoded
-from hlora.errors import ArtifactError
+from hlora.errors import ArtifactError, TrainingError
 from hlora.importance import Importance
 from hlora.offload import Offload, to_host
 
@@ -40,8 +40,8 @@ class ImportancePenalty:
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
-    Raises ArtifactError when the importance does not fit the model, or is zero everywhere; warns when one coefficient
-    exceeds 0.9, since then all else is free to drift.
+    Raises ArtifactError when the importance does not fit the model, is not finite, or is zero everywhere; warns when
+    one coefficient exceeds 0.9, since then all else is free to drift.
     """
 
     def __init__(
@@ -79,9 +79,14 @@ class ImportancePenalty:
             self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
 
     def __call__(self) -> Tensor:
-        """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B."""
+        """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B.
+
+        Raises TrainingError where it is not finite; on an accelerator, which is not waited for, it is then inf or NaN.
+        """
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
-        return self.phi * _Regularisation.apply(self, *factors)
+        value = self.phi * _Regularisation.apply(self, *factors)
+        self._check(value)
+        return value
 
     @torch.no_grad()
     def regularisation_loss(self) -> Tensor:
@@ -90,16 +95,23 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def add_gradients_(self) -> Tensor:
-        """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar."""
+        """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar.
+
+        Raises TrainingError where the penalty or a gradient, in its factor's precision, is not finite, and adds nothing
+        then; on an accelerator, which is not waited for, they are then inf or NaN.
+        """
         value, gradients = self._evaluate()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
+        scaled = torch._foreach_mul(gradients, self.phi)
+        rounded = [gradient.to(factor.dtype) for factor, gradient in zip(factors, scaled, strict=True)]
+        self._check(self.phi * value, *rounded)
         here, added = [], []
-        for factor, gradient in zip(factors, torch._foreach_mul(gradients, self.phi), strict=True):
+        for factor, gradient in zip(factors, rounded, strict=True):
             if factor.requires_grad and factor.grad is not None:
                 here.append(factor.grad)
-                added.append(gradient.to(factor.dtype))
+                added.append(gradient)
             elif factor.requires_grad:
-                factor.grad = gradient.to(factor.dtype)
+                factor.grad = gradient
         if here:
             torch._foreach_add_(here, added)
         return value
@@ -109,6 +121,11 @@ class ImportancePenalty:
         from hlora.trainer import PenaltyCallback
 
         return PenaltyCallback(self)
+
+    def _check(self, weighted: Tensor, *gradients: Tensor) -> None:
+        """Raises TrainingError that says what to change, where it is known without waiting for the device."""
+        if weighted.is_cpu and not all(bool(each.isfinite().all()) for each in (weighted, *gradients)):
+            raise TrainingError(diverged(float(weighted.detach()), self.phi))
 
     def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
         """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
@@ -124,6 +141,15 @@ class ImportancePenalty:
         for each in (list(values), *gradients):
             torch._foreach_mul_(each, weights)  # in place, by one launch where there would be one a matrix
         return values.sum(), [gradient for both in zip(*gradients, strict=True) for gradient in both]
+
+
+def diverged(weighted: float, phi: float) -> str:
+    """What to change when the penalty, or its gradient, is not finite any more."""
+    what = f"the penalty is {weighted}" if not math.isfinite(weighted) else "a gradient of the penalty is not finite"
+    return (
+        f"{what} at phi {phi:g}. So large a phi needs a smaller learning rate: lower penalty.phi, or "
+        "training.tune.learning_rate; in float16 use bfloat16 or float32 instead."
+    )
 
 
 class _Regularisation(torch.autograd.Function):
@@ -148,13 +174,19 @@ def layer_coefficients(
 ) -> dict[str, float]:
     """c_l of Eq. 15 by matrix name; with group "block", the coefficient of the block the matrix is in.
 
-    Warns when one coefficient exceeds 0.9. Raises ArtifactError when norm shares are asked of a zero importance.
+    Warns when one coefficient exceeds 0.9. Raises ArtifactError when a norm is not finite, and when norm shares are
+    asked of a zero importance.
     """
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
     groups = {name: name if group == "matrix" else _block(name) for name in importance.matrices}
     squares: dict[str, float] = {}
     for name, norm in importance.norms().items():
+        if not math.isfinite(norm):
+            raise ArtifactError(
+                f"{name}: the norm of the importance is {norm}, so it has no layer weight. Record again, with a "
+                "larger xi or a smaller learning rate."
+            )
         squares[groups[name]] = squares.get(groups[name], 0.0) + norm**2
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
     if layer_weights == "norm_share" and not norms.sum() > 0:
@@ -179,7 +211,12 @@ def _relative_unit(importance: Importance, coefficients: Mapping[str, float]) ->
         unit = 2 * sum(coefficients[name] * trace for name, trace in traces.items()) / whole if whole > 0 else 0.0
     else:
         unit = sum(coefficients[name] * m.undo_cost for name, m in importance.matrices.items())
-    if not unit > 0:
+    if not 0 < unit < math.inf:
+        if unit:  # NaN too
+            raise ArtifactError(
+                f"undoing the general phase would cost {unit}, so a relative phi has no unit. Record again, with a "
+                "larger xi or a smaller learning rate."
+            )
         raise ArtifactError(
             "the importance is zero on everything that the general phase moved, so a relative phi has no "
             "unit. Record more steps, or at a larger learning rate."

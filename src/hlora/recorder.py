@@ -221,7 +221,8 @@ class ImportanceRecorder:
         captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
         self.discard()
         As, Bs = [m.A.detach() for m in self.matrices], [m.B.detach() for m in self.matrices]
-        seen = [*As, *Bs, *captured[2], *captured[3], *(exact or {}).values()]
+        factors = [factor.to(dtype) for factor, dtype in zip([*As, *Bs], _wide([*As, *Bs]), strict=True)]
+        seen = [*factors, *captured[2], *captured[3], *(exact or {}).values()]  # the norm of a float16 one overflows
         finite = torch.isfinite(torch.nn.utils.get_total_norm(seen) * unit)
         self._integrated += 1
         self._skipped += ~finite
@@ -345,11 +346,15 @@ class ImportanceRecorder:
         return importance
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: ω in its encoding, starting factors, counts. Tensors and plain values only."""
+        """Everything needed to go on: ω in its encoding, starting factors, counts. Tensors and plain values only.
+
+        Raises ArtifactError when a sum has overflowed: a state that is not finite is neither given nor taken.
+        """
         tensors: dict[str, Tensor] = {}
         for name, omega in self.omega.items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
+        _check_finite(tensors)
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "encoding": self.encoding,
@@ -359,7 +364,9 @@ class ImportanceRecorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Raises ArtifactError when it is of another model, encoding or gradient."""
+        """Go on from a `state_dict`. Raises ArtifactError when it is not finite, or of another model, encoding or
+        gradient; nothing is changed then.
+        """
         if state["encoding"] != self.encoding:
             raise ArtifactError(f"recording state is {state['encoding']}, this recorder is {self.encoding}")
         gradient = state.get("gradient", "effective")  # states from before there was a choice have none
@@ -368,7 +375,7 @@ class ImportanceRecorder:
                 f"recording state is of the {gradient} gradient, this recorder is of the {self.gradient} one. "
                 f"Make it with gradient={gradient!r}, or record from the start."
             )
-        tensors = state["tensors"]
+        tensors, found = state["tensors"], []
         for name, omega in self.omega.items():
             pairs = [(part, f"{name}.omega.{suffix}") for suffix, part in encodings.parts(omega).items()]
             pairs += [(factor, f"{name}.start_{which}") for factor, which in zip(self._start[name], "AB", strict=True)]
@@ -376,9 +383,21 @@ class ImportanceRecorder:
                 if key not in tensors or tensors[key].shape != target.shape:
                     got = tuple(tensors[key].shape) if key in tensors else "nothing"
                     raise ArtifactError(f"recording state: expected {key} of shape {tuple(target.shape)}, got {got}")
-                target.copy_(tensors[key])
+                found.append((target, key))
+        _check_finite({key: tensors[key] for _, key in found})
+        for target, key in found:
+            target.copy_(tensors[key])
         self._integrated = int(state["steps"]) + int(state["skipped_steps"])
         self._skipped.fill_(int(state["skipped_steps"]))
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ArtifactError(
+                f"recording state: {key} holds numbers that are not finite. The general phase has diverged; go on from "
+                "an older checkpoint, or record again with a smaller learning rate."
+            )
 
 
 def _factors(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
@@ -395,8 +414,11 @@ def _copies(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
-    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
-    return _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], wide)
+    return _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], _wide(parameters))
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[torch.dtype]:
+    return [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
 
 
 def _on(device: torch.device, number: float | Tensor) -> float | Tensor:

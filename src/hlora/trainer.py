@@ -4,7 +4,8 @@ Trainer clips gradients before its first callback event, yet ω needs them uncli
 has to be clipped with the rest. So a callback takes the clipping over: it sets `max_grad_norm` to 0 for the run
 and clips by the same limit in the optimizer's own pre-step hook. Order of one step:
 
-    backward … → recorder captures → penalty adds its gradient → clip → optimizer steps → recorder integrates
+    backward … → a gradient scaler unscales → recorder captures → penalty adds its gradient → clip → optimizer steps
+    → recorder integrates
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from hlora import checkpoint
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.errors import AdapterError, ConfigError, TrainingError
 from hlora.importance import Importance
-from hlora.penalty import ImportancePenalty
+from hlora.penalty import ImportancePenalty, diverged
 from hlora.progress import ProgressLine
 from hlora.recorder import ImportanceRecorder
 from hlora.trackers import LayerCoefficients, run_of_its_own
@@ -62,6 +64,7 @@ class RecordingCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _unscale(kwargs["optimizer"])
         self.recorder.capture_from(kwargs["optimizer"])
 
     def on_optimizer_step(
@@ -101,6 +104,7 @@ class PenaltyCallback(TrainerCallback):
         self._sum: torch.Tensor | float = 0.0
         self._weighted: torch.Tensor | float = 0.0
         self._count = 0
+        self._step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,8 +117,17 @@ class PenaltyCallback(TrainerCallback):
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         _clip_after_callbacks(args, optimizer)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _unscale(kwargs["optimizer"])
+        self._step = state.global_step + 1
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        value = self.penalty.add_gradients_()
+        try:
+            value = self.penalty.add_gradients_()
+        except TrainingError as error:
+            raise TrainingError(f"step {self._step}: {error}") from None
         self._sum = self._sum + value
         self._weighted = self._weighted + self.penalty.phi * value  # a budget changes φ from step to step
         self._count += 1
@@ -129,12 +142,7 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or self._count == 0:
             return
-        value, weighted = float(self._sum) / self._count, float(self._weighted) / self._count
-        if not math.isfinite(weighted):
-            raise TrainingError(
-                f"step {state.global_step}: the penalty is {weighted} at phi {self.penalty.phi:g}. So large a phi "
-                "needs a smaller learning rate: lower penalty.phi, or training.tune.learning_rate."
-            )
+        value, weighted = float(self._sum) / self._count, self._checked(state) / self._count
         self._sum, self._weighted, self._count = 0.0, 0.0, 0
         losses = {
             "regularisation_loss": value,
@@ -145,18 +153,30 @@ class PenaltyCallback(TrainerCallback):
         logs.update(losses)
         state.log_history[-1].update(losses)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._checked(state)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._handle.remove()
         self._handle = None
         _clip_as_before(args, kwargs["optimizer"])
+        self._checked(state)
+
+    def _checked(self, state: TrainerState) -> float:
+        """Sum of the weighted penalties since the last log. Waits for the device, so not at each step."""
+        weighted = float(self._weighted)
+        if not math.isfinite(weighted):
+            raise TrainingError(f"step {state.global_step}: {diverged(weighted, self.penalty.phi)}")
+        return weighted
 
 
 class StopWhenDiverged(TrainerCallback):
-    """Ends a training whose loss is not finite and whose adapter is not either: no later step can mend that.
+    """Ends a training whose adapter is not finite, as no later step can mend that: when the loss that is logged is not
+    finite either, before a checkpoint is completed, and before what was trained is handed on.
 
-    A single such step that a gradient scaler or the recorder leaves out does not end it.
+    A single such loss that a gradient scaler or the recorder leaves out does not end it.
     """
 
     def on_log(
@@ -167,14 +187,24 @@ class StopWhenDiverged(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or math.isfinite(logs["loss"]):
-            return
-        trained = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
+            self._check(state, kwargs["model"], f"the loss is {logs['loss']} and ")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check(state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(state, kwargs["model"])
+
+    def _check(self, state: TrainerState, model: Any, seen: str = "") -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         lost = [name for name, parameter in trained.items() if not parameter.isfinite().all()]
         if lost:
             raise TrainingError(
-                f"step {state.global_step}: the loss is {logs['loss']} and {lost[0]} is not finite. Lower "
-                "training.common.learning_rate, or set max_grad_norm; in float16 use bfloat16 or float32 instead."
+                f"step {state.global_step}: {seen}{lost[0]} is not finite. Lower training.common.learning_rate, or set "
+                "max_grad_norm; in float16 use bfloat16 or float32 instead."
             )
 
 
@@ -332,6 +362,14 @@ def _remove_clip(optimizer: Any) -> None:
     if hasattr(optimizer, "_hlora_clip"):
         optimizer._hlora_clip.remove()
         del optimizer._hlora_clip
+
+
+def _unscale(optimizer: Any) -> None:
+    """Divide a gradient scaler's factor out of the gradients, as Trainer's own clipping would have done before."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None:
+        with suppress(RuntimeError):  # another callback, or Trainer, has done it in this step
+            scaler.unscale_(_unwrapped(optimizer))
 
 
 def _unwrapped(optimizer: Any) -> Any:
