@@ -111,6 +111,11 @@ class PenaltyCallback(TrainerCallback):
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         _clip_after_callbacks(args, optimizer)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.penalty.begin()
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         value = self.penalty.add_gradients_()
         self._sum = self._sum + value
