@@ -57,7 +57,8 @@ def trained_by(kind: str, model: Any, mixed: bool = False) -> Any:
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind in ("fsdp2", "hsdp"):
-        mesh = init_device_mesh("cpu", (2, 2) if kind == "hsdp" else (world(),))
+        shape, names = ((2, 2), ("copies", "rows")) if kind == "hsdp" else ((world(),), ("rows",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
         for layer in model.get_base_model().model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -446,7 +446,8 @@ def _copies(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) 
     copies = [
         torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
     ]
-    torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
+    if copies:
+        torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
     return copies
 
 
