@@ -1,13 +1,17 @@
 """What several processes compute together, for test_distributed.py.
 
     python tests/ranks.py PROCESSES MODEL_DIRECTORY RESULTS SCENARIO…
+    torchrun --nproc-per-node=PROCESSES tests/ranks.py hlora PHASE STEP ARGUMENT…
 
-Each process is a fork of this one, together a group over gloo. The first writes RESULTS/<scenario>.safetensors.
+By the first, each process is a fork of this one, together a group over gloo. The first writes
+RESULTS/<scenario>.safetensors. The second is the command line with a checkpoint after each step, where process 1 kills
+itself at the end of a step of a phase, before its checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -256,7 +260,27 @@ def process(number: int, processes: int, directory: str, results: str, scenarios
     dist.destroy_process_group()
 
 
+def killed(phase: str, step: int) -> None:
+    from hlora import checkpoint, cli
+
+    checkpoint._EVERY = 0.0
+    usual = checkpoint.Checkpoints.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if os.environ["RANK"] == "1" and Path(args.output_dir).name == phase and state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        usual(self, args, state, control, **kwargs)
+
+    checkpoint.Checkpoints.on_step_end = on_step_end  # type: ignore[method-assign]
+    cli.main()
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "hlora":
+        phase, step = sys.argv[2:4]
+        sys.argv[1:4] = []
+        killed(phase, int(step))
+        sys.exit()
     count, directory, results, *scenarios = sys.argv[1:]
     Path(results).mkdir(exist_ok=True)
     arguments = (int(count), directory, results, scenarios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -141,6 +143,84 @@ def test_rows_are_counted_as_fully_shard_divides_them(rows: int, processes: int)
     chunks = [len(chunk) for chunk in torch.zeros(rows, 2).chunk(processes)]
     chunks += [0] * (processes - len(chunks))
     assert [distributed.rows_of(rows, process, processes) for process in range(processes)] == chunks
+
+
+@pytest.fixture
+def launched(tmp_path: Path, job_fields: dict[str, Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `hlora run` in so many processes, on the tiny Llama, four rows a step in all; `at` kills one of them."""
+    fields = {
+        **job_fields,
+        "baselines": [],
+        "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 0},
+        "importance": {"encoding": "float32"},
+        "penalty": {"phi": 2.0},
+    }
+
+    def run(
+        processes: int, at: tuple[str, int] | None = None, launcher: tuple[str, ...] = (), **changes: Any
+    ) -> subprocess.CompletedProcess[str]:
+        common = {**fields["training"]["common"], "per_device_train_batch_size": 4 // processes}
+        mine = {**fields, "training": {**fields["training"], "common": common}, **changes}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(mine), encoding="utf-8")
+        what = ["-m", "hlora"] if at is None else [str(Path(ranks.__file__)), "hlora", *map(str, at)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        usual = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+        command = [sys.executable, *(launcher or usual), *what, "run", str(path)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def results_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def assert_same_run(mine: Path, other: Path) -> None:
+    """Losses, measures, importance and adapter of two runs."""
+    one, two = results_of(mine), results_of(other)
+    for phase in ("record", "tune"):
+        a, b = ([entry["loss"] for entry in each["history"][phase]] for each in (one, two))
+        assert a == pytest.approx(b, abs=1e-4)
+    totals = [[entry["total_loss"] for entry in each["history"]["tune"]] for each in (one, two)]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-4)
+    for arm in two["arms"]:
+        a, b = (next(iter(each["arms"][arm]["texts"].values()))["nll"] for each in (one, two))
+        assert a == pytest.approx(b, abs=1e-4)
+    for file in ("importance/importance", "importance/adapter_model", "adapter/adapter_model"):
+        a, b = (load_file(output / f"{file}.safetensors") for output in (mine, other))
+        assert set(a) == set(b)
+        for name in b:
+            bound = 1e-3 * float(b[name].abs().max())
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+def test_a_run_under_torchrun_equals_one_process_and_speaks_once(launched: Any, tmp_path: Path) -> None:
+    alone = launched(1, output=str(tmp_path / "alone"))
+    assert alone.returncode == 0, alone.stderr
+    done = launched(2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
+    for once in ("evaluating: base", "evaluating: hlora", "report: ", "tune ━"):
+        assert (done.stdout + done.stderr).count(once) == 1
+    assert not list((tmp_path / "out").glob("unfinished.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "processes"), [("record", 2), ("tune", 1), ("tune", 4)])
+def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
+    launched: Any, tmp_path: Path, phase: str, processes: int
+) -> None:
+    cut = launched(2, at=(phase, 3))
+    assert cut.returncode != 0
+    assert "another process of this launch has ended" in cut.stderr or "Signal 9 (SIGKILL)" in cut.stderr
+    assert cut.stderr.count("hlora: ") <= 1
+    done = launched(processes)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path}/out/logs/{phase}/checkpoint-2" in done.stderr
+    assert launched(1, output=str(tmp_path / "alone")).returncode == 0
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
 
 
 def test_deepspeed_is_refused_by_name(peft_model: Any) -> None:

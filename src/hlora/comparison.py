@@ -26,6 +26,7 @@ import yaml
 
 from hlora import data, pipeline
 from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, parse_config
+from hlora.distributed import only_alone
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import write_text
@@ -62,6 +63,7 @@ def compare(config: CompareConfig, command: str = "hlora compare", retry: bool =
     retry: compute failed cells again. Returns what comparison.json holds. A method that cannot run on the model, and
     one that fails, says so in its cell; the rest of the grid goes on.
     """
+    only_alone("hlora compare", "Start it once for each GPU: several share one output directory.")
     grid = Grid.open(config)
     grid.compute(grid.first_cells(), retry)
     chosen = choose(config, grid.results(grid.first_cells()))

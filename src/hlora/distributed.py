@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hlora import encodings, errors
+from hlora import encodings, errors, files
 from hlora.encodings import Encoded
 from hlora.errors import ConfigError, HloraError
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Work = TypeVar("Work")
 
 _PATIENCE = timedelta(days=7)  # the others wait while the first evaluates; a process that dies ends the wait at once
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.13
 _control: dict[Any, Any] = {}  # a gloo group beside each default group
 
 
@@ -41,18 +43,33 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Of this process in the default group; before there is one, as its launcher numbered it."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """Number of this process in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes."""
     return rank() == 0
+
+
+def _launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process of the group has ended."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def only_alone(command: str, instead: str) -> None:
+    """Raises ConfigError in a launch of several processes, for a command that does not divide its work."""
+    if _launched():
+        raise ConfigError(f"`{command}` works in one process, and this is one of {os.environ['WORLD_SIZE']}. {instead}")
 
 
 def start(device: str) -> None:
     """Join the group of torchrun or accelerate launch, if one of them started this process. device: of the model."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if not _launched() or dist.is_initialized():
         return
     for name, instead in (("FSDP", "its own `fully_shard`"), ("DEEPSPEED", "DDP, or `fully_shard`")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -177,7 +194,7 @@ class Shares:
         if parts:
             torch.cat([part.to(device, dtype) for part in parts], out=sent[: sizes[rank()]])
         received = sent.new_empty(self.processes, len(sent))
-        work = dist.all_gather_into_tensor(received.view(-1), sent, async_op=True)
+        work = _all_gather(received.view(-1), sent, async_op=True)
         return Pending(self, received, work, self.versions())
 
     def versions(self) -> list[int]:
@@ -261,6 +278,11 @@ def exchange(text: str) -> list[str]:
     return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
 
 
+def first_says(answer: bool) -> bool:
+    """The first process's answer, where another's rounding might give another one."""
+    return bool(exchange("yes" if answer else "")[0])
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What the processes do side by side: an error in one is raised in all of them when the rest are through.
@@ -282,6 +304,16 @@ def together() -> Iterator[None]:
             again = getattr(errors, other["kind"], HloraError)(f"process {number}: {other['text']}")
             again.__dict__["told"] = True
             raise again
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """files.alone, by the first process for all of them. Raises ConfigError at every one when it is refused."""
+    with ExitStack() as held:
+        with together():
+            if is_first():
+                held.enter_context(files.alone(directory))
+        yield
 
 
 def first_does(work: Callable[[], Work]) -> Work:
