@@ -12,7 +12,10 @@ from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
+from hlora.distributed import whole as full_tensor
 from hlora.errors import AdapterError
 
 _BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again
@@ -89,7 +92,8 @@ class AdaptedMatrix:
                 f"{self.name}: the weight of a {layer} cannot be read, so there is no norm to take a share of. "
                 "Record without stop_at_move."
             )
-        return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)) ** 2
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return float(torch.linalg.vector_norm(weight.detach(), dtype=wide)) ** 2
 
     def _base_weight(self) -> tuple[Tensor | None, bool]:
         """W₀, None where it is not here or nothing here can dequantise it; and whether it is quantised."""
@@ -97,6 +101,8 @@ class AdaptedMatrix:
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             return None, False
+        if isinstance(weight, DTensor):
+            return full_tensor(weight), False
         if isinstance(weight, nn.Parameter) and get_bnb_param_type(weight):
             # Not dequantize_module_weight: on a CPU it loses the scales of an 8-bit layer that has run forward.
             state = getattr(layer, "state", None)
@@ -126,8 +132,9 @@ def adapted_matrices(
     names, or warn with their names.
 
     Raises AdapterError without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would
-    be lost (see models.keep_trainable).
+    be lost (see models.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
     """
+    _check_whole(model)
     model = unwrapped(model)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
@@ -174,6 +181,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
     """Raises AdapterError when `optimizer` trains none of `matrices`: it belongs to another model or adapter."""
+    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
+        raise AdapterError(_instead_of("DeepSpeed"))
+    _check_whole(*(matrix.module for matrix in matrices))
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
         raise AdapterError(
@@ -181,6 +191,23 @@ def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
             f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
             "built on (trainer.model, if the trainer made the adapter from a peft_config)."
         )
+
+
+def _check_whole(*models: nn.Module) -> None:
+    """Raises AdapterError where FSDP1 or DeepSpeed has taken parameters apart."""
+    for model in models:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise AdapterError(_instead_of("FSDP1 (FullyShardedDataParallel)"))
+        engine = type(model).__name__ == "DeepSpeedEngine"
+        if engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise AdapterError(_instead_of("DeepSpeed"))
+
+
+def _instead_of(name: str) -> str:
+    return (
+        f"{name} takes the factors of the adapter apart, so that neither they nor their gradients can be read here. "
+        "Train under DDP, or under FSDP2 (torch.distributed.fsdp.fully_shard); see docs/guides/distributed.md."
+    )
 
 
 def _adapters_of(module: Any) -> set[str]:

@@ -4,6 +4,7 @@ Trainer's own hold pickles (optimizer.pt, scheduler.pt, rng_state.pth, training_
 leaves all but the last out and writes the adapter and trainer_state.json. Added to each checkpoint-N are
 
     resume.safetensors, resume.json              optimizer, learning-rate schedule, gradient scaler, random numbers
+                                                 (of each process)
     recording-<kind>.safetensors, … .json        what a recorder knows; RecordingCallback adds them in any Trainer
     complete.json                                SHA-256 of every file, last: a directory without it is not complete
 
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hlora.distributed import exchange, is_first, rank, together
 from hlora.errors import ArtifactError, first_line
 from hlora.files import PICKLES, flush, sha256, write_text
 
@@ -39,6 +41,9 @@ _TENSOR = "tensor"  # key of a mapping that stands for a tensor in JSON
 
 class Checkpoints(TrainerCallback):
     """Saves a checkpoint every five minutes, and restores one when Trainer resumes.
+
+    In a group of processes the first one's clock counts, and it writes. Any number of them may go on: one that was not
+    there before takes the first one's random numbers.
 
     Has to be the last callback, since it completes the checkpoint.
     """
@@ -60,7 +65,8 @@ class Checkpoints(TrainerCallback):
         kwargs["lr_scheduler"].load_state_dict(kept["schedule"])
         if kept["scaler"]:
             kwargs["optimizer"].scaler.load_state_dict(kept["scaler"])
-        self._resumed = kept
+        others = kept.get("others", [])
+        self._resumed = kept | (others[rank() - 1] if 0 < rank() <= len(others) else {})
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,7 +88,7 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ends = state.global_step >= state.max_steps or control.should_training_stop
-        if not ends and time.monotonic() - self._saved >= _EVERY:
+        if not ends and exchange("due" if time.monotonic() - self._saved >= _EVERY else "")[0]:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -91,12 +97,15 @@ class Checkpoints(TrainerCallback):
             "optimizer": kwargs["optimizer"].state_dict(),
             "schedule": kwargs["lr_scheduler"].state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "random": random_state(),
-            "epoch": self._epoch,
             "epoch_number": self._epoch_number,
         }
-        save_state(of(args, state), "resume", state_now)
-        complete(of(args, state))
+        first, *others = [
+            _from_text(text) for text in exchange(_to_text({"random": random_state(), "epoch": self._epoch}))
+        ]
+        with together():
+            if is_first():
+                save_state(of(args, state), "resume", state_now | first | ({"others": others} if others else {}))
+                complete(of(args, state))
         self._saved = time.monotonic()
 
 
@@ -225,6 +234,21 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[value[_TENSOR]]
         return {key: _join(each, tensors) for key, each in value["items"]}
     return [_join(each, tensors) for each in value] if isinstance(value, list) else value
+
+
+def _to_text(state: Mapping[str, Any]) -> str:
+    tensors: dict[str, Tensor] = {}
+    document = _split(state, "", tensors)
+    numbers = {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in tensors.items()}
+    return json.dumps([document, numbers])
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    document, numbers = json.loads(text)
+    found: dict[str, Any] = _join(
+        document, {n: torch.tensor(v, dtype=getattr(torch, d)) for n, (d, v) in numbers.items()}
+    )
+    return found
 
 
 def _number(name: str) -> int:

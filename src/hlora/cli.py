@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
+import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -227,22 +229,50 @@ def main() -> None:
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hlora").setLevel(logging.INFO)
+    if not _speaks():  # one log and one progress display for all processes of a launch
+        console.quiet = True
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
     try:
         app()
     except HloraError as error:
-        print(f"hlora: {error}", file=sys.stderr)
+        _say(str(error), error)
         sys.exit(2)
     except (OSError, SafetensorError) as error:  # disk full, no permission, a mount that is gone
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         reason = redact_text(f"{place}{(isinstance(error, OSError) and error.strerror) or error}")
-        print(
-            f"hlora: {reason}. What was finished before is whole; when this is mended, the same command goes on "
-            "from there.",
-            file=sys.stderr,
+        _say(
+            f"{reason}. What was finished before is whole; when this is mended, the same command goes on from there.",
+            error,
         )
         sys.exit(2)
+    except RuntimeError as error:
+        from hlora.distributed import is_lost
+
+        if not is_lost(error):
+            raise
+        _say(
+            "another process of this launch has ended, so this one stops; its message, or the launcher's, says why. "
+            "The same command goes on from the last checkpoint, with any number of processes.",
+            error,
+        )
+        sys.exit(2)
+
+
+def _speaks() -> bool:
+    """Whether this process is the only one, or the first of a launch by torchrun or accelerate."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+
+
+def _say(message: str, error: Exception) -> None:
+    """On stderr; in a launch of several processes once."""
+    if getattr(error, "told", False):
+        return
+    if not _speaks():
+        time.sleep(3)  # if the first one says the same, the launcher stops this process meanwhile
+    print(f"hlora: {message}", file=sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:

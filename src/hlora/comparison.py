@@ -27,6 +27,7 @@ import yaml
 
 from hlora import data, pipeline
 from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, parse_config
+from hlora.distributed import only_alone
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import refuse_links, write_text
@@ -74,6 +75,7 @@ def compare(
     ray_engine.engine gives. Returns what comparison.json holds. A method that cannot run on the model, and one that
     fails, says so in its cell; the rest of the grid goes on.
     """
+    only_alone("hlora compare", "Start it once for each GPU: several share one output directory.")
     compute = compute or Grid.compute
     grid = Grid.open(config)
     compute(grid, grid.first_cells(), retry)

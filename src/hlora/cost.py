@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.config import RunConfig
+from hlora.distributed import only_alone
 from hlora.encodings import ENCODINGS
 from hlora.errors import ConfigError
 from hlora.files import write_text
@@ -63,6 +64,7 @@ def measure_cost(
 
     Raises ConfigError for a scale or number out of range, DataError when the general text is too short.
     """
+    only_alone("hlora cost", "Start it without torchrun.")
     if sequences is not None:
         scale = sequences / EWC_SEQUENCES
     if not 0 < scale <= 1:

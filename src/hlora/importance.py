@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
+from hlora.distributed import is_first, laid_out_like
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.files import building, how_to_convert, sha256
@@ -156,16 +157,19 @@ class Importance:
         self.check(matrices)
         with torch.no_grad():
             for matrix in matrices:
-                matrix.A.copy_(self.matrices[matrix.name].A)
-                matrix.B.copy_(self.matrices[matrix.name].B)
+                mine = self.matrices[matrix.name]
+                for factor, values in ((matrix.A, mine.A), (matrix.B, mine.B)):
+                    factor.copy_(laid_out_like(factor, values.to(factor.device)))
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place.
 
         Replaces an importance that is there. Raises ArtifactError when `directory` holds anything else, and when a
-        number is negative or not finite; nothing is written then.
+        number is negative or not finite; nothing is written then. In a group of processes the first writes.
         """
         directory = Path(directory)
+        if not is_first():
+            return directory
         _refuse_foreign(directory)
         self._check_numbers()
         with building(directory) as fresh:

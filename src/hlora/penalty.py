@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hlora import encodings, equations, ops
 from hlora.adapters import adapted_matrices, layer_number
+from hlora.distributed import Pending, Shares, laid_out_like, local
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError, TrainingError
 from hlora.importance import Importance
@@ -37,6 +38,8 @@ class ImportancePenalty:
     "base", W₀, for a fresh adapter of any rank on any of the matrices that the importance covers.
     offload: Ω stays in host memory, pinned, and passes through the device in blocks; a factored one is small and stays
     on the device.
+    In a group of processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (hlora.distributed), and every
+    one calls every method; the results are the same everywhere.
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
@@ -70,13 +73,17 @@ class ImportancePenalty:
             importance.check(self.matrices)
         self.coefficients = layer_coefficients(importance, layer_weights, group)
         self.unit = _relative_unit(importance, self.coefficients) if phi_scale == "relative" else 1.0
+        self._shares = Shares(self.matrices)
+        self._begun: Pending | None = None
         self._offload = Offload() if offload and importance.encoding != "factored" else None
         self._omega: dict[str, Encoded] = {}
         self._anchor: dict[str, ops.Factors | None] = {}
         for matrix in self.matrices:
             mine, device = importance.matrices[matrix.name], matrix.A.device
-            self._omega[matrix.name] = to_host(mine.omega) if self._offload else encodings.to_device(mine.omega, device)
             self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
+        for matrix in self._shares.mine:
+            omega = importance.matrices[matrix.name].omega
+            self._omega[matrix.name] = to_host(omega) if self._offload else encodings.to_device(omega, matrix.A.device)
 
     def __call__(self) -> Tensor:
         """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B.
@@ -87,6 +94,15 @@ class ImportancePenalty:
         value = self.phi * _Regularisation.apply(self, *factors)
         self._check(value)
         return value
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """At the start of a step, in a group of processes: results of the others come beside the passes of the model.
+
+        The next evaluation takes them, unless a factor was changed in place meanwhile. Does nothing in one process.
+        """
+        if self._shares.divided:
+            self._begun = self._current() or self._divided()
 
     @torch.no_grad()
     def regularisation_loss(self) -> Tensor:
@@ -104,12 +120,12 @@ class ImportancePenalty:
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
         scaled = torch._foreach_mul(gradients, self.phi)
         rounded = [gradient.to(factor.dtype) for factor, gradient in zip(factors, scaled, strict=True)]
-        self._check(self.phi * value, *rounded)
+        self._check(self.phi * value, *map(local, rounded))
         here, added = [], []
         for factor, gradient in zip(factors, rounded, strict=True):
             if factor.requires_grad and factor.grad is not None:
-                here.append(factor.grad)
-                added.append(gradient)
+                here.append(local(factor.grad))
+                added.append(local(gradient))
             elif factor.requires_grad:
                 factor.grad = gradient
         if here:
@@ -129,18 +145,52 @@ class ImportancePenalty:
 
     def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
         """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
+        if not self._shares.divided:
+            values, pairs = self._weighted([m.A for m in self.matrices], [m.B for m in self.matrices])
+            return values.sum(), [gradient for pair in pairs for gradient in pair]
+        begun, self._begun = self._current() or self._divided(), None
+        values, gradients = begun.wait()
+        factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
+        return values.sum(), [laid_out_like(f, gradient) for f, gradient in zip(factors, gradients, strict=True)]
+
+    def _weighted(self, As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """c_l Σ Ω D² of this process's matrices, (L,), with the gradients of A and B."""
+        mine = self._shares.mine
         values, *gradients = ops.penalties_with_gradients(
-            [self._omega[m.name] for m in self.matrices],
-            [m.A for m in self.matrices],
-            [m.B for m in self.matrices],
-            [self._anchor[m.name] for m in self.matrices],
-            [m.scale for m in self.matrices],
+            [self._omega[m.name] for m in mine],
+            As,
+            Bs,
+            [self._anchor[m.name] for m in mine],
+            [m.scale for m in mine],
             self._offload,
         )
-        weights = [self.coefficients[m.name] / self.unit for m in self.matrices]
+        weights = [self.coefficients[m.name] / self.unit for m in mine]
         for each in (list(values), *gradients):
             torch._foreach_mul_(each, weights)  # in place, by one launch where there would be one a matrix
-        return values.sum(), [gradient for both in zip(*gradients, strict=True) for gradient in both]
+        return values, list(zip(*gradients, strict=True))
+
+    def _divided(self) -> Pending:
+        """This process's share of the work done, and its results sent to the others."""
+        shares = self._shares
+        if shares.sharded:
+            As, Bs = (
+                [f.detach() for f in factors] for factors in zip(*((m.A, m.B) for m in self.matrices), strict=True)
+            )
+            pieces = list(zip(shares.pieces(As), shares.pieces(Bs), strict=True))
+            factors, _ = shares.to_owners(pieces, torch.ones((), dtype=torch.bool, device=pieces[0][0].device))
+        else:
+            factors = [[m.A, m.B] for m in shares.mine]
+        if not factors:  # more processes than matrices
+            return shares.to_all([], [])
+        values, gradients = self._weighted(*map(list, zip(*factors, strict=True)))
+        return shares.to_all(list(values), gradients)
+
+    def _current(self) -> Pending | None:
+        """What `begin` has under way, if it is of the factors as they are."""
+        if self._begun is not None and self._begun.versions != self._shares.versions():
+            self._begun.work.wait()
+            self._begun = None
+        return self._begun
 
 
 def diverged(weighted: float, phi: float) -> str:

@@ -21,16 +21,17 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hlora import checkpoint, data, report
+from hlora import checkpoint, data, distributed, report
 from hlora.adapters import adapted_matrices
 from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
 from hlora.config import CompareConfig, GeneralSource, ImportanceConfig, RunConfig
+from hlora.distributed import first_does, first_goes_first, is_first, together
 from hlora.errors import ArtifactError, DataError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import alone, building, make_directory, write_text
+from hlora.files import building, make_directory, write_text
 from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
-from hlora.models import attach_lora, check_lengths, load_base
+from hlora.models import attach_lora, check_lengths, load_base, pick_device
 from hlora.penalty import ImportancePenalty, layer_coefficients
 from hlora.recorder import ImportanceRecorder
 from hlora.redaction import redacted, without_secret_fields
@@ -53,10 +54,12 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
     TensorBoard logs of each phase. A run that was interrupted goes on: from what it had finished, and within a phase
     from its last complete checkpoint.
 
+    Every process of a torchrun or accelerate launch calls it: the phases are divided among them (DDP), the first
+    evaluates and writes, and all return the same. They need the output directory in common.
+
     Raises ConfigError when another process works on the output directory.
     """
-    with alone(Path(config.output)):
-        job = Job.open(config, resumable=True)
+    with _opened(config) as job:
         results = _unfinished(job, command)
         _measure(job, results, "base", lambda: job.base)
 
@@ -70,7 +73,15 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
         for arm in config.baselines:
             start = importance if arm == "lora_nu_mu" else None
             _measure(job, results, arm, partial(_baseline, job, results, arm, start))
-        return finish(job, results)
+        return first_does(lambda: finish(job, results))
+
+
+@contextmanager
+def _opened(config: RunConfig, resumable: bool = True) -> Iterator[Job]:
+    """The job, its output directory kept to this process, or to the launch that it is one of."""
+    distributed.start(config.model.device)
+    with distributed.alone(Path(config.output)):
+        yield Job.open(config, resumable)
 
 
 def _recorded(job: Job, results: dict[str, Any]) -> Importance:
@@ -80,7 +91,8 @@ def _recorded(job: Job, results: dict[str, Any]) -> Importance:
         return Importance.load(directory)
     with _timed(job, results, "record"):
         model, importance, results["history"]["record"] = record_phase(job)
-        importance.save(directory)
+        with together():
+            importance.save(directory)
         results["importance"] = describe(importance, job.config)
     model.unload()
     return importance
@@ -92,7 +104,8 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
     if "tune" not in results["seconds"]:
         with _timed(job, results, "tune"):
             model, results["history"]["tune"] = tune_phase(job, importance)
-            save_adapter(model, directory)
+            with together():
+                save_adapter(model, directory)
         model.unload()
     return directory
 
@@ -120,20 +133,25 @@ class Job:
     def open(cls, config: RunConfig, resumable: bool = False) -> Job:
         """Check what can be checked before hours of training, load the model, make the output directory."""
         output = Path(config.output)
-        make_directory(output)
-        for arguments in (config.training.of_record(), config.training.of_tune()):
-            sft_arguments(output, arguments, config.seed)
-        base, tokenizer = load_base(config.model)
+        with together():
+            make_directory(output)
+            on_cpu = {"use_cpu": pick_device(config.model.device).type == "cpu"}
+            for arguments in (config.training.of_record(), config.training.of_tune()):
+                sft_arguments(output, {**on_cpu, **arguments}, config.seed)
+        base, tokenizer = first_goes_first(lambda: load_base(config.model))
         check_lengths(base, lengths(config))
         job = cls(config, base, tokenizer, output, resumable=resumable)
-        job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
-        write_text(output / "config.yaml", yaml.safe_dump(redacted(config.model_dump()), sort_keys=False))
+        with together():
+            job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
+            if is_first():
+                write_text(output / "config.yaml", yaml.safe_dump(redacted(config.model_dump()), sort_keys=False))
         return job
 
     @cached_property
     def general(self) -> data.GeneralText:
         general, evaluation, seed = self.config.general, self.config.evaluation, self.config.seed
-        return data.general_text(general, evaluation, self.base, self.tokenizer, seed, self.output)
+        read = partial(data.general_text, general, evaluation, self.base, self.tokenizer, seed, self.output)
+        return first_goes_first(read)  # the model's own samples are kept in the output directory
 
     @cached_property
     def domain(self) -> data.DomainRows:
@@ -256,15 +274,14 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     else:
         source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
         with model.disable_adapter():
-            samples = data.model_samples(source, model, job.tokenizer, seed, job.output)
+            samples = first_goes_first(partial(data.model_samples, source, model, job.tokenizer, seed, job.output))
         probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
     return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
 
 
 def record(config: RunConfig) -> Path:
     """The general phase alone; returns the importance directory."""
-    with alone(Path(config.output)):
-        job = Job.open(config, resumable=True)
+    with _opened(config) as job:
         results = _unfinished(job, "hlora record")
         _recorded(job, results)
         _forget(job)
@@ -274,8 +291,7 @@ def record(config: RunConfig) -> Path:
 def tune(config: RunConfig) -> Path:
     """The domain phase alone, from <output>/importance; returns the directory of the PEFT adapter."""
     importance = Importance.load(Path(config.output) / "importance")
-    with alone(Path(config.output)):
-        job = Job.open(config, resumable=True)
+    with _opened(config) as job:
         _tuned(job, _unfinished(job, "hlora tune"), importance)
         _forget(job)
         return job.output / "adapter"
@@ -287,10 +303,10 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     Curves and times of the phases stay as an earlier results.json has them.
     """
     adapter = Path(config.output) / "adapter"
-    with alone(Path(config.output)):
-        job = Job.open(config)
+    with _opened(config, resumable=False) as job:
         _check_adapter(job, adapter)
-        results = _start(job, command)
+        job.general  # noqa: B018  # read by every process
+        results = first_does(lambda: _start(job, command))
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
@@ -299,7 +315,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         _measure(job, results, "hlora", lambda: load_adapter(job.base, adapter))
         if (job.output / "importance").is_dir():
             results["importance"] = describe(Importance.load(job.output / "importance"), config)
-        return finish(job, results)
+        return first_does(lambda: finish(job, results))
 
 
 def _check_adapter(job: Job, directory: Path) -> None:
@@ -320,7 +336,9 @@ def _check_adapter(job: Job, directory: Path) -> None:
 
 
 def save_adapter(model: PeftModel, directory: Path) -> Path:
-    """Save the adapter as PEFT does, whole or not at all."""
+    """Save the adapter as PEFT does, whole or not at all; in a group of processes the first does."""
+    if not is_first():
+        return directory
     with building(directory) as fresh:
         model.save_pretrained(str(fresh))
     return directory
@@ -366,7 +384,7 @@ def _measure(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any
     model = make()
     logger.info("evaluating: %s", arm)
     with _timed(job, results, f"evaluate {arm}"):
-        results["arms"][arm] = measure(job, model)
+        results["arms"][arm] = first_does(lambda: measure(job, model))
         add_forgetting(results["arms"][arm], results["arms"]["base"])
     if isinstance(model, PeftModel):
         model.unload()
@@ -380,12 +398,19 @@ def _timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     before = results["seconds"].get(phase, 0.0)  # trained, but not measured, when the run was interrupted
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
-        document = {"made_from": _made_from(job), "results": redacted(results)}
-        write_text(job.output / UNFINISHED, json.dumps(document))
+        with together():
+            if is_first():
+                document = {"made_from": _made_from(job), "results": redacted(results)}
+                write_text(job.output / UNFINISHED, json.dumps(document))
 
 
 def _unfinished(job: Job, command: str) -> dict[str, Any]:
     """What an interrupted run of the same configuration and data had finished, or the start of a new one."""
+    job.general  # noqa: B018  # read by every process, the first of which finds out
+    return first_does(lambda: _unfinished_here(job, command))
+
+
+def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     try:
         kept = json.loads((job.output / UNFINISHED).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -414,6 +439,8 @@ def _made_from(job: Job) -> str:
 
 def _forget(job: Job) -> None:
     """Remove what an interrupted run would go on from."""
+    if not is_first():
+        return
     (job.output / UNFINISHED).unlink(missing_ok=True)
     for phase in (job.output / "logs").glob("*"):
         checkpoint.remove(phase)

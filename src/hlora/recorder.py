@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from torch.optim import Optimizer
 
 from hlora import encodings, ops
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, unwrapped
+from hlora.distributed import Shares, exchange, whole
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
-from hlora.kernels import Step
+from hlora.kernels import Consolidated, Step
 from hlora.offload import Offload, to_host
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ class ImportanceRecorder:
     offload: ω is in host memory, pinned, and passes through the device in blocks; a factored one stays where it is.
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
+
+    In a group of processes (DDP, FSDP2) each integrates ω of its share of the matrices alone (hlora.distributed). Make
+    the recorder after the group; every process calls every method.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
     ValueError for an unknown encoding or gradient and for flush_every with the exact gradient, which is dense,
@@ -78,9 +83,11 @@ class ImportanceRecorder:
                 f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
                 f"or make it the trained one: model.set_adapter({adapter!r})"
             )
+        self._shares = Shares(self.matrices)
         self._offload = Offload() if offload and encoding != "factored" else None
         self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
         self._captured: Snapshot | None = None
+        self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
         self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
         self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
         self.reset()
@@ -169,7 +176,7 @@ class ImportanceRecorder:
         """How far the adapter has moved the recorded matrices, as a share of their base weights' norm."""
         moved = torch.zeros((), device=self.matrices[0].A.device)
         for matrix in self.matrices:
-            left, right = ops.difference(matrix.A, matrix.B, self._start[matrix.name], matrix.scale)
+            left, right = ops.difference(whole(matrix.A), whole(matrix.B), self._start[matrix.name], matrix.scale)
             moved += ((left.T @ left) * (right @ right.T)).sum().to(moved.device)
             if matrix.name not in self._base_squares:
                 self._base_squares[matrix.name] = matrix.base_square()
@@ -192,16 +199,29 @@ class ImportanceRecorder:
         """
         if self._exact is not None:
             self._unit = self._exact.unit() * gradient_scale
-        As, Bs = (list(factors) for factors in zip(*((m.A, m.B) for m in self.matrices), strict=True))
-        gradients = _gradients(As), _gradients(Bs)
+        pieces, here = self._shares.pieces, self._here()
+        As, Bs = [m.A for m in here], [m.B for m in here]
+        gradients = _gradients(As, pieces), _gradients(Bs, pieces)
+        self._elsewhere = self._gradient_norm_elsewhere()
         if isinstance(gradient_scale, Tensor) or gradient_scale != 1:
-            for gradient in (*gradients[0], *gradients[1]):
+            for gradient in (*gradients[0], *gradients[1], *self._elsewhere):
                 gradient.mul_(_on(gradient.device, gradient_scale))
         if isinstance(lr, Mapping):
             rates = [(lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 for A, B in zip(As, Bs, strict=True)]
         else:
             rates = [lr] * len(As)
-        self._captured = (_copies(As), _copies(Bs), *gradients, rates)
+        self._captured = (_copies(pieces(As)), _copies(pieces(Bs)), *gradients, rates)
+
+    def _here(self) -> list[AdaptedMatrix]:
+        """Matrices whose factors this process keeps at capture: its share, or of sharded ones a piece of each."""
+        return self.matrices if self._shares.sharded else self._shares.mine
+
+    def _gradient_norm_elsewhere(self) -> list[Tensor]:
+        """One step counts everywhere or nowhere, so each process looks at all gradients before the optimizer does."""
+        held = set(map(id, self._here()))
+        factors = [factor for m in self.matrices if id(m) not in held for factor in (m.A, m.B)]
+        gradients = [factor.grad for factor in factors if factor.grad is not None]
+        return [torch.nn.utils.get_total_norm(_widened(gradients))] if gradients else []
 
     def discard(self) -> None:
         """Forget what `capture` kept, and the sum of exact gradients; the optimizer did not step."""
@@ -220,10 +240,17 @@ class ImportanceRecorder:
             return
         captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
         self.discard()
-        As, Bs = [m.A.detach() for m in self.matrices], [m.B.detach() for m in self.matrices]
-        factors = [factor.to(dtype) for factor, dtype in zip([*As, *Bs], _wide([*As, *Bs]), strict=True)]
-        seen = [*factors, *captured[2], *captured[3], *(exact or {}).values()]  # the norm of a float16 one overflows
+        here = self._here()
+        As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
+        elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
+        factors = _widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
+        seen = [*factors, *captured[2], *captured[3], *(exact or {}).values(), *self._elsewhere]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(seen) * unit)
+        if self.flush_every > 1:
+            As, Bs = _copies(As), _copies(Bs)
+        steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
+        if self._shares.sharded:
+            steps, finite = self._at_owners(steps, finite)
         self._integrated += 1
         self._skipped += ~finite
         if finite.is_cpu:
@@ -231,12 +258,18 @@ class ImportanceRecorder:
         if exact is not None:
             self._integrate_exact(captured, exact, unit, finite)
             return
-        if self.flush_every > 1:
-            As, Bs = _copies(As), _copies(Bs)
-        self._kept.append([Step(*step) for step in zip(*captured, As, Bs, strict=True)])
+        self._kept.append(steps)
         self._counted.append(finite)
         if len(self._kept) == self.flush_every:
             self.flush()
+
+    def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
+        """The step of this process's matrices, from the pieces that all processes have of them."""
+        tensors = [(p.A, p.B, p.grad_A, p.grad_B, p.A_next, p.B_next) for p in pieces]
+        found, finite = self._shares.to_owners(tensors, finite)
+        rates = [pieces[i].lr for i in self._shares.indices]
+        steps = [Step(A, B, g, h, lr, a, b) for (A, B, g, h, a, b), lr in zip(found, rates, strict=True)]
+        return steps, finite
 
     def _integrate_exact(
         self, captured: Snapshot, exact: dict[str, Tensor], unit: Tensor | float, finite: Tensor
@@ -256,7 +289,7 @@ class ImportanceRecorder:
         """Integrate the steps that `flush_every` has kept so far, in one pass over ω."""
         if self._kept:
             omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
-            scales, counted = [matrix.scale for matrix in self.matrices], torch.stack(self._counted)
+            scales, counted = [matrix.scale for matrix in self._shares.mine], torch.stack(self._counted)
             self._kept, self._counted = [], []
             ops.accumulate_all_(omegas, steps, scales, counted, self._offload, seed=self._integrated)
 
@@ -281,7 +314,7 @@ class ImportanceRecorder:
             )
 
     def _all_omega(self) -> dict[str, Encoded]:
-        for matrix in self.matrices if not self._omega else ():
+        for matrix in self._shares.mine if not self._omega else ():
             sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
             encoding = encodings.while_recording(self.encoding)
             if self._offload is None:
@@ -292,7 +325,10 @@ class ImportanceRecorder:
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign)."""
+        """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign).
+
+        In a group of processes, that of this one's share.
+        """
         self.flush()
         if self._offload is not None:
             self._offload.wait()
@@ -303,22 +339,22 @@ class ImportanceRecorder:
         """Importance Ω = max(ω, 0)/(Δ² + ξ) (Eq. 13) with the adapter as it is now as θ^ν; resets ω to zero.
 
         xi: ξ, unit weight². data: a description of the general data, kept as provenance. The recorder goes on
-        from here: the next call covers the movement since this one.
+        from here: the next call covers the movement since this one. In a group of processes every one gets the whole,
+        in host memory.
 
-        Raises ArtifactError when no step was recorded.
+        Raises ArtifactError when no step was recorded, AdapterError when the processes hold different adapters.
         """
         if self.steps == 0:
             raise ArtifactError(
                 f"nothing recorded: 0 steps integrated, {self.skipped_steps} skipped as not finite. "
                 "Train with recorder.step, recorder.attach or recorder.callback before consolidating."
             )
-        omegas = list(self.omega.values())
-        As, Bs = _copies([m.A for m in self.matrices]), _copies([m.B for m in self.matrices])
-        starts, scales = list(self._start.values()), [m.scale for m in self.matrices]
-        found = ops.consolidate_all(omegas, As, Bs, starts, scales, xi, self.encoding, self._offload)
+        As, Bs = _copies([whole(m.A) for m in self.matrices]), _copies([whole(m.B) for m in self.matrices])
+        _check_same_everywhere(As, Bs)
+        found = self._consolidated(As, Bs, xi)
         matrices, negative, elements = {}, 0.0, 0
-        for matrix, A, B, mine in zip(self.matrices, As, Bs, found, strict=True):
-            count = B.shape[0] * A.shape[1]
+        for matrix, A, B in zip(self.matrices, As, Bs, strict=True):
+            mine, count = found[matrix.name], B.shape[0] * A.shape[1]
             negative, elements = negative + mine.negative * count, elements + count
             matrices[matrix.name] = ImportanceMatrix(
                 omega=mine.importance,
@@ -345,13 +381,31 @@ class ImportanceRecorder:
         self.reset()
         return importance
 
+    def _consolidated(self, As: list[Tensor], Bs: list[Tensor], xi: float) -> dict[str, Consolidated]:
+        """Ω of each matrix by name: this process's share, and what the others make of theirs."""
+        mine, indices = self._shares.mine, self._shares.indices
+        factors = [As[i] for i in indices], [Bs[i] for i in indices]
+        starts, scales = [self._start[m.name] for m in mine], [m.scale for m in mine]
+        omegas = list(self.omega.values())
+        found = ops.consolidate_all(omegas, *factors, starts, scales, xi, self.encoding, self._offload)
+        of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
+        if self._shares.processes == 1:
+            return of
+        importance = self._shares.gathered({n: c.importance for n, c in of.items()}, self.encoding, everywhere=True)
+        numbers = {name: [each.negative, each.undo_cost, each.norm] for name, each in of.items()}
+        known = {name: each for text in exchange(json.dumps(numbers)) for name, each in json.loads(text).items()}
+        return {name: Consolidated(omega, *known[name]) for name, omega in importance.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: ω in its encoding, starting factors, counts. Tensors and plain values only.
+
+        In a group of processes the first has all of it, for a group of any number to go on from; another has its share.
 
         Raises ArtifactError when a sum has overflowed: a state that is not finite is neither given nor taken.
         """
         tensors: dict[str, Tensor] = {}
-        for name, omega in self.omega.items():
+        encoding = encodings.while_recording(self.encoding)
+        for name, omega in self._shares.gathered(self.omega, encoding, everywhere=False).items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
         _check_finite(tensors)
@@ -376,9 +430,11 @@ class ImportanceRecorder:
                 f"Make it with gradient={gradient!r}, or record from the start."
             )
         tensors, found = state["tensors"], []
-        for name, omega in self.omega.items():
-            pairs = [(part, f"{name}.omega.{suffix}") for suffix, part in encodings.parts(omega).items()]
-            pairs += [(factor, f"{name}.start_{which}") for factor, which in zip(self._start[name], "AB", strict=True)]
+        mine = self.omega
+        for name, start in self._start.items():
+            omega = encodings.parts(mine[name]) if name in mine else {}
+            pairs = [(part, f"{name}.omega.{suffix}") for suffix, part in omega.items()]
+            pairs += [(factor, f"{name}.start_{which}") for factor, which in zip(start, "AB", strict=True)]
             for target, key in pairs:
                 if key not in tensors or tensors[key].shape != target.shape:
                     got = tuple(tensors[key].shape) if key in tensors else "nothing"
@@ -401,24 +457,37 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _factors(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
-    return matrix.A.detach().clone(), matrix.B.detach().clone()
+    return whole(matrix.A.detach()).clone(), whole(matrix.B.detach()).clone()
 
 
 def _copies(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
     copies = [
         torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
     ]
-    torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
+    if copies:
+        torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
     return copies
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+def _gradients(parameters: list[nn.Parameter], pieces: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
     """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
-    return _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], _wide(parameters))
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    return _copies(pieces([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]), wide)
 
 
-def _wide(tensors: Sequence[Tensor]) -> list[torch.dtype]:
-    return [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _check_same_everywhere(As: list[Tensor], Bs: list[Tensor]) -> None:
+    """Raises AdapterError where the processes of a group have trained each its own adapter."""
+    norms = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (*As, *Bs)]).cpu()
+    for number, text in enumerate(exchange(json.dumps(norms.tolist()))):
+        if not torch.allclose(norms, torch.tensor(json.loads(text), dtype=torch.float64), rtol=1e-3, equal_nan=True):
+            raise AdapterError(
+                f"process {number} has another adapter than this one, so their gradients were not averaged. Train the "
+                "model in DistributedDataParallel or with fully_shard, from the same adapter everywhere."
+            )
 
 
 def _on(device: torch.device, number: float | Tensor) -> float | Tensor:

@@ -22,7 +22,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora import checkpoint
+from hlora import checkpoint, distributed
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.errors import AdapterError, ConfigError, TrainingError
 from hlora.importance import Importance
@@ -71,12 +71,13 @@ class RecordingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.recorder.discard()  # left over only when a gradient scaler skipped the step
-        if self.stop_at_move is not None and self.recorder.move() >= self.stop_at_move:
+        if self.stop_at_move is not None and distributed.first_says(self.recorder.move() >= self.stop_at_move):
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = self.recorder.state_dict()  # by every process, each of which has a part
         if args.should_save:
-            checkpoint.save_state(checkpoint.of(args, state), self._file(), self.recorder.state_dict())
+            checkpoint.save_state(checkpoint.of(args, state), self._file(), kept)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,6 +117,11 @@ class PenaltyCallback(TrainerCallback):
         self._sum, self._weighted, self._count = 0.0, 0.0, 0
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         _clip_after_callbacks(args, optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.penalty.begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,7 +238,9 @@ def protect(
     model = trainer.model
     if model is None:
         raise AdapterError("the trainer has no model yet; build it with model=, not model_init=")
-    untouched = all(not matrix.B.any() for matrix in adapted_matrices(model, adapter_name, unprotected="warn"))
+    untouched = all(
+        not distributed.whole(matrix.B).any() for matrix in adapted_matrices(model, adapter_name, unprotected="warn")
+    )
     if untouched and anchor == "general":
         importance.load_adapter_into(model, adapter_name)
         logger.info("the adapter was untouched; it starts from the general adapter of the importance")
@@ -293,6 +301,8 @@ def train(
 
     # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
     defaults: dict[str, Any] = {"use_cpu": model.device.type == "cpu"}
+    if distributed.world() > 1:
+        defaults["ddp_find_unused_parameters"] = False  # LoRA layers are all used; looking for others takes a pass
     if resumable:
         defaults |= {"save_only_model": True, "save_total_limit": 2}  # two: the newest may be cut short
     of, phase = Path(output).resolve().parents[1].name, Path(output).name  # <output>/logs/<phase>
@@ -301,7 +311,7 @@ def train(
     if not config.push_to_hub:
         config.hub_token = None  # Trainer pickles its arguments into each checkpoint
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    if len(dataset) < _QUICK:
+    if len(dataset) < _QUICK or not distributed.is_first():
         disable_progress_bars()
     try:
         trainer_class = trainer_class or SFTTrainer
@@ -317,18 +327,23 @@ def train(
     last = [checkpoint.Checkpoints()] if resumable else []
     for callback in (*last, line, StopWhenDiverged(), *callbacks):
         add_callback_first(trainer, callback)
-    found = checkpoint.latest(Path(output)) if resumable else None
+    found = distributed.first_does(lambda: _latest(Path(output))) if resumable else None
     if found is not None:
         logger.info("going on from %s", found)
     try:
         with run_of_its_own():
-            trainer.train(resume_from_checkpoint=None if found is None else str(found))
+            trainer.train(resume_from_checkpoint=found)
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
     for entry in history:
         entry.pop("num_tokens", None)  # TRL counts anew where a training goes on
     return history
+
+
+def _latest(output: Path) -> str | None:
+    found = checkpoint.latest(output)
+    return None if found is None else str(found)
 
 
 def _clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:

@@ -1,0 +1,287 @@
+"""What several processes compute together, for test_distributed.py.
+
+    python tests/ranks.py PROCESSES MODEL_DIRECTORY RESULTS SCENARIO…
+    torchrun --nproc-per-node=PROCESSES tests/ranks.py hlora PHASE STEP ARGUMENT…
+
+By the first, each process is a fork of this one, together a group over gloo. The first writes
+RESULTS/<scenario>.safetensors. The second is the command line with a checkpoint after each step, where process 1 kills
+itself at the end of a step of a phase, before its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from hlora import encodings, equations
+from hlora.distributed import rank, whole, world
+from hlora.importance import Importance
+from hlora.penalty import ImportancePenalty
+from hlora.recorder import ImportanceRecorder
+
+LR = 0.02
+SCENARIOS = {
+    "plain": {},
+    "factored": {"encoding": "factored", "flush_every": 3},
+    "q only": {"targets": ["q_proj"]},  # two matrices: at four processes two have nothing to do
+    "in the loss": {"in_loss": True},
+    "accumulated": {"accumulate": 2},
+}
+
+
+def adapted(directory: str, dtype: torch.dtype, targets: list[str]) -> Any:
+    """The tiny Llama with LoRA, B not zero."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+def trained_by(kind: str, model: Any, mixed: bool = False) -> Any:
+    """The model as a training of that kind has it: wrapped, or sharded in place."""
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind in ("fsdp2", "hsdp"):
+        shape, names = ((2, 2), ("copies", "rows")) if kind == "hsdp" else ((world(),), ("rows",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def record_and_tune(
+    kind: str,
+    directory: str,
+    encoding: str = "float32",
+    flush_every: int = 1,
+    targets: list[str] | None = None,
+    in_loss: bool = False,
+    accumulate: int = 1,
+) -> dict[str, Tensor]:
+    """Four steps of recording, four under the penalty, eight rows each; kind "alone" is one process without a group.
+
+    Returns ω, Ω, the adapter after both phases, losses and what the penalty said.
+    """
+    model = adapted(directory, torch.float64, targets or ["q_proj", "v_proj"])
+    rows = torch.randint(3, 384, (64, 12), generator=torch.Generator().manual_seed(2))
+    held_out = torch.randint(3, 384, (8, 12), generator=torch.Generator().manual_seed(3))
+    running = trained_by(kind, model)
+    found: dict[str, Tensor] = {}
+    recorder = ImportanceRecorder(running, encoding, flush_every=flush_every)
+    penalty: ImportancePenalty | None = None
+
+    def phase(first: int, optimizer: Any) -> list[float]:
+        losses = []
+        for step in range(first, first + 4):
+            if penalty is not None and step % 2 == 0:
+                penalty.begin()
+            total = 0.0
+            batch = rows[8 * step : 8 * step + 8].unflatten(0, (accumulate, -1))
+            for number, part in enumerate(batch):
+                last = number + 1 == accumulate
+                if kind in ("fsdp2", "hsdp"):
+                    running.set_requires_gradient_sync(last)
+                elsewhere = kind == "ddp" and not last
+                with running.no_sync() if elsewhere else nullcontext():
+                    mine = part if kind == "alone" else part[rank() :: world()]
+                    loss = running(input_ids=mine, labels=mine).loss / accumulate
+                    if penalty is not None and in_loss:
+                        (loss + penalty() / accumulate).backward()
+                    else:
+                        loss.backward()
+                total += float(average(loss.detach()))
+            losses.append(total)
+            if penalty is not None and not in_loss:
+                losses.append(float(penalty.add_gradients_()))
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    detach = recorder.attach(optimizer)
+    found["losses"] = torch.tensor(phase(0, optimizer), dtype=torch.float64)
+    found["move"] = torch.tensor(recorder.move())
+    found |= {f"state.{name}": tensor for name, tensor in recorder.state_dict()["tensors"].items()}
+    detach()
+    importance = recorder.consolidate()
+    penalty = ImportancePenalty(running, importance, phi=5.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    found["tuning"] = torch.tensor(phase(4, optimizer), dtype=torch.float64)
+    with torch.no_grad():
+        loss = running(input_ids=held_out, labels=held_out).loss
+        found["held out"] = loss.double()
+    found["share"] = torch.tensor(sum(encodings.nbytes(omega) for omega in penalty._omega.values()))
+    return found | described(importance) | {f"tuned.{n}": t for n, t in factors(penalty).items()}
+
+
+def average(loss: Tensor) -> Tensor:
+    if world() > 1:
+        dist.all_reduce(loss)
+    return loss / world()
+
+
+def described(importance: Importance) -> dict[str, Tensor]:
+    found = {}
+    for name, matrix in importance.matrices.items():
+        found |= {f"importance.{name}.{part}": t for part, t in encodings.parts(matrix.omega).items()}
+        found |= {f"general.{name}.A": matrix.A, f"general.{name}.B": matrix.B, f"sample.{name}": matrix.base_sample}
+        found[f"undo.{name}"] = torch.tensor(matrix.undo_cost)
+    return found
+
+
+def factors(holder: Any) -> dict[str, Tensor]:
+    return {f"{m.name}.{x}": whole(getattr(m, x).detach()) for m in holder.matrices for x in "AB"}
+
+
+def not_finite(kind: str, directory: str) -> dict[str, Tensor]:
+    """Three steps, the second with a gradient that is not finite: of one matrix, and sharded on one process alone."""
+    model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
+    rows = torch.randint(3, 384, (24, 12), generator=torch.Generator().manual_seed(2))
+    running = trained_by(kind, model)
+    recorder = ImportanceRecorder(running, "float32")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for step in range(3):
+        mine = rows[8 * step : 8 * step + 8]
+        mine = mine if kind == "alone" else mine[rank() :: world()]
+        running(input_ids=mine, labels=mine).loss.backward()
+        gradient = recorder.matrices[-1].A.grad
+        if step == 1 and kind == "fsdp2" and rank() == world() - 1:
+            gradient.to_local().fill_(torch.nan)
+        elif step == 1 and kind != "fsdp2":
+            gradient.fill_(torch.nan)
+        with recorder.step(LR):
+            if step == 1:
+                optimizer.zero_grad()
+            optimizer.step()
+        optimizer.zero_grad()
+    skipped = average(torch.tensor(float(recorder.skipped_steps))) if kind != "alone" else torch.tensor(1.0)
+    return {"skipped": skipped} | described(recorder.consolidate())
+
+
+def changed_meanwhile(kind: str, directory: str) -> dict[str, Tensor]:
+    """What the penalty says when a factor changed between `begin` and the step, and of an adapter that is θ^ν."""
+    model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
+    running = trained_by(kind, model)
+    recorder = ImportanceRecorder(running, "float32")
+    move(recorder, 0.01)
+    with recorder.step(LR):
+        move(recorder, 0.02)
+    importance = recorder.consolidate()
+    penalty = ImportancePenalty(running, importance, phi=5.0)
+    penalty.begin()
+    move(recorder, 0.1)
+    found = {"value": penalty.add_gradients_()}
+    found |= {f"{m.name}.{x}": whole(getattr(m, x).grad) for m in penalty.matrices for x in "AB"}
+    importance.load_adapter_into(running)
+    return found | {"at anchor": penalty.regularisation_loss()} | {f"at.{n}": t for n, t in factors(penalty).items()}
+
+
+def mixed_precision(kind: str, directory: str) -> dict[str, Tensor]:
+    """Master weights in float32, passes in bfloat16: Ω, and what the equations make of weights and gradients."""
+    model = adapted(directory, torch.float32, ["q_proj", "v_proj"])
+    rows = torch.randint(3, 384, (24, 12), generator=torch.Generator().manual_seed(2))
+    running = trained_by(kind, model, mixed=True)
+    recorder = ImportanceRecorder(running, "float32")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    expected = {m.name: torch.zeros(m.B.shape[0], m.A.shape[1], dtype=torch.float64) for m in recorder.matrices}
+    start = {name: factor.clone() for name, factor in factors(recorder).items()}
+    for step in range(3):
+        mine = rows[8 * step : 8 * step + 8][rank() :: world()]
+        with torch.autocast("cpu", torch.bfloat16) if kind == "ddp" else nullcontext():
+            loss = running(input_ids=mine, labels=mine).loss
+        loss.backward()
+        before = {
+            m.name: [whole(t.detach()).double() for t in (m.A, m.B, m.A.grad, m.B.grad)] for m in recorder.matrices
+        }
+        with recorder.step(LR):
+            optimizer.step()
+        optimizer.zero_grad()
+        after = {name: factor.double() for name, factor in factors(recorder).items()}
+        for m in recorder.matrices:
+            A, B, grad_A, grad_B = before[m.name]
+            gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, m.scale)
+            delta = equations.movement(A, B, after[f"{m.name}.A"], after[f"{m.name}.B"], m.scale)
+            expected[m.name] = equations.path_integral(expected[m.name], gradient, delta)
+    found = described(recorder.consolidate())
+    for m in recorder.matrices:
+        ends = [each[f"{m.name}.{x}"].double() for each in (start, after) for x in "AB"]
+        delta = equations.movement(*ends, m.scale)
+        found[f"expected.{m.name}.dense"] = equations.consolidate(expected[m.name], delta, 1e-3)
+    return found
+
+
+@torch.no_grad()
+def move(recorder: ImportanceRecorder, by: float) -> None:
+    """Every factor by its own pattern, whole or sharded; the first time with a gradient against it."""
+    for number, matrix in enumerate(recorder.matrices):
+        for factor in (matrix.A, matrix.B):
+            factor.grad = -by * torch.sign(factor.detach()) if factor.grad is None else factor.grad
+            factor.add_(factor.detach(), alpha=by * (number + 1))
+            if by == 0.1:
+                factor.grad = None
+
+
+def run(kind: str, scenario: str, directory: str) -> dict[str, Tensor]:
+    if scenario in SCENARIOS:
+        return record_and_tune(kind, directory, **SCENARIOS[scenario])
+    functions = {"not finite": not_finite, "changed meanwhile": changed_meanwhile, "mixed precision": mixed_precision}
+    return functions[scenario](kind, directory)
+
+
+def process(number: int, processes: int, directory: str, results: str, scenarios: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes)}
+    dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=number, world_size=processes)
+    for name in scenarios:
+        found = run(*name.split(": "), directory)
+        if number == 0:
+            save_file({key: t.contiguous().clone() for key, t in found.items()}, f"{results}/{name}.safetensors")
+    dist.destroy_process_group()
+
+
+def killed(phase: str, step: int) -> None:
+    from hlora import checkpoint, cli
+
+    checkpoint._EVERY = 0.0
+    usual = checkpoint.Checkpoints.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if os.environ["RANK"] == "1" and Path(args.output_dir).name == phase and state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        usual(self, args, state, control, **kwargs)
+
+    checkpoint.Checkpoints.on_step_end = on_step_end  # type: ignore[method-assign]
+    cli.main()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "hlora":
+        phase, step = sys.argv[2:4]
+        sys.argv[1:4] = []
+        killed(phase, int(step))
+        sys.exit()
+    count, directory, results, *scenarios = sys.argv[1:]
+    Path(results).mkdir(exist_ok=True)
+    arguments = (int(count), directory, results, scenarios)
+    torch.multiprocessing.start_processes(process, arguments, int(count), start_method="fork")
