@@ -1,20 +1,23 @@
-# Few verbs: demo, test, test-faults, check, bench. The first two set up .venv by themselves.
+# Few verbs: demo, test, test-faults, check, audit, bench. The first two set up .venv by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults check bench setup
+.PHONY: demo test test-faults check audit bench setup
 
 demo: setup ## the whole job on an embedded model and data; ends by naming the report
 	$(BIN)/hlora demo
 
-test: setup ## all tests
-	$(BIN)/pytest
+test: setup ## all tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-faults: setup ## the long version of tests/faults: killed, or without a disk, at 400 points
 	HLORA_KILL_POINTS=400 $(BIN)/pytest tests/faults -s
 
 check: setup ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+audit: setup ## known holes in the dependencies that constraints.txt pins
+	$(BIN)/python .ci/audit.py
 
 bench: setup ## recording and penalty alone, how they grow, and what they add to a training step: docs/performance.md
 	$(BIN)/python benchmarks/core.py

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from made_comparison import SMALL, make_comparison
 from peft import LoraConfig, PeftModel, get_peft_model
+from tally import pytest_terminal_summary, tally  # noqa: F401  # of tests/faults
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
