@@ -259,7 +259,7 @@ def test_a_directory_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: P
     assert names(tmp_path / "adapter") == ["new"] and not (tmp_path / "adapter").is_symlink()
     assert names(elsewhere) == ["checkpoint-1", "file"]
     assert names(tmp_path) == ["adapter", "elsewhere"]
-    (tmp_path / ".adapter.999999999.old").symlink_to(elsewhere)  # an interrupted one's
+    (tmp_path / f".adapter.999999999-0-{files._machine()}.old").symlink_to(elsewhere)  # an interrupted one's
     files.clear(tmp_path / "adapter")
     assert names(elsewhere) == ["checkpoint-1", "file"]
     assert names(tmp_path) == ["adapter", "elsewhere"]
