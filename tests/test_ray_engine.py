@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from hlora.cli import main
 from hlora.comparison import Grid
 from hlora.config import CompareConfig
 from hlora.errors import ClusterError, ConfigError
@@ -185,6 +186,15 @@ def test_an_address_without_a_cluster_and_more_than_the_machine_has_are_refused(
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
     with pytest.raises(ClusterError, match=r"--ray-address auto: .*`ray start --head`"), engine("auto"):
         pass
+
+
+def test_options_of_ray_without_it_are_refused(
+    comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hlora", "compare", str(comparison_file), "--cpus-per-cell", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--engine ray" in capsys.readouterr().err
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from hlora import __version__
-from hlora.errors import HloraError
+from hlora.errors import ConfigError, HloraError
 from hlora.redaction import RedactingFormatter, redact_argument, redact_text
 
 app = typer.Typer(
@@ -142,7 +142,7 @@ def compare(
         float | None,
         typer.Option(min=0, help="ray: GPUs that a cell has, 0.5 for two on one. 1, or 0 where there are none."),
     ] = None,
-    cpus_per_cell: Annotated[float, typer.Option(min=0, help="ray: CPU cores that a cell has.")] = 1,
+    cpus_per_cell: Annotated[float | None, typer.Option(min=0, help="ray: CPU cores that a cell has. 1.")] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="ray: an existing cluster, HOST:PORT or auto; without it this machine alone, for the run."),
@@ -158,11 +158,15 @@ def compare(
     from hlora.config import load_comparison
 
     settings = load_comparison(config, overrides)
+    if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
+        raise ConfigError(
+            "--gpus-per-cell, --cpus-per-cell and --ray-address are for --engine ray. Add it, or drop them."
+        )
     if dry_run:
         console.print(planning.plan_table(planning.plan(settings)))
         return
     if engine is Engine.ray:
-        with ray_engine.engine(ray_address, gpus_per_cell, cpus_per_cell) as compute:
+        with ray_engine.engine(ray_address, gpus_per_cell, 1 if cpus_per_cell is None else cpus_per_cell) as compute:
             found = comparison.compare(settings, _command(), retry, compute)
     else:
         found = comparison.compare(settings, _command(), retry)
