@@ -319,6 +319,7 @@ def test_a_model_that_goes_on_in_place_trains_and_records_the_same(model: PeftMo
 def test_more_than_one_process_is_refused(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(ConfigError, match="one process, this is one of 4"):
         ImportanceRecorder(model, gradient="exact")
     assert hooks_on(model) == 0

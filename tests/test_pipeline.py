@@ -244,7 +244,7 @@ def test_prompt_and_completion_rows_train_without_choices(
         (["lora.target_modules=[nope]"], "lora.target_modules"),
         (["general.paths=[missing.txt]"], "missing.txt: no such file"),
         (["domain.train=missing.jsonl"], "missing.jsonl: no such file"),
-        (["domain.task=piqa"], "row 1: column 'goal' is missing"),
+        (["domain.task=piqa"], "24 of 24 rows cannot be used"),
         (["training.common.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["training.tune.lr_scheduler_type=nope"], "training"),
         (["training.record.per_device_train_batch_size=many"], "training"),
@@ -267,7 +267,7 @@ def test_wrong_test_row_is_reported_before_anything_is_trained(
         file.write('{"question": "?", "choices": ["a", "b"], "label": 2}\n')
     status, _, err = hlora("run", config)
     assert status == 2
-    assert "test.jsonl row 9: label is 2, expected 0 to 1" in err
+    assert "test.jsonl: 1 of 9 rows cannot be used" in err and "Row 9: wrong label: 2, expected 0 to 1" in err
     assert not (tmp_path / "out" / "logs").exists()
 
 

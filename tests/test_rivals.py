@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,11 @@ def test_replay_takes_the_loss_on_every_token_of_a_general_row(open_job: Open, m
 
 
 def test_replay_answers_an_empty_message_with_general_text_among_chat_rows(
-    open_job: Open, batches: list[dict[str, Any]], tmp_path: Path
+    open_job: Open, batches: list[dict[str, Any]], model_dir: str, tmp_path: Path
 ) -> None:
+    chat = shutil.copytree(model_dir, tmp_path / "chat")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (chat / "chat_template.jinja").write_text(template, encoding="utf-8")
     paths = []
     for name, start in (("a", 0), ("b", 50)):
         messages = [
@@ -202,8 +206,7 @@ def test_replay_answers_an_empty_message_with_general_text_among_chat_rows(
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages), encoding="utf-8")
         paths.append(str(path))
-    job = open_job(domain__task="rows", domain__train=paths[0], domain__test=paths[1])
-    job.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    job = open_job(model__name=str(chat), domain__task="rows", domain__train=paths[0], domain__test=paths[1])
     _, history = rivals.replay(job, 0.5)
     general = [row for row in batches[0]["dataset"] if row["prompt"][0]["content"] == ""]
     assert len(general) == 8 and math.isfinite(history[-1]["loss"])

@@ -57,7 +57,7 @@ def record(config: ConfigPath, overrides: Overrides = None) -> None:
     """The general phase alone: writes <output>/importance."""
     from hlora import pipeline
 
-    console.print(f"importance: {pipeline.record(_load(config, overrides))}")
+    console.print(f"importance: {pipeline.record(_load(config, overrides))}", soft_wrap=True)
 
 
 @app.command()
@@ -65,7 +65,7 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     """The domain phase alone, under <output>/importance: writes <output>/adapter."""
     from hlora import pipeline
 
-    console.print(f"adapter: {pipeline.tune(_load(config, overrides))}")
+    console.print(f"adapter: {pipeline.tune(_load(config, overrides))}", soft_wrap=True)
 
 
 @app.command()
@@ -87,7 +87,7 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output
         comparison.write_report(json.loads((output / "comparison.json").read_text(encoding="utf-8")), output)
     else:
         write_report(read_results(output), output / "report.html")
-    console.print(f"report: {output / 'report.html'}")
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def inspect(
         table.add_row(name, f"{norm:.4g}")
     console.print(table)
     save(importance_heatmap(norms), figure.with_suffix(""))
-    console.print(f"heat map: {figure.with_suffix('.png')}, {figure.with_suffix('.svg')}")
+    console.print(f"heat map: {figure.with_suffix('.png')}, {figure.with_suffix('.svg')}", soft_wrap=True)
 
 
 @app.command()
@@ -172,7 +172,7 @@ def compare(
         found = comparison.compare(settings, _command(), retry)
     for line in comparison.summary(found):
         console.print(line, markup=False, highlight=False)
-    console.print(f"report: {Path(settings.output) / 'report.html'}")
+    console.print(f"report: {Path(settings.output) / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -209,7 +209,7 @@ def cost(
     for note in measured["notes"]:
         console.print(note, markup=False, highlight=False)
     png, svg = save(cost_bars(measured), Path(settings.output) / "cost")
-    console.print(f"figure: {png}, {svg}")
+    console.print(f"figure: {png}, {svg}", soft_wrap=True)
 
 
 @app.command("config")
@@ -296,4 +296,4 @@ def _show(results: dict[str, Any]) -> None:
     found = verdict(results)
     for sentence in (found.headline, found.kept, found.learned, *found.beside):
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"report: {Path(results['config']['output']) / 'report.html'}")
+    console.print(f"report: {Path(results['config']['output']) / 'report.html'}", soft_wrap=True)
