@@ -10,8 +10,8 @@ demo: setup ## the whole job on an embedded model and data; ends by naming the r
 test: setup ## all tests, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-faults: setup ## the long version of tests/faults: killed, or without a disk, at 400 points
-	HLORA_KILL_POINTS=400 $(BIN)/pytest tests/faults -s
+test-faults: setup ## the long version of tests/faults: killed at 400 points, the disk failing at 200
+	OMP_NUM_THREADS=1 HLORA_KILL_POINTS=400 $(BIN)/pytest tests/faults -n 2
 
 check: setup ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

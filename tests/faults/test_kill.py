@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,29 @@ import pytest
 import yaml
 
 HARNESS = Path(__file__).with_name("kill.py")
-POINTS = int(os.environ.get("HLORA_KILL_POINTS", "50"))
+POINTS = int(os.environ.get("HLORA_KILL_POINTS", "50"))  # of run, with its evaluation, and compare
+FAILURES = max(3, POINTS // 4)
 
 
+# The longest first. Each is a process of its own, so that pytest-xdist can divide them.
 @pytest.mark.slow
-def test_killed_or_without_a_disk_at_any_point_and_resumed_there_is_no_difference(
-    tmp_path: Path, job_fields: dict[str, Any], comparison_file: Path
+@pytest.mark.parametrize(
+    ("scenario", "points"),
+    [
+        ("compare, killed", math.ceil(POINTS / 3)),
+        ("run, killed", math.ceil(POINTS * 2 / 3)),
+        ("run, disk fails", FAILURES),
+        ("run, short writes", math.ceil(FAILURES * 2 / 3)),
+        ("run, output vanishes", math.ceil(FAILURES / 3)),
+    ],
+)
+def test_whatever_happens_to_its_writing_the_same_command_ends_afterwards_without_a_difference(
+    scenario: str,
+    points: int,
+    tmp_path: Path,
+    job_fields: dict[str, Any],
+    comparison_file: Path,
+    tally: Callable[..., None],
 ) -> None:
     evaluation = {"max_tokens": 64, "window": 32, "stride": 32, "generate": 0, "accuracy": False, "max_rows": 4}
     training = {
@@ -45,20 +64,10 @@ def test_killed_or_without_a_disk_at_any_point_and_resumed_there_is_no_differenc
         },
     }  # fmt: skip
     (tmp_path / "fields.json").write_text(json.dumps(fields), encoding="utf-8")
-    command = [
-        sys.executable,
-        str(HARNESS),
-        str(tmp_path / "fields.json"),
-        "--points",
-        str(POINTS),
-        "--failures",
-        str(max(2, POINTS // 4)),
-    ]
+    command = [sys.executable, str(HARNESS), str(tmp_path / "fields.json"), scenario, str(points)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert sum(scenario["as_expected"] for name, scenario in found.items() if "killed" in name) >= min(50, POINTS)
-    for name, scenario in found.items():
-        assert scenario["differences"] == [], name
-        assert scenario["as_expected"] == scenario["resumed"] == scenario["points"] > 0
+    found = json.loads(done.stdout)
+    tally(f"{scenario}, and resumed", cases=found["points"], good=found["as_expected"], bad=len(found["differences"]))
+    assert found["differences"] == []
+    assert found["points"] == found["as_expected"] == found["resumed"] == min(points, found["of"])
