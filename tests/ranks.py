@@ -1,18 +1,25 @@
 """What several processes compute together, for test_distributed.py.
 
     python tests/ranks.py PROCESSES MODEL_DIRECTORY RESULTS SCENARIO…
-    torchrun --nproc-per-node=PROCESSES tests/ranks.py hlora PHASE STEP ARGUMENT…
+    python tests/ranks.py launch PROCESSES [PHASE STEP] -- ARGUMENT… [then PROCESSES …]
 
 By the first, each process is a fork of this one, together a group over gloo. The first writes
-RESULTS/<scenario>.safetensors. The second is the command line with a checkpoint after each step, where process 1 kills
-itself at the end of a step of a phase, before its checkpoint.
+RESULTS/<scenario>.safetensors. The second does with forks what torchrun does with processes that import everything
+anew: the command line with those arguments, a checkpoint after each step. Given PHASE and STEP, process 1 kills itself
+at the end of that step, before its checkpoint. Several launches follow one another; a line of JSON for each says how
+it ended.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import sys
+import tempfile
+import time
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from hlora import encodings, equations
+from hlora import checkpoint, cli, encodings, equations, pipeline  # noqa: F401
 from hlora.distributed import rank, whole, world
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
@@ -260,26 +267,70 @@ def process(number: int, processes: int, directory: str, results: str, scenarios
     dist.destroy_process_group()
 
 
-def killed(phase: str, step: int) -> None:
-    from hlora import checkpoint, cli
+def launch(processes: int, arguments: list[str], at: tuple[str, str] | None) -> dict[str, Any]:
+    """Statuses, and what all processes wrote. When one fails the others are stopped, as torchrun does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile() as log:
+        running = {}
+        for number in range(processes):
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                os.environ |= {name: str(value) for name, value in names.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                command_line(arguments, at)
+            running[pid] = number
+        statuses = [0] * processes
+        while running:
+            pid, status = os.wait()
+            statuses[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+            if status != 0:
+                time.sleep(1)
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        log.seek(0)
+        return {"statuses": statuses, "said": log.read().decode()}
 
-    checkpoint._EVERY = 0.0
+
+def command_line(arguments: list[str], at: tuple[str, str] | None) -> None:
+    """Ends this process."""
+    torch.set_num_threads(1)
     usual = checkpoint.Checkpoints.on_step_end
+    checkpoint._EVERY = 0.0
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if os.environ["RANK"] == "1" and Path(args.output_dir).name == phase and state.global_step == step:
+        if at == (Path(args.output_dir).name, str(state.global_step)) and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         usual(self, args, state, control, **kwargs)
 
     checkpoint.Checkpoints.on_step_end = on_step_end  # type: ignore[method-assign]
-    cli.main()
+    sys.argv = ["hlora", *arguments]
+    status = 1
+    try:
+        cli.main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "hlora":
-        phase, step = sys.argv[2:4]
-        sys.argv[1:4] = []
-        killed(phase, int(step))
+    if sys.argv[1] == "launch":
+        import lm_eval.models.huggingface  # noqa: F401  # all that each fork would import by itself
+        import trl.trainer.sft_trainer  # noqa: F401
+
+        for given in " ".join(sys.argv[2:]).split(" then "):
+            how, _, arguments_given = given.partition(" -- ")
+            count, *where = how.split()
+            print(json.dumps(launch(int(count), arguments_given.split(), tuple(where) or None)), flush=True)  # type: ignore[arg-type]
         sys.exit()
     count, directory, results, *scenarios = sys.argv[1:]
     Path(results).mkdir(exist_ok=True)

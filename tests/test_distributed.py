@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hlora import distributed
+from hlora import distributed, files, pipeline
 from hlora.adapters import adapted_matrices, check_trained_by
+from hlora.config import load_config
 from hlora.errors import AdapterError
 
 AT_TWO = [
@@ -48,9 +50,8 @@ def computed(tmp_path_factory: pytest.TempPathFactory, model_dir: str) -> Callab
 
 
 def started(*arguments: Any) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(Path(ranks.__file__)), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -146,30 +147,39 @@ def test_rows_are_counted_as_fully_shard_divides_them(rows: int, processes: int)
 
 
 @pytest.fixture
-def launched(tmp_path: Path, job_fields: dict[str, Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `hlora run` in so many processes, on the tiny Llama, four rows a step in all; `at` kills one of them."""
-    fields = {
-        **job_fields,
-        "baselines": [],
-        "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 0},
-        "importance": {"encoding": "float32"},
-        "penalty": {"phi": 2.0},
-    }
+def configured(tmp_path: Path, job_fields: dict[str, Any]) -> Callable[[int], Path]:
+    """Configuration of a run on the tiny Llama with four rows a step in all, for so many processes."""
 
-    def run(
-        processes: int, at: tuple[str, int] | None = None, launcher: tuple[str, ...] = (), **changes: Any
-    ) -> subprocess.CompletedProcess[str]:
-        common = {**fields["training"]["common"], "per_device_train_batch_size": 4 // processes}
-        mine = {**fields, "training": {**fields["training"], "common": common}, **changes}
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(mine), encoding="utf-8")
-        what = ["-m", "hlora"] if at is None else [str(Path(ranks.__file__)), "hlora", *map(str, at)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        usual = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-        command = [sys.executable, *(launcher or usual), *what, "run", str(path)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    def of(processes: int, **changes: Any) -> Path:
+        training = job_fields["training"]
+        common = {**training["common"], "per_device_train_batch_size": 4 // processes}
+        fields = {
+            **job_fields,
+            "baselines": [],
+            "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 0},
+            "importance": {"encoding": "float32"},
+            "penalty": {"phi": 2.0},
+            "training": {**training, "common": common},
+            **changes,
+        }
+        path = tmp_path / f"run-{'-'.join([str(processes), *changes])}.yaml"
+        path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        return path
 
-    return run
+    return of
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+
+
+def launches(*each: str) -> list[dict[str, Any]]:
+    """Status of each process and all that they said, of launches one after the other (see ranks.py)."""
+    command = [sys.executable, str(Path(ranks.__file__)), "launch", *" then ".join(each).split()]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"statuses"')]
 
 
 def results_of(output: Path) -> dict[str, Any]:
@@ -195,32 +205,78 @@ def assert_same_run(mine: Path, other: Path) -> None:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=bound)
 
 
+@pytest.fixture
+def run_alone(tmp_path: Path, configured: Any) -> Path:
+    """Output of the same run in one process."""
+    pipeline.run(load_config(configured(1, output=str(tmp_path / "alone"))))
+    return tmp_path / "alone"
+
+
 @pytest.mark.slow
-def test_a_run_under_torchrun_equals_one_process_and_speaks_once(launched: Any, tmp_path: Path) -> None:
-    alone = launched(1, output=str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    done = launched(2)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "out", tmp_path / "alone")
+def test_a_run_in_two_processes_equals_one_and_speaks_once(configured: Any, run_alone: Path, tmp_path: Path) -> None:
+    (done,) = launches(f"2 -- run {configured(2)}")
+    assert done["statuses"] == [0, 0], done["said"]
+    assert_same_run(tmp_path / "out", run_alone)
     for once in ("evaluating: base", "evaluating: hlora", "report: ", "tune ━"):
-        assert (done.stdout + done.stderr).count(once) == 1
+        assert done["said"].count(once) == 1
     assert not list((tmp_path / "out").glob("unfinished.json"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "processes"), [("record", 2), ("tune", 1), ("tune", 4)])
 def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
-    launched: Any, tmp_path: Path, phase: str, processes: int
+    configured: Any, run_alone: Path, tmp_path: Path
 ) -> None:
-    cut = launched(2, at=(phase, 3))
-    assert cut.returncode != 0
-    assert "another process of this launch has ended" in cut.stderr or "Signal 9 (SIGKILL)" in cut.stderr
-    assert cut.stderr.count("hlora: ") <= 1
-    done = launched(processes)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from {tmp_path}/out/logs/{phase}/checkpoint-2" in done.stderr
-    assert launched(1, output=str(tmp_path / "alone")).returncode == 0
-    assert_same_run(tmp_path / "out", tmp_path / "alone")
+    cut, cut_again, done = launches(
+        f"2 record 3 -- run {configured(2)}", f"4 tune 3 -- run {configured(4)}", f"1 -- run {configured(1)}"
+    )
+    for each in (cut, cut_again):
+        assert each["statuses"][1] == -9 and set(each["statuses"]) <= {2, -9, -15}
+        assert each["said"].count("another process of this launch has ended") == 1
+    assert f"going on from {tmp_path}/out/logs/record/checkpoint-2" in cut_again["said"]
+    assert f"going on from {tmp_path}/out/logs/tune/checkpoint-2" in done["said"]
+    assert done["statuses"] == [0], done["said"]
+    assert_same_run(tmp_path / "out", run_alone)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_launch_is_one_message_and_status_2(configured: Any, tmp_path: Path) -> None:
+    wrong = configured(2, domain={"task": "multiple_choice", "train": "no.jsonl", "test": "no.jsonl"})
+    with files.alone(tmp_path / "out"):
+        missing, busy = launches(f"2 -- run {wrong} --set output={tmp_path / 'other'}", f"2 -- run {configured(2)}")
+    for each, message in ((missing, "no.jsonl"), (busy, "is in use by process")):
+        assert each["statuses"] == [2, 2], each["said"]
+        (line,) = [line for line in each["said"].splitlines() if line.startswith("hlora: ")]
+        assert message in line and "Traceback" not in each["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_on_two_nodes_record_what_one_process_does(configured: Any, tmp_path: Path, launcher: str) -> None:
+    """As the guide says; the two nodes are two invocations that meet on this machine."""
+    port = free_port()
+    nodes = []
+    for number in range(2):
+        command = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1"]
+        command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+        if launcher == "accelerate":
+            command = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=2", "--num_processes=2"]
+            command += [f"--machine_rank={number}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+        command += ["-m", "hlora", "record", str(configured(2))]
+        with (tmp_path / f"said-{number}").open("w") as said:
+            nodes.append(subprocess.Popen([sys.executable, "-m", *command], env=environment(), stderr=said))
+    statuses = [node.wait(timeout=220) for node in nodes]
+    assert statuses == [0, 0], "".join((tmp_path / f"said-{number}").read_text() for number in range(2))
+    pipeline.record(load_config(configured(1, output=str(tmp_path / "alone"))))
+    for file in ("importance", "adapter_model"):
+        a, b = (load_file(tmp_path / of / f"importance/{file}.safetensors") for of in ("out", "alone"))
+        for name in b:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3 * float(b[name].abs().max()))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def test_deepspeed_is_refused_by_name(peft_model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -400,7 +401,7 @@ def _timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     if job.resumable:
         with together():
             if is_first():
-                document = {"made_from": _made_from(job), "results": redacted(results)}
+                document = {**_made_from(job), "results": redacted(results)}
                 write_text(job.output / UNFINISHED, json.dumps(document))
 
 
@@ -418,22 +419,39 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
         kept = {}
-    if kept.get("made_from") == _made_from(job):
+    mine = _made_from(job)
+    another_number = kept.get("processes", mine["processes"]) != mine["processes"]
+    if kept.get("made_from") == mine["made_from"] or (another_number and kept["by_rows"] == mine["by_rows"]):
         logger.info("going on with the run of %s", kept["results"]["provenance"]["started"])
         return dict(kept["results"])
     if kept:
         logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
     _forget(job)
     results = _start(job, command)
-    write_text(job.output / UNFINISHED, json.dumps({"made_from": _made_from(job), "results": redacted(results)}))
+    write_text(job.output / UNFINISHED, json.dumps({**mine, "results": redacted(results)}))
     return results
 
 
-def _made_from(job: Job) -> str:
-    """A digest of what determines a run's results. Another token is no other run."""
+def _made_from(job: Job) -> dict[str, Any]:
+    """Digests of what determines a run's results: as it is written, and with the rows of a step in place of the batch.
+
+    By the second, a run goes on in another number of processes with batches that keep the rows of a step. Another
+    token is no other run.
+    """
     config = without_secret_fields(job.config.model_dump(exclude={"output"}))
-    facts = {"config": config, "hlora": version("hlora")}
+    facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
     facts |= {"general": job.general.facts, "domain": job.domain.facts}
+    written = _digest(facts)
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
+    phases = []
+    for arguments in (job.config.training.of_record(), job.config.training.of_tune()):
+        rows = distributed.world() * math.prod(arguments.get(name, default) for name, default in sizes.items())
+        phases.append({k: v for k, v in arguments.items() if k not in sizes} | {"rows": rows})
+    facts["config"]["training"] = phases
+    return {"made_from": written, "by_rows": _digest(facts), "processes": distributed.world()}
+
+
+def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
