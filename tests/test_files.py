@@ -133,3 +133,19 @@ def test_a_directory_is_kept_to_one_process_until_it_ends(tmp_path: Path) -> Non
         pass
     with alone(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_directory_that_is_taken_away_meanwhile_is_an_error_at_the_end(tmp_path: Path, made_again: bool) -> None:
+    output = tmp_path / "output"
+    with (
+        pytest.raises(ConfigError, match=r"was taken away while this ran.*start the same command again"),
+        alone(output),
+    ):
+        output.rename(tmp_path / "gone")
+        if made_again:
+            with building(output / "importance"):
+                pass
+            (output / ".lock").touch()
+    with alone(tmp_path / "gone"):
+        pass

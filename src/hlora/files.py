@@ -37,7 +37,8 @@ def make_directory(directory: Path) -> None:
 def alone(directory: Path) -> Iterator[None]:
     """Keep a directory to this process. The operating system frees it when the process ends, however that may be.
 
-    Raises ConfigError that names the process which has it, and since when; or that it cannot be written.
+    Raises ConfigError that names the process which has it, and since when; or that it cannot be written; or, at the
+    end, that it is no longer the directory which was there at the start, as when a mount is lost.
     """
     make_directory(directory)
     refuse_links(directory)
@@ -56,6 +57,16 @@ def alone(directory: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         yield
+        # What makes directories that are missing, Trainer and TensorBoard too, has begun another in its place.
+        try:
+            same = os.path.samestat(os.fstat(lock.fileno()), (directory / ".lock").lstat())
+        except OSError:
+            same = False
+        if not same:
+            raise ConfigError(
+                f"output: {directory} was taken away while this ran, as when a mount is lost; what is there now may "
+                "not be whole. Bring it back and start the same command again, which goes on from what it holds."
+            )
 
 
 def refuse_links(directory: Path) -> None:

@@ -87,11 +87,11 @@ def harness(command: str, fields: dict[str, Any], points: int, ends: Sequence[st
             here = {**fields, "output": str(output)}
             first, _, said = in_a_fork(command, here, point, end)
             good = first == -signal.SIGKILL if end == "SIGKILL" else first == 2 and said.count("hlora: ") == 1
-            if first == 0:  # only clearing away failed, after the last result was written
-                good = result(command, output) == expected
             if aside(output).exists():  # the mount is back
                 shutil.rmtree(output, ignore_errors=True)
                 aside(output).rename(output)
+            if first == 0:  # only clearing away failed, after the last result was written
+                good = result(command, output) == expected
             status, _, then = in_a_fork(command, here)
             got = result(command, output) if status == 0 else {}
             as_expected, resumed = as_expected + good, resumed + (status == 0)
