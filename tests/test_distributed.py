@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hlora import distributed, files, pipeline
+from hlora import comparison, cost, distributed, files, pipeline
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.config import load_config
-from hlora.errors import AdapterError
+from hlora.errors import AdapterError, ConfigError
 
 AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
@@ -288,3 +290,28 @@ def test_deepspeed_is_refused_by_name(peft_model: Any) -> None:
     Wrapper = type("DeepSpeedOptimizerWrapper", (SimpleNamespace,), {})
     with pytest.raises(AdapterError, match=r"DeepSpeed .* DDP, or under FSDP2"):
         check_trained_by(Wrapper(param_groups=[{"params": list(peft_model.parameters())}]), matrices)
+
+
+def test_fsdp1_is_refused_by_name(peft_model: Any, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(peft_model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(AdapterError, match=r"FSDP1 .* DDP, or under FSDP2"):
+            adapted_matrices(wrapped)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_shards_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"asks for {engine}.*torchrun.*fully_shard"):
+        distributed.start("cpu")
+
+
+def test_what_does_not_divide_its_work_is_refused_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for work in (comparison.compare, cost.measure_cost):
+        with pytest.raises(ConfigError, match="works in one process, and this is one of 2"):
+            work(None)
