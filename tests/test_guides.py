@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -13,12 +15,14 @@ import pytest
 import torch
 from conftest import move_adapter, record
 
-from hlora import data
+from hlora import Importance, data
 from hlora.adapters import adapted_matrices
 from hlora.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 METAMATHQA = (REPOSITORY / "docs" / "guides" / "metamathqa.md").read_text(encoding="utf-8")
+DISTRIBUTED = (REPOSITORY / "docs" / "guides" / "distributed.md").read_text(encoding="utf-8")
+TRAIN, SIZING = re.findall(r"^```python\n(.*?)^```$", DISTRIBUTED, flags=re.MULTILINE | re.DOTALL)
 CONFIG = load_config(REPOSITORY / "configs" / "metamathqa-llama-3.2-3b.yaml")
 
 
@@ -93,3 +97,31 @@ class Unscaled:
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss
+
+
+def test_the_sizes_of_the_guide_are_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(SIZING, names)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and all(row in DISTRIBUTED.splitlines() for row in rows)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2(model_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
+    said = []
+    for way in ("ddp", "fsdp2"):
+        (tmp_path / way).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "../train.py"]
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        said.append(
+            subprocess.Popen(
+                [*command, way, model_dir], cwd=tmp_path / way, env=environment, stdout=subprocess.PIPE, text=True
+            )
+        )
+    ddp, fsdp2 = (sorted(each.communicate(timeout=200)[0].splitlines()) for each in said)
+    assert [each.returncode for each in said] == [0, 0]
+    assert len(ddp) == 2 and ddp == fsdp2  # to the digits that it prints
+    importances = [Importance.load(tmp_path / way / "importance") for way in ("ddp", "fsdp2")]
+    assert importances[0].norms() == pytest.approx(importances[1].norms(), rel=1e-3)
