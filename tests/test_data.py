@@ -373,7 +373,7 @@ def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_les
     config = DomainConfig(task="rows", train=files[0], test=files[1])
     length = tokens(space(), row, answer=False)
     assert len(domain_rows(config, None, 0, space(max_length=length + 1)).train) == 1
-    with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training.tune.max_length"):
+    with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training's max_length"):
         domain_rows(config, None, 0, space(max_length=length))
     for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
         assert len(domain_rows(config, None, 0, space(max_length=length, **kept)).train) == 1

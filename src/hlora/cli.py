@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from hlora import __version__
-from hlora.errors import ConfigError, HloraError
+from hlora.errors import ConfigError, HloraError, culprit
 from hlora.redaction import RedactingFormatter, redact_argument, redact_text
 
 app = typer.Typer(
@@ -83,10 +83,14 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output
     from hlora.pipeline import read_results
     from hlora.report import write_report
 
-    if (output / "comparison.json").is_file():
-        comparison.write_report(json.loads((output / "comparison.json").read_text(encoding="utf-8")), output)
+    compared = output / "comparison.json"
+    if compared.is_file():
+        with culprit(compared, "Make it again with `hlora compare`; finished cells are kept."):
+            comparison.write_report(json.loads(compared.read_text(encoding="utf-8")), output)
     else:
-        write_report(read_results(output), output / "report.html")
+        results = read_results(output)
+        with culprit(output / "results.json", "Make it again with `hlora evaluate`."):
+            write_report(results, output / "report.html")
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 

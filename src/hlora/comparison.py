@@ -30,7 +30,7 @@ from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, pa
 from hlora.distributed import only_alone
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import refuse_links, write_text
+from hlora.files import building, refuse_links, write_text
 from hlora.methods import METHODS, fisher
 from hlora.models import check_lengths, load_base
 from hlora.pipeline import Job
@@ -468,8 +468,8 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     comparison = redacted(comparison)  # kept by an older hlora
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
-    write_tables(tables, output / "tables")
-    (output / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        save(figure, output / "figures" / name)
-    write_comparison_report(comparison, tables, figures, output / "report.html", cost)
+    with building(output / "tables") as fresh_tables, building(output / "figures") as fresh_figures:
+        write_tables(tables, fresh_tables)
+        for name, figure in figures.items():
+            save(figure, fresh_figures / name)
+        write_comparison_report(comparison, tables, figures, output / "report.html", cost)

@@ -49,6 +49,15 @@ class _Section(BaseModel):
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    @field_validator("*")
+    @classmethod
+    def _can_be_a_name(cls, value: Any) -> Any:
+        inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for text in inside:
+            if isinstance(text, str) and ("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)):
+                raise ValueError("expected text without the character NUL and halves of surrogate pairs")
+        return value
+
 
 class ModelConfig(_Section):
     name: str
@@ -249,6 +258,9 @@ class PenaltyConfig(_Section):
         return value
 
 
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")  # TRL finds out too late
+
+
 class TrainingConfig(_Section):
     general_rate: float = Field(default=0.25, gt=0)
     """Learning rate of the general phase as a share of `common`'s, where `record` names none. A gentle general phase
@@ -281,6 +293,8 @@ class TrainingConfig(_Section):
                 raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
             if isinstance(value, str) and isinstance(read, float):
                 arguments[name] = read  # a number in quotes
+            if name in _AT_LEAST_ONE and value is not None and float(value) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value!r}")
         return arguments
 
     def of_record(self) -> dict[str, Any]:
@@ -314,6 +328,8 @@ class EvaluationConfig(_Section):
     """Sequences scored at once."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
+
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
     "importance": {"method": "path_integral", "encoding": "float32", "gradient": "effective"},
@@ -342,7 +358,7 @@ class _Preset(_Section):
 class RunConfig(_Preset):
     output: str
     """Directory for everything the run writes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of adapters, data order and sampling."""
     model: ModelConfig
     """The base model."""
@@ -423,7 +439,7 @@ class SelectionConfig(_Section):
 class CompareConfig(_Preset):
     output: str
     """Directory of the grid: finished cells, tables, figures, report."""
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of adapters, data order and sampling."""
     model: ModelConfig
     """The base model."""

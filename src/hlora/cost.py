@@ -76,6 +76,7 @@ def measure_cost(
         raise ConfigError(f"nu-samples: expected at least 1 sequence an epoch, got {nu_samples}")
     ewc, nu = max(1, round(EWC_SEQUENCES * scale)), max(1, round(nu_samples * scale))
     job = Job.open(config)
+    job.keep_config()
     length = _sequence_length(job)
     ids = pack(job.tokenizer, job.general.train, max(ewc, nu), length)
     tokens = length - 1  # predicted ones of a sequence

@@ -148,7 +148,7 @@ class Space:
     def train(self, example: Example) -> Example:
         """The example. Raises DataError when no token of its answer would be trained, or it exceeds the context."""
         if self.cut is not None and self._reaches(example, "", self.cut):
-            raise DataError(f"no answer left: the prompt fills the {self.cut} tokens of training.tune.max_length")
+            raise DataError(f"no answer left: the prompt fills the {self.cut} tokens of training's max_length")
         if self.trained is None or (self.context is not None and self.trained > self.context):
             self._fits_context(example, example.answer)
         return example

@@ -13,6 +13,10 @@ Each message says what was expected, what came and what to do next. The CLI prin
 traceback and exits with status 2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from hlora.redaction import redact_text
 
 
@@ -54,3 +58,14 @@ class CannotRun(HloraError):
 def first_line(error: Exception) -> str:
     """Kind and first line of another library's error, at most 200 characters, to quote in one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+@contextmanager
+def culprit(path: Path, remedy: str) -> Iterator[None]:
+    """Raises DataError that names a file for whatever goes wrong, but with the disk, while its content is worked on."""
+    try:
+        yield
+    except (HloraError, OSError):
+        raise
+    except Exception as error:  # a file that anyone may have changed can make any of Python's errors
+        raise DataError(f"{path}: not as hlora writes it ({first_line(error)}). {remedy}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,7 @@ def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     )
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # a single name is a regular expression to PEFT
         raise ConfigError(_no_such_module(base, first_line(error))) from None
     assert isinstance(model, PeftModel)
     return model

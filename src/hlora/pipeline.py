@@ -78,11 +78,11 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(config: RunConfig, resumable: bool = True) -> Iterator[Job]:
+def _opened(config: RunConfig, resumable: bool = True, importance: Importance | None = None) -> Iterator[Job]:
     """The job, its output directory kept to this process, or to the launch that it is one of."""
     distributed.start(config.model.device)
     with distributed.alone(Path(config.output)):
-        yield Job.open(config, resumable)
+        yield Job.open(config, resumable, importance)
 
 
 def _recorded(job: Job, results: dict[str, Any]) -> Importance:
@@ -131,8 +131,11 @@ class Job:
     """Whether its phases keep checkpoints, and go on from those that are there."""
 
     @classmethod
-    def open(cls, config: RunConfig, resumable: bool = False) -> Job:
-        """Check what can be checked before hours of training, load the model, make the output directory."""
+    def open(cls, config: RunConfig, resumable: bool = False, importance: Importance | None = None) -> Job:
+        """Load the model, make the output directory, and check what can be checked before hours of training.
+
+        importance: what a domain phase will be held by. Nothing that is there is changed until all of it fits.
+        """
         output = Path(config.output)
         with together():
             make_directory(output)
@@ -144,9 +147,20 @@ class Job:
         job = cls(config, base, tokenizer, output, resumable=resumable)
         with together():
             job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
-            if is_first():
-                write_text(output / "config.yaml", yaml.safe_dump(redacted(config.model_dump()), sort_keys=False))
+        job.general  # noqa: B018  # read by every process
+        with together():
+            data.probe_texts(config.penalty.probe_texts, job.general)
+            if importance is None:
+                model = attach_lora(base, config.lora, config.seed)
+                adapted_matrices(model)
+            else:
+                model, _ = protected(job, importance, config.penalty.phi, config.penalty.layer_weights)
+            model.unload()
         return job
+
+    def keep_config(self) -> None:
+        """Write the resolved configuration beside what it makes."""
+        write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.model_dump()), sort_keys=False))
 
     @cached_property
     def general(self) -> data.GeneralText:
@@ -292,7 +306,7 @@ def record(config: RunConfig) -> Path:
 def tune(config: RunConfig) -> Path:
     """The domain phase alone, from <output>/importance; returns the directory of the PEFT adapter."""
     importance = Importance.load(Path(config.output) / "importance")
-    with _opened(config) as job:
+    with _opened(config, importance=importance) as job:
         _tuned(job, _unfinished(job, "hlora tune"), importance)
         _forget(job)
         return job.output / "adapter"
@@ -306,7 +320,6 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     adapter = Path(config.output) / "adapter"
     with _opened(config, resumable=False) as job:
         _check_adapter(job, adapter)
-        job.general  # noqa: B018  # read by every process
         results = first_does(lambda: _start(job, command))
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
@@ -407,7 +420,6 @@ def _timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
 
 def _unfinished(job: Job, command: str) -> dict[str, Any]:
     """What an interrupted run of the same configuration and data had finished, or the start of a new one."""
-    job.general  # noqa: B018  # read by every process, the first of which finds out
     return first_does(lambda: _unfinished_here(job, command))
 
 
@@ -427,6 +439,7 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     if kept:
         logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
     _forget(job)
+    job.keep_config()
     results = _start(job, command)
     write_text(job.output / UNFINISHED, json.dumps({**mine, "results": redacted(results)}))
     return results
