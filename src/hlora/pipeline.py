@@ -320,6 +320,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     adapter = Path(config.output) / "adapter"
     with _opened(config, resumable=False) as job:
         _check_adapter(job, adapter)
+        first_does(job.keep_config)
         results = first_does(lambda: _start(job, command))
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
