@@ -1,8 +1,8 @@
 """Malformed input of each format through the command line, from one valid sample of each.
 
-Every case ends with status 2 and one message that names the culprit, or is a valid reading. No traceback, and the SHA-256
-of every file that an earlier run has left is what it was. Commands are the cheapest that read the format: for what they
-read before a missing file, that file is the one that a valid reading ends with.
+Every case ends with status 2 and one message that names the culprit, or is a valid reading. No traceback, and the
+SHA-256 of every file that an earlier run has left is what it was. Commands are the cheapest that read the format: for
+what they read before a missing file, that file is the one that a valid reading ends with.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hlora.cli import main
 from hlora.files import sha256
 
+TWICE = '{"question": "a", "question": "b", "choices": ["1", "2"], "label": 0}'
 LENGTHS, FLIPS = 64, 24
 ABSENT = "absent.jsonl"
 """What a configuration names for a command to end at, once it has read what is tested."""
@@ -218,16 +219,20 @@ def test_configurations_of_the_right_form_that_cannot_be_run(sample: Sample, tal
         {"lora.target_modules": ["nope"]}, {"lora.target_modules": "*"}, {"lora.target_modules": ["q_proj", "v_pro"]},
         {"general.paths": [ABSENT]}, {"general.paths": [str(here)]}, {"general.paths": ["x" * 5000]},
         {"general.paths": ["a\0b.txt"]}, {"general.paths": ["../../../../etc/shadow.txt"]},
-        {"general.paths": [str(here / "train.csv")]}, {"general.column": "nope", "general.paths": [str(here / "general.jsonl")]},
-        {"general.source": "hub", "general.dataset": "acme/absent"}, {"general.source": "hub", "general.dataset": "a b;c"},
-        {"domain.train": ABSENT}, {"domain.test": ABSENT}, {"domain.train": "acme/absent"}, {"domain.train": "$(id).jsonl"},
+        {"general.paths": [str(here / "train.csv")]},
+        {"general.column": "nope", "general.paths": [str(here / "general.jsonl")]},
+        {"general.source": "hub", "general.dataset": "acme/absent"},
+        {"general.source": "hub", "general.dataset": "a b;c"},
+        {"domain.train": ABSENT}, {"domain.test": ABSENT}, {"domain.train": "acme/absent"},
+        {"domain.train": "$(id).jsonl"},
         {"domain.task": "piqa"}, {"domain.task": "rows"}, {"domain.test": "general.txt"},
         {"domain.train": str(here / "test.jsonl")}, {"domain.max_unusable": "2 rows"},
         {"evaluation.texts": {"x": ABSENT}}, {"evaluation.texts": {"x": str(here / "general.txt")}},
         {"evaluation.texts": {"x": str(here / "train.csv")}},
         {"penalty.budget": "1%", "penalty.probe_texts": {"x": ABSENT}},
         {"penalty.budget": "1%", "penalty.probe_texts": {"x": str(here / "general.txt")}},
-        {"training.common.optim": "nope"}, {"training.common.lr_scheduler_type": "nope"}, {"training.tune.max_length": 4},
+        {"training.common.optim": "nope"}, {"training.common.lr_scheduler_type": "nope"},
+        {"training.tune.max_length": 4},
         {"training.common.max_length": -1}, {"training.common.per_device_train_batch_size": 0},
         {"output": str(here / "run.yaml")}, {"output": str(here / "run.yaml" / "out")}, {"output": "/proc/nowhere"},
         {"output": "a\0b"}, {"output": "x" * 5000}, {"seed": -1}, {"seed": 2**40},
@@ -344,8 +349,9 @@ def test_the_odd_cases(sample: Sample, tally: Any, tmp_path: Path) -> None:
         ("train.jsonl", rows_with(sample).decode().encode("utf-16"), False),
         ("train.jsonl", rows_with(sample, {**row, "choices": ["", "2"]}), False),
         ("train.jsonl", rows_with(sample, {**row, "question": " "}), False),
-        ("train.jsonl", rows_with(sample, '{"question": "a", "question": "b", "choices": ["1", "2"], "label": 0}'), False),
-        ("train.jsonl", rows_with(sample, "[" * 100_000), False), ("train.jsonl", rows_with(sample, "{\"a\":" * 50_000), False),
+        ("train.jsonl", rows_with(sample, TWICE), False),
+        ("train.jsonl", rows_with(sample, "[" * 100_000), False),
+        ("train.jsonl", rows_with(sample, "{\"a\":" * 50_000), False),
         ("train.jsonl", rows_with(sample, {**row, "question": "\ud800"}), False),
         ("train.jsonl", rows_with(sample, {**row, "label": 10**400}), False),
         ("train.jsonl", rows_with(sample, {**row, "question": "long " * 200}), False),
@@ -353,12 +359,17 @@ def test_the_odd_cases(sample: Sample, tally: Any, tmp_path: Path) -> None:
         ("train.jsonl", b'{"question": "' + b"word " * 20_000_000 + b'", "choices": ["1", "2"], "label": 0}', False),
         ("train.jsonl", b"x" * 100_000_000, False),
         ("train.csv", f"{head}\n{cells}\n".encode(), True), ("train.csv", f"\ufeff{head}\n{cells}\n".encode(), True),
-        ("train.csv", head.encode(), False), ("train.csv", b"", False), ("train.csv", b"question,label\nWhat?,0\n", False),
-        ("train.csv", f"{head},more\n{cells},x\n".encode(), True), ("train.csv", f"{head}\n{cells},x\n".encode(), False),
+        ("train.csv", head.encode(), False), ("train.csv", b"", False),
+        ("train.csv", b"question,label\nWhat?,0\n", False),
+        ("train.csv", f"{head},more\n{cells},x\n".encode(), True),
+        ("train.csv", f"{head}\n{cells},x\n".encode(), False),
         ("train.csv", f"{head}\nWhat?\n".encode(), False), ("train.csv", f"{head},label\n{cells},0\n".encode(), False),
-        ("train.csv", f"{head}\n\"{'x' * 200_000}\",[],0\n".encode(), False), ("train.csv", f"{head}\n{cells}".encode("utf-16"), False),
-        ("train.parquet", parquet(wide), True), ("train.parquet", parquet(nan), False), ("train.parquet", parquet(null), False),
-        ("train.parquet", parquet(nan.slice(0, 0)), False), ("train.parquet", parquet(wide.drop_columns(["label"])), False),
+        ("train.csv", f"{head}\n\"{'x' * 200_000}\",[],0\n".encode(), False),
+        ("train.csv", f"{head}\n{cells}".encode("utf-16"), False),
+        ("train.parquet", parquet(wide), True), ("train.parquet", parquet(nan), False),
+        ("train.parquet", parquet(null), False),
+        ("train.parquet", parquet(nan.slice(0, 0)), False),
+        ("train.parquet", parquet(wide.drop_columns(["label"])), False),
     ]  # fmt: skip
     directory, link, loop, other = (tmp_path / f"{n}.jsonl" for n in ("directory", "link", "loop", "other"))
     directory.mkdir()
@@ -421,7 +432,8 @@ def test_importance_that_is_of_something_else(sample: Sample, tally: Any) -> Non
     for fields, names in (
         ({"lora.rank": 2}, "rank"), ({"lora.alpha": 16}, "scale"), ({"lora.rslora": True}, "scale"),
         ({"lora.target_modules": ["q_proj", "k_proj"]}, "k_proj"), ({"lora.target_modules": ["q_proj"]}, "v_proj"),
-        ({"penalty.anchor": "base", "lora.target_modules": ["o_proj"]}, "o_proj"), ({"model.name": str(other)}, "base weights"),
+        ({"penalty.anchor": "base", "lora.target_modules": ["o_proj"]}, "o_proj"),
+        ({"model.name": str(other)}, "base weights"),
     ):  # fmt: skip
         overrides = [part for path, value in fields.items() for part in ("--set", f"{path}={json.dumps(value)}")]
         corpus.command = ("tune", sample.config, *overrides)
