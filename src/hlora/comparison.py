@@ -30,7 +30,7 @@ from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, pa
 from hlora.distributed import only_alone
 from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import building, refuse_links, write_text
+from hlora.files import building, make_directory, refuse_links, write_text
 from hlora.methods import METHODS, fisher
 from hlora.models import check_lengths, load_base
 from hlora.pipeline import Job
@@ -148,21 +148,16 @@ class Grid:
     def open(cls, config: CompareConfig) -> Grid:
         """Check what can be checked before hours of training, load the model, read the data."""
         output = Path(config.output)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            refuse_links(output)
-            shown = redacted(config.model_dump())
-            write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
-        except OSError as error:
-            raise ConfigError(
-                f"output: {output} cannot be written ({error.strerror}). Name another directory."
-            ) from None
+        make_directory(output)
+        refuse_links(output)
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
         check_lengths(base, pipeline.lengths(config))
         grid = cls(config, output, base, tokenizer)
         grid.first_cells()  # a wrong arm or row is reported now
+        shown = redacted(config.model_dump())
+        write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         return grid
 
     def first_cells(self) -> list[Cell]:

@@ -381,7 +381,7 @@ def read_results(output: Path) -> dict[str, Any]:
     """results.json of a run. Raises DataError when it is absent or damaged."""
     try:
         return redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{output}: no readable results.json ({error}). Make it with `hlora run` or `hlora evaluate`."
         ) from None
@@ -429,7 +429,7 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
         kept = json.loads((job.output / UNFINISHED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         kept = {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
         kept = {}
     mine = _made_from(job)
