@@ -28,7 +28,7 @@ import yaml
 from hlora import data, pipeline
 from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, parse_config
 from hlora.distributed import only_alone
-from hlora.errors import CannotRun, ConfigError, DataError, HloraError, first_line
+from hlora.errors import CannotRun, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, make_directory, refuse_links, write_text
 from hlora.methods import METHODS, fisher
