@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from hlora.errors import ConfigError
-from hlora.files import alone, beside, building, write_text
+from hlora.files import alone, beside, building, of_the_disk, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -149,3 +156,31 @@ def test_a_directory_that_is_taken_away_meanwhile_is_an_error_at_the_end(tmp_pat
             (output / ".lock").touch()
     with alone(tmp_path / "gone"):
         pass
+
+
+def save_a_tokenizer(path: Path) -> None:
+    Tokenizer(WordLevel({str(number): number for number in range(1000)}, "0")).save(str(path))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: path.write_bytes(bytes(10_000)),
+        lambda path: save_file({"a": torch.zeros(2500)}, path),
+        lambda path: torch.save(torch.zeros(2500), path),
+        save_a_tokenizer,
+    ],
+)
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_a_short_write_of_any_library_is_known_for_one_of_the_disk(
+    tmp_path: Path, save: Callable[[Path], Any], size: int
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(Exception) as caught:  # each its own
+            save(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert of_the_disk(caught.value), caught.value
+    assert not of_the_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 
 from hlora import __version__
-from hlora.errors import ConfigError, HloraError, culprit
+from hlora.errors import ConfigError, HloraError, culprit, first_line
+from hlora.files import of_the_disk
 from hlora.redaction import RedactingFormatter, redact_argument, redact_text
 
 app = typer.Typer(
@@ -248,24 +248,21 @@ def main() -> None:
     except HloraError as error:
         _say(str(error), error)
         sys.exit(2)
-    except (OSError, SafetensorError) as error:  # disk full, no permission, a mount that is gone
-        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        reason = redact_text(f"{place}{(isinstance(error, OSError) and error.strerror) or error}")
-        _say(
-            f"{reason}. What was finished before is whole; when this is mended, the same command goes on from there.",
-            error,
-        )
-        sys.exit(2)
-    except RuntimeError as error:
+    except Exception as error:
         from hlora.distributed import is_lost
 
-        if not is_lost(error):
+        if of_the_disk(error):  # full, no permission, a mount that is gone
+            place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            reason = redact_text(f"{place}{(isinstance(error, OSError) and error.strerror) or first_line(error)}")
+            said = f"{reason}. What was finished before is whole; once mended, the same command goes on from there."
+        elif isinstance(error, RuntimeError) and is_lost(error):
+            said = (
+                "another process of this launch has ended, so this one stops; its message, or the launcher's, says "
+                "why. The same command goes on from the last checkpoint, with any number of processes."
+            )
+        else:
             raise
-        _say(
-            "another process of this launch has ended, so this one stops; its message, or the launcher's, says why. "
-            "The same command goes on from the last checkpoint, with any number of processes.",
-            error,
-        )
+        _say(said, error)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from safetensors import SafetensorError
 
 from hlora.errors import ConfigError
 
@@ -85,6 +88,17 @@ def refuse_links(directory: Path) -> None:
 def open_lock(path: Path) -> IO[str]:
     """A file to lock, made if it is not there. Raises OSError where it is a symbolic link."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether an error says that a file could not be read or written.
+
+    The libraries below us have their own ways to say so: safetensors an error of its own, tokenizers "(os error 28)" in
+    a bare Exception, torch.save a RuntimeError of its stream writer.
+    """
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    return bool(re.search(r"\(os error \d+\)|PytorchStreamWriter|inline_container", str(error)))
 
 
 def write_text(path: Path, text: str) -> None:
