@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 import warnings
 from enum import StrEnum
@@ -243,6 +244,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
+    threading.excepthook = _in_a_thread
     try:
         app()
     except HloraError as error:
@@ -264,6 +266,12 @@ def main() -> None:
             raise
         _say(said, error)
         sys.exit(2)
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, and raises what the disk said in the main one again."""
+    if failed.exc_value is None or not of_the_disk(failed.exc_value):
+        threading.__excepthook__(failed)
 
 
 def _speaks() -> bool:
