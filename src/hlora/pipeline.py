@@ -432,9 +432,10 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
         kept = {}
+    kept = kept if isinstance(kept, dict) else {}  # changed by hand
     mine = _made_from(job)
     another_number = kept.get("processes", mine["processes"]) != mine["processes"]
-    if kept.get("made_from") == mine["made_from"] or (another_number and kept["by_rows"] == mine["by_rows"]):
+    if kept.get("made_from") == mine["made_from"] or (another_number and kept.get("by_rows") == mine["by_rows"]):
         logger.info("going on with the run of %s", kept["results"]["provenance"]["started"])
         return dict(kept["results"])
     if kept:
