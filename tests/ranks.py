@@ -26,19 +26,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hlora import checkpoint, cli, encodings, equations, pipeline  # noqa: F401
-from hlora.distributed import rank, whole, world
+from hlora import checkpoint, cli, distributed, encodings, equations, pipeline  # noqa: F401
+from hlora.distributed import exchange, rank, whole, world
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.recorder import ImportanceRecorder
+from hlora.trainer import add_callback_first, protect
 
 LR = 0.02
 SCENARIOS = {
@@ -47,6 +50,13 @@ SCENARIOS = {
     "q only": {"targets": ["q_proj"]},  # two matrices: at four processes two have nothing to do
     "in the loss": {"in_loss": True},
     "accumulated": {"accumulate": 2},
+}
+BY_TRAINER = {
+    "clipped": {"max_grad_norm": 0.02},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "from the first": {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},  # accelerate's default
+    "resumed": {"resumed": True},
+    "in bfloat16": {"bf16": True},
 }
 
 
@@ -161,6 +171,76 @@ def factors(holder: Any) -> dict[str, Tensor]:
     return {f"{m.name}.{x}": whole(getattr(m, x).detach()) for m in holder.matrices for x in "AB"}
 
 
+def accelerate_shards_on_a_cpu() -> None:
+    """Accelerate shards (FSDP2) on accelerators alone, though nothing else in its way needs one: so here it does."""
+    usual = AcceleratorState.__init__
+
+    def sharding(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        usual(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
+            # What it does for a GPU, line by line (accelerate 1.15, state.py).
+            self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = sharding
+
+
+def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -> dict[str, Tensor]:
+    """Four steps of recording and four under `protect`, by Trainer, of eight rows each.
+
+    resumed: recording goes on from a checkpoint of its second step.
+    """
+    given = {"gradient_accumulation_steps": 1, "fsdp_config": {"version": 2}, "learning_rate": LR} | given
+    rows = 8 // world() // given["gradient_accumulation_steps"]
+    if kind != "trainer fsdp2":
+        del given["fsdp_config"]
+    else:
+        given["fsdp"] = True
+    batches = torch.randint(3, 384, (32, 12), generator=torch.Generator().manual_seed(2))
+    data = [{"input_ids": row, "labels": row} for row in batches]
+    with tempfile.TemporaryDirectory() as directory_of_first:
+        output = distributed.first_does(lambda: directory_of_first)
+
+        def trainer(model: Any, **more: Any) -> Trainer:
+            settings = given | {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True} | more
+            args = TrainingArguments(output, max_steps=4, per_device_train_batch_size=rows, use_cpu=True, **settings)
+            return Trainer(model, args, train_dataset=data)
+
+        def recorded(**more: Any) -> tuple[ImportanceRecorder, Trainer]:
+            model = adapted(directory, torch.float32 if "bf16" in given else torch.float64, ["q_proj", "v_proj"])
+            recorder = ImportanceRecorder(model, "float32")
+            training = trainer(model, **more)
+            add_callback_first(training, checkpoint.Checkpoints())
+            add_callback_first(training, recorder.callback())
+            return recorder, training
+
+        if resumed:
+            _, first = recorded(save_strategy="steps", save_steps=2, save_only_model=True)
+            first.train()
+        recorder, training = recorded()
+        training.train(resume_from_checkpoint=f"{output}/checkpoint-2" if resumed else None)
+        found = {"move": torch.tensor(recorder.move())}
+        found["sharded"] = torch.tensor(float(isinstance(recorder.matrices[0].A, DTensor)))
+        found |= {f"state.{name}": tensor for name, tensor in recorder.state_dict()["tensors"].items()}
+        importance = recorder.consolidate()
+        losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+        training = trainer(adapted(directory, recorder.matrices[0].A.dtype, ["q_proj", "v_proj"]))
+        importance.load_adapter_into(training.model)
+        penalty = protect(training, importance, phi=5.0)
+        training.train()
+        exchange("")  # the first one's directory is still in use
+    tuning = [each[name] for each in training.state.log_history for name in ("loss", "total_loss") if name in each]
+    found |= {"losses": torch.tensor(losses), "tuning": torch.tensor(tuning)}
+    with torch.no_grad():
+        held_out = torch.randint(3, 384, (8, 12), generator=torch.Generator().manual_seed(3))
+        found["held out"] = training.model_wrapped(input_ids=held_out, labels=held_out).loss.double()
+    found["share"] = torch.tensor(sum(encodings.nbytes(omega) for omega in penalty._omega.values()))
+    return found | described(importance) | {f"tuned.{n}": t for n, t in factors(penalty).items()}
+
+
 def not_finite(kind: str, directory: str) -> dict[str, Tensor]:
     """Three steps, the second with a gradient that is not finite: of one matrix, and sharded on one process alone."""
     model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
@@ -250,6 +330,8 @@ def move(recorder: ImportanceRecorder, by: float) -> None:
 
 
 def run(kind: str, scenario: str, directory: str) -> dict[str, Tensor]:
+    if kind.startswith("trainer"):
+        return by_trainer(kind, directory, **BY_TRAINER[scenario])
     if scenario in SCENARIOS:
         return record_and_tune(kind, directory, **SCENARIOS[scenario])
     functions = {"not finite": not_finite, "changed meanwhile": changed_meanwhile, "mixed precision": mixed_precision}
@@ -258,9 +340,15 @@ def run(kind: str, scenario: str, directory: str) -> dict[str, Tensor]:
 
 def process(number: int, processes: int, directory: str, results: str, scenarios: list[str]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes)}
+    accelerate_shards_on_a_cpu()
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # Accelerate wants them set, and takes our group
     dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=number, world_size=processes)
+    before = dict(os.environ)
     for name in scenarios:
+        os.environ |= before
+        for added in set(os.environ) - set(before):  # Accelerate tells what comes later by variables
+            del os.environ[added]
         found = run(*name.split(": "), directory)
         if number == 0:
             save_file({key: t.contiguous().clone() for key, t in found.items()}, f"{results}/{name}.safetensors")

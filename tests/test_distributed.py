@@ -30,9 +30,9 @@ AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
     *(f"fsdp2: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
 ]
-AT_FOUR = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in ("plain", "q only", "not finite")] + [
-    "hsdp: plain"
-]
+AT_TWO += [f"trainer fsdp2: {name}" for name in ranks.BY_TRAINER] + ["trainer ddp: clipped"]
+AT_FOUR = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in ("plain", "q only", "not finite")]
+AT_FOUR += ["hsdp: plain", "trainer fsdp2: resumed"]
 Found = dict[str, Tensor]
 
 
@@ -59,13 +59,15 @@ def started(*arguments: Any) -> None:
 
 @pytest.fixture(scope="session")
 def alone(model_dir: str) -> Callable[[str], Found]:
-    """The same in one process."""
+    """The same in one process, without a group."""
     done: dict[str, Found] = {}
 
     def of(scenario: str) -> Found:
-        if scenario not in done:
-            done[scenario] = ranks.run("alone", scenario, model_dir)
-        return done[scenario]
+        kind, name = scenario.split(": ")
+        mine = f"trainer alone: {name}" if kind.startswith("trainer") else f"alone: {name}"
+        if mine not in done:
+            done[mine] = ranks.run(*mine.split(": "), model_dir)
+        return done[mine]
 
     return of
 
@@ -82,14 +84,13 @@ def largest_difference(mine: Found, other: Found, kind: str) -> float:
 ALL = [(2, scenario) for scenario in AT_TWO] + [
     pytest.param(4, scenario, marks=pytest.mark.slow) for scenario in AT_FOUR
 ]
-TRAINED = [
-    each for each in ALL if "not finite" not in str(each) and "meanwhile" not in str(each) and "mixed" not in str(each)
-]
+NOT_TRAINED = ("not finite", "meanwhile", "mixed", "bfloat16")
+TRAINED = [each for each in ALL if not any(name in str(each) for name in NOT_TRAINED)]
 
 
 @pytest.mark.parametrize(("processes", "scenario"), TRAINED)
 def test_recording_and_tuning_equal_one_process(computed: Any, alone: Any, processes: int, scenario: str) -> None:
-    mine, other = computed(processes, scenario), alone(scenario.split(": ")[1])
+    mine, other = computed(processes, scenario), alone(scenario)
     for kind in ("general", "tuned"):  # in float64
         assert largest_difference(mine, other, kind) < 1e-9
     for kind in ("state", "importance", "undo", "move"):  # ω and Ω are float32
@@ -101,14 +102,14 @@ def test_recording_and_tuning_equal_one_process(computed: Any, alone: Any, proce
 
 @pytest.mark.parametrize(("processes", "scenario"), [each for each in ALL if "not finite" in str(each)])
 def test_a_step_that_is_not_finite_counts_nowhere(computed: Any, alone: Any, processes: int, scenario: str) -> None:
-    mine, other = computed(processes, scenario), alone("not finite")
+    mine, other = computed(processes, scenario), alone(scenario)
     assert float(mine["skipped"]) == 1  # the mean over the processes
     assert largest_difference(mine, other, "importance") < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_what_began_before_a_factor_changed_is_not_used(computed: Any, alone: Any, kind: str) -> None:
-    mine, other = computed(2, f"{kind}: changed meanwhile"), alone("changed meanwhile")
+    mine, other = computed(2, f"{kind}: changed meanwhile"), alone(f"{kind}: changed meanwhile")
     assert other["value"] > 0
     for part in ("value", "model", "at"):
         assert largest_difference(mine, other, part) < 1e-5
@@ -124,10 +125,25 @@ def test_mixed_precision_records_from_float32_master_weights(computed: Any, kind
     assert all(t.dtype == torch.float32 for name, t in found.items() if name.startswith("general."))
 
 
+def test_trainer_under_fsdp2_keeps_float32_master_weights_and_records_from_them(computed: Any, alone: Any) -> None:
+    mine, other = computed(2, "trainer fsdp2: in bfloat16"), alone("trainer fsdp2: in bfloat16")
+    for name, factor in mine.items():
+        if name.startswith(("general.", "tuned.")):
+            assert factor.dtype == torch.float32 and not torch.equal(factor, factor.bfloat16().float())
+    assert largest_difference(mine, other, "losses") < 5e-3  # bfloat16's rounding is 4e-3
+    assert largest_difference(mine, other, "undo") < 0.02
+
+
+def test_trainer_under_fsdp2_has_factors_and_importance_sharded(computed: Any, alone: Any) -> None:
+    mine, other = computed(2, "trainer fsdp2: clipped"), alone("trainer fsdp2: clipped")
+    assert (float(mine["sharded"]), float(other["sharded"])) == (1, 0)
+    assert float(mine["share"]) * 2 == float(other["share"])
+
+
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_each_process_holds_its_share_of_the_importance(computed: Any, alone: Any, processes: int, parts: int) -> None:
     # Two matrices of 32 × 32 and two of 16 × 32: at four processes the first has a larger one, a third of all elements.
-    assert computed(processes, "fsdp2: plain")["share"] * parts == alone("plain")["share"]
+    assert computed(processes, "fsdp2: plain")["share"] * parts == alone("fsdp2: plain")["share"]
 
 
 def test_matrices_are_balanced_by_elements() -> None:

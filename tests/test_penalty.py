@@ -411,3 +411,14 @@ def test_a_relative_phi_on_squared_gradients_is_per_nat_of_expected_forgetting(
     traces = {name: float(encodings.total(m.omega)) for name, m in importance.matrices.items()}
     cost = sum(weighted.coefficients[name] * trace for name, trace in traces.items()) / weighted.unit
     assert cost == pytest.approx(sum(traces.values()) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_penalty_follows_a_model_that_is_moved_after_it_was_made(
+    peft_model: PeftModel, token_ids: Tensor, encoding: str
+) -> None:
+    """As Trainer moves one to its GPU. The meta device stands in for it: it refuses a CPU tensor in a computation."""
+    penalty = ImportancePenalty(peft_model, record(peft_model, token_ids, encoding), phi=2.0)
+    peft_model.to("meta")
+    assert penalty.add_gradients_().is_meta
+    assert all(m.A.grad.is_meta and m.B.grad.is_meta for m in penalty.matrices)

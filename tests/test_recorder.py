@@ -608,3 +608,21 @@ def test_move_is_the_share_of_the_base_norm_that_the_adapter_has_moved_since_the
     base = sum(float(m.module.get_base_layer().weight.double().square().sum()) for m in recorder.matrices)
     assert recorder.move() == pytest.approx((moved / base) ** 0.5, rel=1e-4)
     assert moved > 1e-4 * base
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_recording_follows_a_model_that_is_moved_after_the_recorder_was_made(
+    peft_model: PeftModel, token_ids: Tensor, encoding: str
+) -> None:
+    """As Trainer moves one to its GPU. The meta device stands in for it: it refuses a CPU tensor in a computation."""
+    recorder = ImportanceRecorder(peft_model, encoding)
+    train(peft_model, token_ids, adamw(peft_model), lambda: None, steps=1)
+    recorder.capture(LR)
+    recorder.integrate()
+    peft_model.to("meta")
+    for parameter in adapter_parameters(peft_model):
+        parameter.grad = torch.ones_like(parameter)
+    with recorder.step(LR):
+        torch.optim.SGD(adapter_parameters(peft_model), lr=LR).step()
+    tensors = [t for omega in recorder.omega.values() for t in encodings.parts(omega).values()]
+    assert {t.device.type for t in (*tensors, *sum(recorder._start.values(), ()), recorder._skipped)} == {"meta"}

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora.distributed import exchange, is_first, rank, together
+from hlora.distributed import exchange, is_first, laid_out_like, rank, together, whole
 from hlora.errors import ArtifactError, first_line
 from hlora.files import PICKLES, flush, sha256, write_text
 
@@ -61,7 +61,7 @@ class Checkpoints(TrainerCallback):
         if state.global_step == 0:
             return
         kept = load_state(of(args, state), "resume")
-        kwargs["optimizer"].load_state_dict(kept["optimizer"])
+        _load_into(kwargs["optimizer"], kept["optimizer"])
         kwargs["lr_scheduler"].load_state_dict(kept["schedule"])
         if kept["scaler"]:
             kwargs["optimizer"].scaler.load_state_dict(kept["scaler"])
@@ -94,7 +94,7 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         state_now = {
-            "optimizer": kwargs["optimizer"].state_dict(),
+            "optimizer": _gathered(kwargs["optimizer"].state_dict()),
             "schedule": kwargs["lr_scheduler"].state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "epoch_number": self._epoch_number,
@@ -186,6 +186,25 @@ def load_state(checkpoint: Path, name: str) -> dict[str, Any]:
             "from checkpoints in its output directory that hlora's callbacks took part in; or start it anew."
         ) from None
     return found
+
+
+def _gathered(value: Any) -> Any:
+    """An optimizer's state with what FSDP2 has sharded brought together; every process calls it."""
+    if isinstance(value, Mapping):
+        return {key: _gathered(each) for key, each in value.items()}
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
+    """`load_state_dict`, with the sums of a sharded parameter laid out as it is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, sums in kept["state"].items():
+        of = parameters[number]
+        kept["state"][number] = {
+            name: laid_out_like(of, each.to(of.device)) if isinstance(each, Tensor) and each.shape == of.shape else each
+            for name, each in sums.items()
+        }
+    optimizer.load_state_dict(kept)
 
 
 def random_state() -> dict[str, Any]:

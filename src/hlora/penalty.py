@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hlora import encodings, equations, ops
 from hlora.adapters import adapted_matrices, layer_number
-from hlora.distributed import Pending, Shares, laid_out_like, local
+from hlora.distributed import Pending, Shares, laid_out_like, local, world
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError, TrainingError
 from hlora.importance import Importance
@@ -39,7 +39,8 @@ class ImportancePenalty:
     offload: Ω stays in host memory, pinned, and passes through the device in blocks; a factored one is small and stays
     on the device.
     In a group of processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (hlora.distributed), and every
-    one calls every method; the results are the same everywhere.
+    one calls every method; the results are the same everywhere. A trainer may move the model, join a group or shard
+    after the penalty was made.
 
     coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
@@ -76,6 +77,7 @@ class ImportancePenalty:
         self._shares = Shares(self.matrices)
         self._begun: Pending | None = None
         self._offload = Offload() if offload and importance.encoding != "factored" else None
+        self._device = self.matrices[0].A.device
         self._omega: dict[str, Encoded] = {}
         self._anchor: dict[str, ops.Factors | None] = {}
         for matrix in self.matrices:
@@ -101,6 +103,7 @@ class ImportancePenalty:
 
         The next evaluation takes them, unless a factor was changed in place meanwhile. Does nothing in one process.
         """
+        self._follow()
         if self._shares.divided:
             self._begun = self._current() or self._divided()
 
@@ -145,6 +148,7 @@ class ImportancePenalty:
 
     def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
         """L_reg and its gradients in the order A₁, B₁, A₂, B₂, …"""
+        self._follow()
         if not self._shares.divided:
             values, pairs = self._weighted([m.A for m in self.matrices], [m.B for m in self.matrices])
             return values.sum(), [gradient for pair in pairs for gradient in pair]
@@ -152,6 +156,20 @@ class ImportancePenalty:
         values, gradients = begun.wait()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
         return values.sum(), [laid_out_like(f, gradient) for f, gradient in zip(factors, gradients, strict=True)]
+
+    def _follow(self) -> None:
+        """To where the model is now: Trainer moves or shards it, and may join a group, after the penalty was made."""
+        if self._shares.processes == 1 != world():
+            self._shares = Shares(self.matrices)
+            self._omega = {matrix.name: self._omega[matrix.name] for matrix in self._shares.mine}
+        if self._device == self.matrices[0].A.device:
+            return
+        self._device = self.matrices[0].A.device
+        for matrix in self.matrices:
+            device, anchor = matrix.A.device, self._anchor[matrix.name]
+            self._anchor[matrix.name] = None if anchor is None else (anchor[0].to(device), anchor[1].to(device))
+            if matrix.name in self._omega and self._offload is None:
+                self._omega[matrix.name] = encodings.to_device(self._omega[matrix.name], device)
 
     def _weighted(self, As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """c_l Σ Ω D² of this process's matrices, (L,), with the gradients of A and B."""

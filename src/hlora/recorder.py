@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hlora import encodings, ops
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, unwrapped
-from hlora.distributed import Shares, exchange, whole
+from hlora.distributed import Shares, exchange, whole, world
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.exact_gradient import ExactGradient
@@ -48,8 +48,8 @@ class ImportanceRecorder:
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
 
-    In a group of processes (DDP, FSDP2) each integrates ω of its share of the matrices alone (hlora.distributed). Make
-    the recorder after the group; every process calls every method.
+    In a group of processes (DDP, FSDP2) each integrates ω of its share of the matrices alone (hlora.distributed), and
+    every process calls every method. A trainer may move the model, join a group or shard after the recorder was made.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
     ValueError for an unknown encoding or gradient and for flush_every with the exact gradient, which is dense,
@@ -171,9 +171,25 @@ class ImportanceRecorder:
 
         return RecordingCallback(self, stop_at_move)
 
+    def _follow(self) -> None:
+        """To where the model is now: Trainer moves or shards it, and may join a group, after the recorder was made."""
+        if self._integrated == 0 and self._shares.processes == 1 != world():
+            self._shares, self._omega = Shares(self.matrices), {}
+        if self._skipped.device == self.matrices[0].A.device:
+            return
+        self.flush()
+        for matrix in self.matrices:
+            name, device = matrix.name, matrix.A.device
+            A, B = self._start[name]
+            self._start[name] = A.to(device), B.to(device)
+            if name in self._omega and self._offload is None:
+                self._omega[name] = encodings.to_device(self._omega[name], device)
+        self._skipped = self._skipped.to(self.matrices[0].A.device)
+
     @torch.no_grad()
     def move(self) -> float:
         """How far the adapter has moved the recorded matrices, as a share of their base weights' norm."""
+        self._follow()
         moved = torch.zeros((), device=self.matrices[0].A.device)
         for matrix in self.matrices:
             left, right = ops.difference(whole(matrix.A), whole(matrix.B), self._start[matrix.name], matrix.scale)
@@ -197,6 +213,7 @@ class ImportanceRecorder:
 
         Raises AdapterError when gradients passed the hooks of the exact gradient by.
         """
+        self._follow()
         if self._exact is not None:
             self._unit = self._exact.unit() * gradient_scale
         pieces, here = self._shares.pieces, self._here()
@@ -349,6 +366,7 @@ class ImportanceRecorder:
                 f"nothing recorded: 0 steps integrated, {self.skipped_steps} skipped as not finite. "
                 "Train with recorder.step, recorder.attach or recorder.callback before consolidating."
             )
+        self._follow()
         As, Bs = _copies([whole(m.A) for m in self.matrices]), _copies([whole(m.B) for m in self.matrices])
         _check_same_everywhere(As, Bs)
         found = self._consolidated(As, Bs, xi)
@@ -429,6 +447,7 @@ class ImportanceRecorder:
                 f"recording state is of the {gradient} gradient, this recorder is of the {self.gradient} one. "
                 f"Make it with gradient={gradient!r}, or record from the start."
             )
+        self._follow()
         tensors, found = state["tensors"], []
         mine = self.omega
         for name, start in self._start.items():
