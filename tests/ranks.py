@@ -1,11 +1,12 @@
 """What several processes compute together, for test_distributed.py.
 
     python tests/ranks.py PROCESSES MODEL_DIRECTORY RESULTS SCENARIO…
-    python tests/ranks.py launch PROCESSES [PHASE STEP] -- ARGUMENT… [then PROCESSES …]
+    python tests/ranks.py launch PROCESSES [sharded] [PHASE STEP] -- ARGUMENT… [then PROCESSES …]
 
 By the first, each process is a fork of this one, together a group over gloo. The first writes
 RESULTS/<scenario>.safetensors. The second does with forks what torchrun does with processes that import everything
-anew: the command line with those arguments, a checkpoint after each step. Given PHASE and STEP, process 1 kills itself
+anew: the command line with those arguments, a checkpoint after each step; or, sharded, what accelerate launch does to
+ask for FSDP2. Given PHASE and STEP, process 1 kills itself
 at the end of that step, before its checkpoint. Several launches follow one another; a line of JSON for each says how
 it ended.
 """
@@ -355,7 +356,17 @@ def process(number: int, processes: int, directory: str, results: str, scenarios
     dist.destroy_process_group()
 
 
-def launch(processes: int, arguments: list[str], at: tuple[str, str] | None) -> dict[str, Any]:
+SHARDED = {  # what `accelerate launch --use_fsdp --fsdp_version 2` sets by default
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def launch(processes: int, arguments: list[str], sharded: bool, at: tuple[str, str] | None) -> dict[str, Any]:
     """Statuses, and what all processes wrote. When one fails the others are stopped, as torchrun does it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -369,7 +380,7 @@ def launch(processes: int, arguments: list[str], at: tuple[str, str] | None) -> 
                 os.dup2(log.fileno(), 2)
                 names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 os.environ |= {name: str(value) for name, value in names.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (SHARDED if sharded else {})
                 command_line(arguments, at)
             running[pid] = number
         statuses = [0] * processes
@@ -387,6 +398,7 @@ def launch(processes: int, arguments: list[str], at: tuple[str, str] | None) -> 
 def command_line(arguments: list[str], at: tuple[str, str] | None) -> None:
     """Ends this process."""
     torch.set_num_threads(1)
+    accelerate_shards_on_a_cpu()
     usual = checkpoint.Checkpoints.on_step_end
     checkpoint._EVERY = 0.0
 
@@ -418,7 +430,9 @@ if __name__ == "__main__":
         for given in " ".join(sys.argv[2:]).split(" then "):
             how, _, arguments_given = given.partition(" -- ")
             count, *where = how.split()
-            print(json.dumps(launch(int(count), arguments_given.split(), tuple(where) or None)), flush=True)  # type: ignore[arg-type]
+            sharded = "sharded" in where
+            place = tuple(where[sharded:]) or None
+            print(json.dumps(launch(int(count), arguments_given.split(), sharded, place)), flush=True)  # type: ignore[arg-type]
         sys.exit()
     count, directory, results, *scenarios = sys.argv[1:]
     Path(results).mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from hlora import comparison, cost, distributed, files, pipeline
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.config import load_config
 from hlora.errors import AdapterError, ConfigError
+from hlora.trainer import sft_arguments
 
 AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
@@ -208,10 +209,9 @@ def assert_same_run(mine: Path, other: Path) -> None:
     """Losses, measures, importance and adapter of two runs."""
     one, two = results_of(mine), results_of(other)
     for phase in ("record", "tune"):
-        a, b = ([entry["loss"] for entry in each["history"][phase]] for each in (one, two))
-        assert a == pytest.approx(b, abs=1e-4)
-    totals = [[entry["total_loss"] for entry in each["history"]["tune"]] for each in (one, two)]
-    assert totals[0] == pytest.approx(totals[1], abs=1e-4)
+        for kind in ("loss", "total_loss", "probe_rise"):
+            a, b = ([entry[kind] for entry in each["history"][phase] if kind in entry] for each in (one, two))
+            assert a == pytest.approx(b, abs=1e-4)
     for arm in two["arms"]:
         a, b = (next(iter(each["arms"][arm]["texts"].values()))["nll"] for each in (one, two))
         assert a == pytest.approx(b, abs=1e-4)
@@ -254,6 +254,44 @@ def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
     assert f"going on from {tmp_path}/out/logs/tune/checkpoint-2" in done["said"]
     assert done["statuses"] == [0], done["said"]
     assert_same_run(tmp_path / "out", run_alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(configured: Any, tmp_path: Path) -> None:
+    """FSDP2 by Accelerate: recording, tuning under a budget, the tuned baseline, answers written, all sharded."""
+    probe = tmp_path / "probe.txt"
+    probe.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
+    more = {
+        "baselines": ["lora_nu_mu"],
+        "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 2, "max_new_tokens": 4},
+        "penalty": {"phi": 2.0, "budget": "1%", "probe_texts": {"other": str(probe)}, "probe_every": 2},
+    }
+    pipeline.run(load_config(configured(1, **more, output=str(tmp_path / "alone"))))
+    two = configured(2, **more)
+    cut, done = launches(f"2 sharded record 3 -- run {two}", f"2 sharded -- run {two}")
+    assert cut["statuses"][1] == -9, cut["said"]
+    assert f"going on from {tmp_path}/out/logs/record/checkpoint-2" in done["said"]
+    assert done["statuses"] == [0, 0], done["said"]
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
+    assert done["said"].count("evaluating: hlora") == 1 and "Traceback" not in done["said"]
+    written, expected = (results_of(tmp_path / of)["arms"]["hlora"]["samples"] for of in ("out", "alone"))
+    assert written == expected
+    assert sum("probe_rise" in entry for entry in results_of(tmp_path / "out")["history"]["tune"]) > 1
+
+
+def test_what_cannot_be_sharded_is_refused_by_field(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    changes = {
+        "model.quantization": {"model": {"name": "any", "quantization": "8bit"}},
+        "general.source": {"general": {"source": "model", "samples": 4}},
+        "importance.method": {"importance": {"method": "squared_gradients"}, "penalty": {"anchor": "base"}},
+        "penalty.budget": {"penalty": {"phi": 2.0, "budget": "1%"}},
+    }
+    pipeline._check_sharding(load_config(configured(2)))
+    for field, change in changes.items():
+        with pytest.raises(ConfigError, match=f"^{field}.*sharded"):
+            pipeline._check_sharding(load_config(configured(2, **change)))
 
 
 @pytest.mark.slow
@@ -318,12 +356,18 @@ def test_fsdp1_is_refused_by_name(peft_model: Any, tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_a_launch_that_shards_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "named"), [("FSDP", "FSDP1"), ("DEEPSPEED", "DeepSpeed")])
+def test_a_launch_by_fsdp1_or_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch, engine: str, named: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=f"asks for {engine}.*torchrun.*fully_shard"):
+    with pytest.raises(ConfigError, match=f"asks for {named}.*torchrun.*--fsdp_version 2"):
         distributed.start("cpu")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_sharding_is_asked_of_the_launcher_not_of_the_configuration(tmp_path: Path, engine: str) -> None:
+    with pytest.raises(ConfigError, match=f"training: {engine} .*accelerate launch --use_fsdp --fsdp_version 2"):
+        sft_arguments(tmp_path, {engine: {"version": 2}}, 0)
 
 
 def test_what_does_not_divide_its_work_is_refused_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:

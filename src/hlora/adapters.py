@@ -206,7 +206,8 @@ def _check_whole(*models: nn.Module) -> None:
 def _instead_of(name: str) -> str:
     return (
         f"{name} takes the factors of the adapter apart, so that neither they nor their gradients can be read here. "
-        "Train under DDP, or under FSDP2 (torch.distributed.fsdp.fully_shard); see docs/guides/distributed.md."
+        "Train under DDP, or under FSDP2 (accelerate launch --use_fsdp --fsdp_version 2, or fully_shard); see "
+        "docs/guides/distributed.md."
     )
 
 

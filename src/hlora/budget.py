@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hlora.distributed import first_does
+from hlora.distributed import first_does, is_sharded, laid_out_like, whole
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import _BLOCK, _first_tokens
 from hlora.penalty import ImportancePenalty
@@ -270,7 +270,7 @@ class ForgettingBudget:
         Above the budget α < 1. Below it α goes up to 1.5, where that pays: where training has balanced the task's
         gradient and the penalty's, dL_task/dα = −2φ·L_reg, against dR/dα ≈ 2R; so if φ·L_reg is several times R.
         """
-        ends = [(m.A.detach().clone(), m.B.detach().clone()) for m in self.penalty.matrices]
+        ends = [(whole(m.A.detach()).clone(), whole(m.B.detach()).clone()) for m in self.penalty.matrices]
         at_end, tokens = self._precisely()
         within, low, high, outside = Rise(0.0, 0.0, at_end.text, at_end.tokens), 0.0, 1.0, at_end.nats
         if at_end.nats <= self.budget:
@@ -335,7 +335,8 @@ class ForgettingBudget:
 
     def _measure(self, tokens: int, turn: int = 0) -> Rise:
         started = time.perf_counter()
-        rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn))))  # or φ would differ
+        sharded = is_sharded(self.probe.model)
+        rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # or φ would differ
         self.seconds += time.perf_counter() - started
         return rise
 
@@ -360,10 +361,10 @@ class ForgettingBudget:
         for matrix, (A, B) in zip(self.penalty.matrices, ends, strict=True):
             anchor = self.penalty._anchor[matrix.name]
             if anchor is None:
-                matrix.B.copy_(alpha * B)
+                matrix.B.copy_(laid_out_like(matrix.B, alpha * B))
             else:
-                matrix.A.copy_(torch.lerp(anchor[0].to(A), A, alpha))
-                matrix.B.copy_(torch.lerp(anchor[1].to(B), B, alpha))
+                matrix.A.copy_(laid_out_like(matrix.A, torch.lerp(anchor[0].to(A), A, alpha)))
+                matrix.B.copy_(laid_out_like(matrix.B, torch.lerp(anchor[1].to(B), B, alpha)))
 
 
 @dataclass

@@ -9,10 +9,11 @@ Without a process group, or in one of a single process, nothing here communicate
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hlora import encodings, errors, files
@@ -71,17 +74,51 @@ def start(device: str) -> None:
     """Join the group of torchrun or accelerate launch, if one of them started this process. device: of the model."""
     if not _launched() or dist.is_initialized():
         return
-    for name, instead in (("FSDP", "its own `fully_shard`"), ("DEEPSPEED", "DDP, or `fully_shard`")):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ConfigError(
-                f"`hlora run` works under DDP, and this launch asks for {name}. Launch it with torchrun, or shard the "
-                f"model in a script of your own with {instead} (docs/guides/distributed.md)."
-            )
+    old = _asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
+    if old or _asked("DEEPSPEED"):
+        raise ConfigError(
+            f"this launch asks for {'FSDP1' if old else 'DeepSpeed'}, under which the adapter cannot be read. For DDP "
+            "launch with torchrun; for a model too large for that, `accelerate launch --use_fsdp --fsdp_version 2` "
+            "(docs/guides/distributed.md)."
+        )
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # Trainer writes no adapter alone from the other kind
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
+
+
+def sharding() -> bool:
+    """Whether this launch asks for FSDP2: a model is then in host memory, whole, until it is sharded."""
+    return _launched() and _asked("FSDP")
+
+
+def _asked(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def device_for(model: nn.Module) -> torch.device:
+    """Where this process trains and evaluates the model."""
+    if sharding() and "nccl" in dist.get_backend_config():  # gloo alone is listed for every kind of device
+        return torch.device("cuda", torch.cuda.current_device())
+    return next(model.parameters()).device
+
+
+def shard(model: Any) -> None:
+    """Shard a model over all processes, by blocks, in place and for good (FSDP2). One that Trainer has, stays so."""
+    if isinstance(model, FSDPModule):
+        return
+    mesh = init_device_mesh(device_for(model).type, (world(),))
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, "generate")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process is needed to run the model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @dataclass
@@ -316,14 +353,20 @@ def alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def first_does(work: Callable[[], Work]) -> Work:
-    """What the first process makes of `work`, at every one; a value that JSON can hold. Its error is everyone's."""
+def first_does(work: Callable[[], Work], in_step: bool = False) -> Work:
+    """What the first process makes of `work`, at every one; a value that JSON can hold. Its error is everyone's.
+
+    in_step: all do it, as a sharded model needs them to, and the first one's result counts.
+    """
     if world() == 1:
         return work()
     result: Any = None
     with together():
         if is_first():
             result = work()
+        elif in_step:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one shows its progress
+                work()
     text = exchange(json.dumps(result) if is_first() else "")[0]
     return result if is_first() else json.loads(text)
 

@@ -176,7 +176,8 @@ def harness_accuracy(
 ) -> dict[str, Any]:
     """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows.
 
-    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`.
+    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`. Nothing in a
+    process of a launch that is not its machine's first (LOCAL_RANK).
     """
     with _harness_unnoticed(), tempfile.TemporaryDirectory() as scratch:
         from lm_eval import simple_evaluate
@@ -194,6 +195,8 @@ def harness_accuracy(
             torch_random_seed=None,
             fewshot_random_seed=None,
         )
+    if outcome is None:  # in a launch the harness speaks in a machine's first process alone; all of them have run it
+        return {}
     samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
     pairs = zip(samples, domain.test, strict=True)
     answers = [-float(sample["filtered_resps"][e.choices.index(e.answer)][0]) for sample, e in pairs]

@@ -28,6 +28,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
+from hlora.distributed import sharding
 from hlora.errors import ConfigError, first_line
 from hlora.files import PICKLES, how_to_convert
 
@@ -36,6 +37,8 @@ logger = logging.getLogger("hlora")
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, frozen in evaluation mode on its device, and its tokenizer with a pad token.
+
+    In a launch that shards (FSDP2) it is in host memory.
 
     Raises ConfigError that names the field when the model cannot be found or loaded.
     """
@@ -62,7 +65,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     _check_tokenizer(config, tokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device)
+    model.to("cpu" if sharding() else device)
     model.requires_grad_(False).eval()
     keep_trainable(model)
     precision = config.quantization or model.dtype

@@ -27,7 +27,7 @@ from hlora.adapters import adapted_matrices
 from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
 from hlora.config import CompareConfig, GeneralSource, ImportanceConfig, RunConfig
 from hlora.distributed import first_does, first_goes_first, is_first, together
-from hlora.errors import ArtifactError, DataError, first_line
+from hlora.errors import ArtifactError, ConfigError, DataError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, make_directory, write_text
 from hlora.fisher import fisher_information, pack
@@ -55,7 +55,7 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
     TensorBoard logs of each phase. A run that was interrupted goes on: from what it had finished, and within a phase
     from its last complete checkpoint.
 
-    Every process of a torchrun or accelerate launch calls it: the phases are divided among them (DDP), the first
+    Every process of a torchrun or accelerate launch calls it: the phases are divided among them (DDP, FSDP2), the first
     evaluates and writes, and all return the same. They need the output directory in common.
 
     Raises ConfigError when another process works on the output directory.
@@ -95,7 +95,7 @@ def _recorded(job: Job, results: dict[str, Any]) -> Importance:
         with together():
             importance.save(directory)
         results["importance"] = describe(importance, job.config)
-    model.unload()
+    job.release(model)
     return importance
 
 
@@ -105,9 +105,8 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
     if "tune" not in results["seconds"]:
         with _timed(job, results, "tune"):
             model, results["history"]["tune"] = tune_phase(job, importance)
-            with together():
-                save_adapter(model, directory)
-        model.unload()
+            save_adapter(model, directory)
+        job.release(model)
     return directory
 
 
@@ -138,6 +137,7 @@ class Job:
         """
         output = Path(config.output)
         with together():
+            _check_sharding(config)
             make_directory(output)
             on_cpu = {"use_cpu": pick_device(config.model.device).type == "cpu"}
             for arguments in (config.training.of_record(), config.training.of_tune()):
@@ -158,6 +158,13 @@ class Job:
             model.unload()
         return job
 
+    def release(self, model: Any) -> None:
+        """Take the adapter off the base model. One that was sharded stays so, and is loaded anew instead."""
+        if distributed.is_sharded(model):
+            self.base, _ = first_goes_first(lambda: load_base(self.config.model))
+        elif isinstance(model, PeftModel):
+            model.unload()
+
     def keep_config(self) -> None:
         """Write the resolved configuration beside what it makes."""
         write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.model_dump()), sort_keys=False))
@@ -172,6 +179,25 @@ class Job:
     def domain(self) -> data.DomainRows:
         space = data.Space.of(self.base, self.tokenizer, self.config.training.of_tune())
         return data.domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, space)
+
+
+def _check_sharding(config: RunConfig) -> None:
+    """Raises ConfigError for what a launch that shards (FSDP2) cannot do, by field."""
+    if not distributed.sharding():
+        return
+    unsupported = {
+        "model.quantization": config.model.quantization is not None,
+        "general.source: model": config.general.source == "model",
+        "importance.method: squared_gradients": config.importance.method == "squared_gradients",
+        "penalty.budget without penalty.probe_texts": config.penalty.budget is not None
+        and not config.penalty.probe_texts,
+    }
+    for field, is_set in unsupported.items():
+        if is_set:
+            raise ConfigError(
+                f"{field} cannot be used where the model is sharded (FSDP2). Launch with torchrun (DDP), or leave it "
+                "out (docs/guides/distributed.md)."
+            )
 
 
 def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
@@ -352,10 +378,13 @@ def _check_adapter(job: Job, directory: Path) -> None:
 
 def save_adapter(model: PeftModel, directory: Path) -> Path:
     """Save the adapter as PEFT does, whole or not at all; in a group of processes the first does."""
-    if not is_first():
-        return directory
-    with building(directory) as fresh:
-        model.save_pretrained(str(fresh))
+    gathered = None
+    if distributed.is_sharded(model):
+        gathered = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    with together():
+        if is_first():
+            with building(directory) as fresh:
+                model.save_pretrained(str(fresh), state_dict=gathered)
     return directory
 
 
@@ -399,10 +428,11 @@ def _measure(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any
     model = make()
     logger.info("evaluating: %s", arm)
     with _timed(job, results, f"evaluate {arm}"):
-        results["arms"][arm] = first_does(lambda: measure(job, model))
+        if distributed.sharding():
+            distributed.shard(model)
+        results["arms"][arm] = first_does(lambda: measure(job, model), in_step=distributed.sharding())
         add_forgetting(results["arms"][arm], results["arms"]["base"])
-    if isinstance(model, PeftModel):
-        model.unload()
+    job.release(model)
 
 
 @contextmanager
@@ -481,7 +511,7 @@ def _forget(job: Job) -> None:
 
 def provenance(base: PreTrainedModel, data_facts: dict[str, Any]) -> dict[str, Any]:
     """Versions, hardware, model size and data, for a results file."""
-    device = base.device
+    device = distributed.device_for(base)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("hlora", "torch", "transformers", "peft", "trl", "datasets", "lm_eval")
     return {

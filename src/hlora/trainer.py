@@ -206,7 +206,7 @@ class StopWhenDiverged(TrainerCallback):
 
     def _check(self, state: TrainerState, model: Any, seen: str = "") -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        lost = [name for name, parameter in trained.items() if not parameter.isfinite().all()]
+        lost = [name for name, parameter in trained.items() if not distributed.whole(parameter.isfinite().all())]
         if lost:
             raise TrainingError(
                 f"step {state.global_step}: {seen}{lost[0]} is not finite. Lower training.common.learning_rate, or set "
@@ -274,6 +274,12 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
         # without flash attention a step takes 1.4 times as long at 8×128 tokens and 2.2 times at 8×512 (CPU).
         "packing_strategy": "wrapped",
     }
+    for engine in ("fsdp", "deepspeed"):
+        if arguments.get(engine):
+            raise ConfigError(
+                f"training: {engine} is not asked for here, as evaluation has to know of it too. Shard by `accelerate "
+                "launch --use_fsdp --fsdp_version 2` (docs/guides/distributed.md)."
+            )
     try:
         return SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     except (ValueError, TypeError, ImportError) as error:
@@ -300,7 +306,7 @@ def train(
     from trl import SFTTrainer
 
     # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
-    defaults: dict[str, Any] = {"use_cpu": model.device.type == "cpu"}
+    defaults: dict[str, Any] = {"use_cpu": distributed.device_for(model).type == "cpu"}
     if distributed.world() > 1:
         defaults["ddp_find_unused_parameters"] = False  # LoRA layers are all used; looking for others takes a pass
     if resumable:
