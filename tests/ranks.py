@@ -356,10 +356,9 @@ def process(number: int, processes: int, directory: str, results: str, scenarios
     dist.destroy_process_group()
 
 
-SHARDED = {  # what `accelerate launch --use_fsdp --fsdp_version 2` sets by default
+SHARDED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`, which also has FSDP1's FSDP_SYNC_MODULE_STATES: a GPU
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",

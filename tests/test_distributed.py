@@ -279,6 +279,27 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
     assert sum("probe_rise" in entry for entry in results_of(tmp_path / "out")["history"]["tune"]) > 1
 
 
+@pytest.mark.slow
+def test_a_sharded_run_of_a_bfloat16_base_trains_float32_factors(configured: Any, tmp_path: Path) -> None:
+    """What `model.dtype: auto` is on a GPU, and `bf16: true` with it."""
+    paths = []
+    for processes, output in ((1, "alone"), (2, "out")):
+        fields = yaml.safe_load(configured(processes).read_text(encoding="utf-8"))
+        fields["training"]["common"]["bf16"] = True
+        fields |= {"model": {**fields["model"], "dtype": "bfloat16"}, "output": str(tmp_path / output)}
+        paths.append(configured(processes, **fields))
+    pipeline.run(load_config(paths[0]))
+    (done,) = launches(f"2 sharded -- run {paths[1]}")
+    assert done["statuses"] == [0, 0], done["said"]
+    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    for factor in adapter.values():
+        assert factor.dtype == torch.float32 and not torch.equal(factor, factor.bfloat16().float())
+    one, two = (results_of(tmp_path / of) for of in ("out", "alone"))
+    for arm in ("base", "after_general", "hlora"):
+        a, b = (next(iter(each["arms"][arm]["texts"].values()))["nll"] for each in (one, two))
+        assert a == pytest.approx(b, abs=2e-2)  # of 5.9, bfloat16's rounding is 2e-2
+
+
 def test_what_cannot_be_sharded_is_refused_by_field(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hlora import encodings, ops
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, unwrapped
-from hlora.distributed import Shares, exchange, whole, world
+from hlora.distributed import Shares, exchange, together, whole, world
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.exact_gradient import ExactGradient
@@ -426,7 +426,8 @@ class ImportanceRecorder:
         for name, omega in self._shares.gathered(self.omega, encoding, everywhere=False).items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
-        _check_finite(tensors)
+        with together():
+            _check_finite(tensors)
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "encoding": self.encoding,
