@@ -244,6 +244,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
+    # On a CPU without the `kernels` package it says so at each import, about 4-bit products, whatever the model.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     threading.excepthook = _in_a_thread
     try:
         app()
