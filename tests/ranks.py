@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hlora import checkpoint, cli, distributed, encodings, equations, pipeline  # noqa: F401
-from hlora.distributed import exchange, rank, whole, world
+from hlora.distributed import exchange, rank, reshard, whole, world
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
 from hlora.recorder import ImportanceRecorder
@@ -74,7 +74,7 @@ def adapted(directory: str, dtype: torch.dtype, targets: list[str]) -> Any:
     return model
 
 
-def trained_by(kind: str, model: Any, mixed: bool = False) -> Any:
+def trained_by(kind: str, model: Any, mixed: bool = False, in_blocks: bool = True) -> Any:
     """The model as a training of that kind has it: wrapped, or sharded in place."""
     if kind == "ddp":
         return DistributedDataParallel(model)
@@ -82,7 +82,7 @@ def trained_by(kind: str, model: Any, mixed: bool = False) -> Any:
         shape, names = ((2, 2), ("copies", "rows")) if kind == "hsdp" else ((world(),), ("rows",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-        for layer in model.get_base_model().model.layers:
+        for layer in model.get_base_model().model.layers if in_blocks else ():
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
@@ -270,7 +270,7 @@ def not_finite(kind: str, directory: str) -> dict[str, Tensor]:
 def changed_meanwhile(kind: str, directory: str) -> dict[str, Tensor]:
     """What the penalty says when a factor changed between `begin` and the step, and of an adapter that is θ^ν."""
     model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
-    running = trained_by(kind, model)
+    running = trained_by(kind, model, in_blocks=False)
     recorder = ImportanceRecorder(running, "float32")
     move(recorder, 0.01)
     with recorder.step(LR):
@@ -281,7 +281,10 @@ def changed_meanwhile(kind: str, directory: str) -> dict[str, Tensor]:
     move(recorder, 0.1)
     found = {"value": penalty.add_gradients_()}
     found |= {f"{m.name}.{x}": whole(getattr(m, x).grad) for m in penalty.matrices for x in "AB"}
+    with torch.no_grad():
+        running(input_ids=torch.full((1, 4), 3))  # leaves the factors gathered where all are one unit
     importance.load_adapter_into(running)
+    reshard(running)
     return found | {"at anchor": penalty.regularisation_loss()} | {f"at.{n}": t for n, t in factors(penalty).items()}
 
 

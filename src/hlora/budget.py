@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hlora.distributed import first_does, is_sharded, laid_out_like, whole
+from hlora.distributed import first_does, is_sharded, laid_out_like, reshard, whole
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import _BLOCK, _first_tokens
 from hlora.penalty import ImportancePenalty
@@ -337,6 +337,7 @@ class ForgettingBudget:
         started = time.perf_counter()
         sharded = is_sharded(self.probe.model)
         rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # or φ would differ
+        reshard(self.probe.model)
         self.seconds += time.perf_counter() - started
         return rise
 

@@ -119,7 +119,14 @@ def shard(model: Any) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether every process is needed to run the model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Before factors are changed: what a forward pass has left gathered is a copy, and a change of it would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
-from hlora.distributed import is_first, laid_out_like
+from hlora.distributed import is_first, laid_out_like, reshard
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.files import building, how_to_convert, sha256
@@ -153,6 +153,7 @@ class Importance:
 
     def load_adapter_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
         """Set the model's adapter to θ^ν, where the domain phase starts. Raises ArtifactError on a mismatch."""
+        reshard(model)
         matrices = adapted_matrices(model, adapter_name, unprotected="warn")
         self.check(matrices)
         with torch.no_grad():
