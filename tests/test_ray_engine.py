@@ -72,6 +72,19 @@ def workers(pid: int, *titles: str) -> list[psutil.Process]:
     return found
 
 
+def stopped_at_work(pid: int) -> psutil.Process | None:
+    """A worker below `pid` that has a cell and cannot finish it any more, if one is caught."""
+    for process in workers(pid, "ray::_work"):
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+            while process.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.001)
+            if process.cmdline()[0] == "ray::_work":  # the title goes before the result is sent
+                return process
+            process.resume()
+    return None
+
+
 def two_arms(file: Path, second: dict[str, Any]) -> None:
     """Keep of the comparison's arms the base alone, beside another."""
     fields = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -135,16 +148,19 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
             second = cluster.add_node(num_cpus=1)
             address = ("--engine", "ray", "--ray-address", cluster.address)
             with started(comparison_file, *address) as process:
-                while process.poll() is None and not cells(tmp_path / "grid"):
+                raylet = second.all_processes["raylet"][0].process.pid
+                while not (busy := cells(tmp_path / "grid") and stopped_at_work(raylet)):
+                    assert process.poll() is None, "the grid has ended, and no cell was seen to run on the second node"
                     time.sleep(0.02)
                 cluster.remove_node(second, allow_graceful=False)
+                busy.kill()  # as the machine's end would; stopped, it cannot see that its raylet is gone
                 _, err = process.communicate(timeout=240)
         finally:
             cluster.shutdown()
     assert process.returncode == 0, err
     found, _ = found_in(tmp_path / "grid")
     assert {cell["status"] for cell in found["cells"]} == {"done"} and len(found["cells"]) == 11
-    assert "trying again elsewhere" in err, err
+    assert "the worker died (NodeDiedError" in err and "trying again elsewhere" in err, err
 
 
 @pytest.mark.slow
