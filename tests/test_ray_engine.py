@@ -12,9 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,10 +26,10 @@ import pytest
 import yaml
 
 from hlora.cli import main
-from hlora.comparison import Grid
-from hlora.config import CompareConfig
+from hlora.comparison import Cell, Grid
+from hlora.config import CompareConfig, load_comparison
 from hlora.errors import ClusterError, ConfigError
-from hlora.ray_engine import _open, _Session, _work, engine
+from hlora.ray_engine import _compute, _open, _Session, _work, engine
 
 # By default Ray starts its workers at niceness 15: on a busy machine they starve behind everything else.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -204,6 +208,53 @@ def test_an_address_without_a_cluster_and_more_than_the_machine_has_are_refused(
         pass
 
 
+def compute_with(ray: Any, grid: Grid, *ends: Exception) -> None:
+    """As the driver, with a Ray whose first tasks end so, one each, and whose others are done in this process."""
+    left = list(ends)
+
+    def get(task: Callable[[], str]) -> str:
+        if left:
+            raise left.pop(0)
+        return task()
+
+    stub = SimpleNamespace(put=lambda it: it, wait=lambda refs: (refs[:1], []), get=get, exceptions=ray.exceptions)
+    _compute(stub, SimpleNamespace(remote=partial(partial, _work)), grid, grid.first_cells())
+
+
+def test_cells_that_die_with_their_machine_are_not_workers_that_keep_dying(
+    ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a machine of many cores has more cells than the deaths in a row that end a run."""
+    two_arms(comparison_file, {"method": "lora"})
+    monkeypatch.setattr("hlora.ray_engine._DEATHS_IN_A_ROW", 2)
+    grid = Grid.open(load_comparison(comparison_file))
+    crashed = ray.exceptions.WorkerCrashedError
+    with pytest.raises(ClusterError, match="2 of 2 cells are not computed"):
+        compute_with(ray, grid, crashed(), crashed())
+    compute_with(ray, grid, *(ray.exceptions.NodeDiedError("gone") for _ in range(4)))
+    assert {cell["status"] for cell in grid.results(grid.first_cells())} == {"done"}
+
+
+def test_a_cell_that_the_file_system_shows_late_is_waited_for(
+    ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_arms(comparison_file, {"method": "lora"})
+    grid, read, asked = Grid.open(load_comparison(comparison_file)), Grid.read, Counter[str]()
+
+    def late(self: Grid, cell: Cell) -> Any:
+        asked[cell.key] += 1  # before it is computed, after, and again
+        return read(self, cell) if asked[cell.key] > 3 else None
+
+    monkeypatch.setattr(Grid, "read", late)
+    compute_with(ray, grid)
+    assert {cell["status"] for cell in grid.results(grid.first_cells())} == {"done"}
+
+    monkeypatch.setattr(Grid, "read", lambda self, cell: None)
+    monkeypatch.setattr("hlora.ray_engine._LATE", 0)
+    with pytest.raises(ClusterError, match=r"Base, .*: machine \S+ has computed it, but this one does not see it"):
+        compute_with(ray, grid)
+
+
 def test_options_of_ray_without_it_are_refused(
     comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +278,29 @@ def test_a_machine_that_does_not_see_the_drivers_directories_refuses(
         _open(_Session(str(Path.cwd()), str(elsewhere), comparison_config))
     with pytest.raises(ClusterError, match=rf"{tmp_path}/absent, No such file"):
         _open(_Session(str(tmp_path / "absent"), str(elsewhere), comparison_config))
+
+
+def test_a_machine_that_lacks_the_data_is_named(comparison_config: CompareConfig, tmp_path: Path) -> None:
+    mark = tmp_path / "grid" / ".driver-0"
+    mark.parent.mkdir()
+    mark.touch()
+    Path(comparison_config.tasks["sums"].train).unlink()
+    with pytest.raises(ClusterError, match=r"machine \S+ cannot begin: .*train\.jsonl"):
+        _open(_Session(str(Path.cwd()), str(mark), comparison_config))
+
+
+def test_a_worker_drops_the_grid_before_it_opens_the_next(
+    comparison_config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command has two sessions, and memory need not hold two models."""
+    marks = [tmp_path / "grid" / f".driver-{n}" for n in range(2)]
+    marks[0].parent.mkdir()
+    for mark in marks:
+        mark.touch()
+    model = weakref.ref(_open(_Session(str(Path.cwd()), str(marks[0]), comparison_config)).base)
+    assert model()
+    monkeypatch.setattr(Grid, "open", lambda config: model())
+    assert _open(_Session(str(Path.cwd()), str(marks[1]), comparison_config)) is None
 
 
 def test_a_machine_with_other_data_than_the_driver_refuses(comparison_config: CompareConfig, tmp_path: Path) -> None:
