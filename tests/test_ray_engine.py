@@ -33,6 +33,7 @@ from hlora.ray_engine import _compute, _open, _Session, _work, engine
 
 # By default Ray starts its workers at niceness 15: on a busy machine they starve behind everything else.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+PATIENCE = 600  # seconds, of a hang; a grid took one minute alone, over five at a load of seven
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def command(file: Path, *options: str) -> list[str]:
 
 
 def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, comparison
         while not (busy := workers(process.pid, "ray::_work")):
             assert process.poll() is None
         busy[0].send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "the worker died" in err and "trying again elsewhere" in err, err
     assert found_in(split) == found_in(whole)
@@ -158,7 +159,7 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
                     time.sleep(0.02)
                 cluster.remove_node(second, allow_graceful=False)
                 busy.kill()  # as the machine's end would; stopped, it cannot see that its raylet is gone
-                _, err = process.communicate(timeout=240)
+                _, err = process.communicate(timeout=PATIENCE)
         finally:
             cluster.shutdown()
     assert process.returncode == 0, err
@@ -262,6 +263,11 @@ def test_options_of_ray_without_it_are_refused(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and "--engine ray" in capsys.readouterr().err
+
+
+def test_one_gpu_and_a_half_is_refused_before_ray_starts() -> None:
+    with pytest.raises(ConfigError, match=r"--gpus-per-cell 1\.5: expected a whole number"), engine(gpus=1.5):
+        pass
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

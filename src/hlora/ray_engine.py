@@ -45,9 +45,11 @@ def engine(
     address: an existing cluster, HOST:PORT or auto; None starts Ray on this machine and ends it afterwards. gpus and
     cpus: what a cell has; gpus is 1 by default where there are any, else 0.
 
-    Raises ConfigError without Ray. Raises ClusterError when no cluster answers, or this machine has too little for a
-    cell.
+    Raises ConfigError without Ray, and for GPUs that Ray cannot give. Raises ClusterError when no cluster answers, or
+    this machine has too little for a cell.
     """
+    if gpus is not None and gpus > 1 and gpus % 1:
+        raise ConfigError(f"--gpus-per-cell {gpus:g}: expected a whole number, or below 1 for several cells on one.")
     ray = _ray()
     try:
         if address is None:
