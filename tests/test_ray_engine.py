@@ -12,9 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,13 +26,14 @@ import pytest
 import yaml
 
 from hlora.cli import main
-from hlora.comparison import Grid
-from hlora.config import CompareConfig
+from hlora.comparison import Cell, Grid
+from hlora.config import CompareConfig, load_comparison
 from hlora.errors import ClusterError, ConfigError
-from hlora.ray_engine import _open, _Session, _work, engine
+from hlora.ray_engine import _compute, _open, _Session, _work, engine
 
 # By default Ray starts its workers at niceness 15: on a busy machine they starve behind everything else.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+PATIENCE = 600  # seconds, of a hang; a grid took one minute alone, over five at a load of seven
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def command(file: Path, *options: str) -> list[str]:
 
 
 def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @contextmanager
@@ -70,6 +75,19 @@ def workers(pid: int, *titles: str) -> list[psutil.Process]:
             if process.cmdline()[:1] and process.cmdline()[0] in titles:
                 found.append(process)
     return found
+
+
+def stopped_at_work(pid: int) -> psutil.Process | None:
+    """A worker below `pid` that has a cell and cannot finish it any more, if one is caught."""
+    for process in workers(pid, "ray::_work"):
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+            while process.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.001)
+            if process.cmdline()[0] == "ray::_work":  # the title goes before the result is sent
+                return process
+            process.resume()
+    return None
 
 
 def two_arms(file: Path, second: dict[str, Any]) -> None:
@@ -112,7 +130,7 @@ def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, comparison
         while not (busy := workers(process.pid, "ray::_work")):
             assert process.poll() is None
         busy[0].send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "the worker died" in err and "trying again elsewhere" in err, err
     assert found_in(split) == found_in(whole)
@@ -135,16 +153,19 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
             second = cluster.add_node(num_cpus=1)
             address = ("--engine", "ray", "--ray-address", cluster.address)
             with started(comparison_file, *address) as process:
-                while process.poll() is None and not cells(tmp_path / "grid"):
+                raylet = second.all_processes["raylet"][0].process.pid
+                while not (busy := cells(tmp_path / "grid") and stopped_at_work(raylet)):
+                    assert process.poll() is None, "the grid has ended, and no cell was seen to run on the second node"
                     time.sleep(0.02)
                 cluster.remove_node(second, allow_graceful=False)
-                _, err = process.communicate(timeout=240)
+                busy.kill()  # as the machine's end would; stopped, it cannot see that its raylet is gone
+                _, err = process.communicate(timeout=PATIENCE)
         finally:
             cluster.shutdown()
     assert process.returncode == 0, err
     found, _ = found_in(tmp_path / "grid")
     assert {cell["status"] for cell in found["cells"]} == {"done"} and len(found["cells"]) == 11
-    assert "trying again elsewhere" in err, err
+    assert "the worker died (NodeDiedError" in err and "trying again elsewhere" in err, err
 
 
 @pytest.mark.slow
@@ -188,6 +209,53 @@ def test_an_address_without_a_cluster_and_more_than_the_machine_has_are_refused(
         pass
 
 
+def compute_with(ray: Any, grid: Grid, *ends: Exception) -> None:
+    """As the driver, with a Ray whose first tasks end so, one each, and whose others are done in this process."""
+    left = list(ends)
+
+    def get(task: Callable[[], str]) -> str:
+        if left:
+            raise left.pop(0)
+        return task()
+
+    stub = SimpleNamespace(put=lambda it: it, wait=lambda refs: (refs[:1], []), get=get, exceptions=ray.exceptions)
+    _compute(stub, SimpleNamespace(remote=partial(partial, _work)), grid, grid.first_cells())
+
+
+def test_cells_that_die_with_their_machine_are_not_workers_that_keep_dying(
+    ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a machine of many cores has more cells than the deaths in a row that end a run."""
+    two_arms(comparison_file, {"method": "lora"})
+    monkeypatch.setattr("hlora.ray_engine._DEATHS_IN_A_ROW", 2)
+    grid = Grid.open(load_comparison(comparison_file))
+    crashed = ray.exceptions.WorkerCrashedError
+    with pytest.raises(ClusterError, match="2 of 2 cells are not computed"):
+        compute_with(ray, grid, crashed(), crashed())
+    compute_with(ray, grid, *(ray.exceptions.NodeDiedError("gone") for _ in range(4)))
+    assert {cell["status"] for cell in grid.results(grid.first_cells())} == {"done"}
+
+
+def test_a_cell_that_the_file_system_shows_late_is_waited_for(
+    ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_arms(comparison_file, {"method": "lora"})
+    grid, read, asked = Grid.open(load_comparison(comparison_file)), Grid.read, Counter[str]()
+
+    def late(self: Grid, cell: Cell) -> Any:
+        asked[cell.key] += 1  # before it is computed, after, and again
+        return read(self, cell) if asked[cell.key] > 3 else None
+
+    monkeypatch.setattr(Grid, "read", late)
+    compute_with(ray, grid)
+    assert {cell["status"] for cell in grid.results(grid.first_cells())} == {"done"}
+
+    monkeypatch.setattr(Grid, "read", lambda self, cell: None)
+    monkeypatch.setattr("hlora.ray_engine._LATE", 0)
+    with pytest.raises(ClusterError, match=r"Base, .*: machine \S+ has computed it, but this one does not see it"):
+        compute_with(ray, grid)
+
+
 def test_options_of_ray_without_it_are_refused(
     comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +263,11 @@ def test_options_of_ray_without_it_are_refused(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and "--engine ray" in capsys.readouterr().err
+
+
+def test_one_gpu_and_a_half_is_refused_before_ray_starts() -> None:
+    with pytest.raises(ConfigError, match=r"--gpus-per-cell 1\.5: expected a whole number"), engine(gpus=1.5):
+        pass
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +284,29 @@ def test_a_machine_that_does_not_see_the_drivers_directories_refuses(
         _open(_Session(str(Path.cwd()), str(elsewhere), comparison_config))
     with pytest.raises(ClusterError, match=rf"{tmp_path}/absent, No such file"):
         _open(_Session(str(tmp_path / "absent"), str(elsewhere), comparison_config))
+
+
+def test_a_machine_that_lacks_the_data_is_named(comparison_config: CompareConfig, tmp_path: Path) -> None:
+    mark = tmp_path / "grid" / ".driver-0"
+    mark.parent.mkdir()
+    mark.touch()
+    Path(comparison_config.tasks["sums"].train).unlink()
+    with pytest.raises(ClusterError, match=r"machine \S+ cannot begin: .*train\.jsonl"):
+        _open(_Session(str(Path.cwd()), str(mark), comparison_config))
+
+
+def test_a_worker_drops_the_grid_before_it_opens_the_next(
+    comparison_config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command has two sessions, and memory need not hold two models."""
+    marks = [tmp_path / "grid" / f".driver-{n}" for n in range(2)]
+    marks[0].parent.mkdir()
+    for mark in marks:
+        mark.touch()
+    model = weakref.ref(_open(_Session(str(Path.cwd()), str(marks[0]), comparison_config)).base)
+    assert model()
+    monkeypatch.setattr(Grid, "open", lambda config: model())
+    assert _open(_Session(str(Path.cwd()), str(marks[1]), comparison_config)) is None
 
 
 def test_a_machine_with_other_data_than_the_driver_refuses(comparison_config: CompareConfig, tmp_path: Path) -> None:

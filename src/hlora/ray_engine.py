@@ -8,6 +8,7 @@ is its result and no reason to try again.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -31,6 +32,7 @@ logger = logging.getLogger("hlora")
 
 _TRIES = 4  # of a cell whose worker dies
 _DEATHS_IN_A_ROW = 3 * _TRIES  # with nothing finished between, after which no cell is tried any more
+_LATE = 120  # seconds in which a network file system shows what another machine has written; NFS says 60 at most
 _STORE = 100_000_000  # bytes of Ray's object store on this machine; what travels is a configuration
 
 
@@ -43,9 +45,11 @@ def engine(
     address: an existing cluster, HOST:PORT or auto; None starts Ray on this machine and ends it afterwards. gpus and
     cpus: what a cell has; gpus is 1 by default where there are any, else 0.
 
-    Raises ConfigError without Ray. Raises ClusterError when no cluster answers, or this machine has too little for a
-    cell.
+    Raises ConfigError without Ray, and for GPUs that Ray cannot give. Raises ClusterError when no cluster answers, or
+    this machine has too little for a cell.
     """
+    if gpus is not None and gpus > 1 and gpus % 1:
+        raise ConfigError(f"--gpus-per-cell {gpus:g}: expected a whole number, or below 1 for several cells on one.")
     ray = _ray()
     try:
         if address is None:
@@ -136,7 +140,9 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
                 said = str(cause) if isinstance(cause, HloraError) else first_line(cause)
                 raise ClusterError(f"{order.name}: {said}") from None
             except ray.exceptions.RayError as error:  # the process or the machine is gone
-                deaths, order.deaths, reason = deaths + 1, order.deaths + 1, first_line(error)
+                order.deaths, reason = order.deaths + 1, first_line(error)
+                # A machine takes all that ran on it along: any number of deaths at once, none the next one's omen.
+                deaths += not isinstance(error, ray.exceptions.NodeDiedError)
                 if deaths >= _DEATHS_IN_A_ROW:
                     lost += len(orders) - done - lost
                     break
@@ -152,8 +158,8 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
                     submit(each)
                 continue
             done += 1
-            result = grid.read(order.cell)
-            if result and result["status"] == "failed":
+            result = _written(grid, order.cell, machine)
+            if result["status"] == "failed":
                 logger.error("%s failed: %s", order.name, result["error"])
             logger.info("%s: computed on %s", order.name, machine)
             log_progress(done, len(orders), started)
@@ -164,6 +170,21 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
             "--gpus-per-cell, so that fewer run at a time. Finished cells are kept; the same command goes on from "
             "there."
         )
+
+
+def _written(grid: Grid, cell: Cell, machine: str) -> dict[str, Any]:
+    """A cell that a worker says is there. Taken for missing, it would be missing where strengths are chosen."""
+    until = time.monotonic() + _LATE
+    while not (result := grid.read(cell)):
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"{cell.name}: machine {machine} has computed it, but this one does not see it in {grid.output}. Is "
+                "the directory still there, and the same on all machines? The same command goes on from what it holds."
+            )
+        with suppress(OSError):
+            os.listdir(grid.output / "cells")  # noqa: PTH208  # as in _open
+        time.sleep(1)
+    return result
 
 
 def _work(session: _Session, cell: Cell, again: bool, shared: bool) -> str:
@@ -199,6 +220,8 @@ def _record(grid: Grid, cell: Cell) -> bool:
 @lru_cache(maxsize=1)
 def _open(session: _Session) -> Grid:
     """The grid, once in a worker process."""
+    _open.cache_clear()  # else the model of the one before stays in memory while this one's is loaded
+    gc.collect()
     where, mark = socket.gethostname(), Path(session.mark)
     remedy = "Every machine needs the same files at the same paths: use a shared file system."
     try:
@@ -211,7 +234,11 @@ def _open(session: _Session) -> Grid:
         seen = False
     if not seen:
         raise ClusterError(f"machine {where} does not see the driver's output directory, {mark.parent}. {remedy}")
-    return Grid.open(session.config)
+    try:
+        return Grid.open(session.config)
+    except Exception as error:  # the driver could, so it is this machine that lacks something
+        said = str(error) if isinstance(error, HloraError) else first_line(error)
+        raise ClusterError(f"machine {where} cannot begin: {said} {remedy}") from None
 
 
 @contextmanager
