@@ -1,6 +1,6 @@
 """What recording and the penalty send in a group of processes, beside what training sends, and the memory of each.
 
-    python benchmarks/communication.py [--processes 2 4] [--steps 5] [--dtype float64]
+    python benchmarks/communication.py [--processes 2 4] [--steps 5] [--dtype float64] [--data ../shared/data]
 
 SmolLM2-135M, LoRA on q_proj and v_proj at r 8, importance in float32, so many steps of recording and so many under
 the penalty, alone and in groups of processes over gloo on this machine, under DDP and under FSDP2 (`fully_shard`). All
