@@ -359,11 +359,12 @@ def process(number: int, processes: int, directory: str, results: str, scenarios
     dist.destroy_process_group()
 
 
-SHARDED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`, which also has FSDP1's FSDP_SYNC_MODULE_STATES: a GPU
+SHARDED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_SYNC_MODULE_STATES": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 

@@ -309,10 +309,20 @@ def test_what_cannot_be_sharded_is_refused_by_field(configured: Any, monkeypatch
         "importance.method": {"importance": {"method": "squared_gradients"}, "penalty": {"anchor": "base"}},
         "penalty.budget": {"penalty": {"phi": 2.0, "budget": "1%"}},
     }
-    pipeline._check_sharding(load_config(configured(2)))
     for field, change in changes.items():
         with pytest.raises(ConfigError, match=f"^{field}.*sharded"):
             pipeline._check_sharding(load_config(configured(2, **change)))
+
+
+@pytest.mark.slow
+def test_sharding_on_a_cpu_is_refused_as_accelerate_would_not_shard(configured: Any, tmp_path: Path) -> None:
+    """By the guide's line as it stands."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_machines=1"]
+    command += ["--num_processes=2", f"--main_process_port={free_port()}", "-m", "hlora", "run", str(configured(2))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=220)
+    assert done.returncode != 0
+    assert done.stderr.count("hlora: this launch asks for FSDP2, and Accelerate shards on accelerators alone") == 1
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 @pytest.mark.slow

@@ -172,6 +172,8 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
 def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path, tmp_path: Path) -> None:
     two_arms(comparison_file, {"method": "lora"})
     with started(comparison_file, "--engine", "ray") as process:
+        while process.poll() is None and not list((tmp_path / "grid").glob(".driver-*")):
+            time.sleep(0.1)  # Ray itself waits for its first workers without end
         while process.poll() is None:
             for worker in workers(process.pid, "ray::_work", "ray::IDLE"):
                 with suppress(psutil.NoSuchProcess):

@@ -82,6 +82,7 @@ def start(device: str) -> None:
             "(docs/guides/distributed.md)."
         )
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # Trainer writes no adapter alone from the other kind
+    os.environ["FSDP_SYNC_MODULE_STATES"] = "false"  # of FSDP1; Accelerate would look for a GPU here
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # else all blocks are gathered at once
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

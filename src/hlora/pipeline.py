@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -198,6 +199,11 @@ def _check_sharding(config: RunConfig) -> None:
                 f"{field} cannot be used where the model is sharded (FSDP2). Launch with torchrun (DDP), or leave it "
                 "out (docs/guides/distributed.md)."
             )
+    on_cpu = pick_device(config.model.device).type == "cpu"
+    if Accelerator(cpu=on_cpu).distributed_type is not DistributedType.FSDP:
+        raise ConfigError(
+            "this launch asks for FSDP2, and Accelerate shards on accelerators alone. Launch with torchrun (DDP) here."
+        )
 
 
 def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
