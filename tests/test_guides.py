@@ -120,7 +120,8 @@ def test_the_script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2(model_dir
                 [*command, way, model_dir], cwd=tmp_path / way, env=environment, stdout=subprocess.PIPE, text=True
             )
         )
-    ddp, fsdp2 = (sorted(each.communicate(timeout=200)[0].splitlines()) for each in said)
+    line = re.compile(r"process \d: loss [\d.]+, penalty [\d.]+")  # two may end up on one: torchrun sets python -u
+    ddp, fsdp2 = (sorted(line.findall(each.communicate(timeout=200)[0])) for each in said)
     assert [each.returncode for each in said] == [0, 0]
     assert len(ddp) == 2 and ddp == fsdp2  # to the digits that it prints
     importances = [Importance.load(tmp_path / way / "importance") for way in ("ddp", "fsdp2")]

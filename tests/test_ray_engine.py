@@ -175,7 +175,7 @@ def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path
         while process.poll() is None and not list((tmp_path / "grid").glob(".driver-*")):
             time.sleep(0.1)  # Ray itself waits for its first workers without end
         while process.poll() is None:
-            for worker in workers(process.pid, "ray::_work", "ray::IDLE"):
+            for worker in workers(process.pid, "ray::_work"):
                 with suppress(psutil.NoSuchProcess):
                     worker.kill()
             time.sleep(0.1)
