@@ -267,8 +267,9 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
         "penalty": {"phi": 2.0, "budget": "1%", "probe_texts": {"other": str(probe)}, "probe_every": 2},
     }
     pipeline.run(load_config(configured(1, **more, output=str(tmp_path / "alone"))))
-    two = configured(2, **more)
-    cut, done = launches(f"2 sharded record 3 -- run {two}", f"2 sharded -- run {two}")
+    cut, done = launches(
+        f"4 sharded record 3 -- run {configured(4, **more)}", f"2 sharded -- run {configured(2, **more)}"
+    )
     assert cut["statuses"][1] == -9, cut["said"]
     assert f"going on from {tmp_path}/out/logs/record/checkpoint-2" in done["said"]
     assert done["statuses"] == [0, 0], done["said"]

@@ -173,7 +173,7 @@ def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path
     two_arms(comparison_file, {"method": "lora"})
     with started(comparison_file, "--engine", "ray") as process:
         while process.poll() is None:
-            # Not idle ones: Ray waits a minute for each that is killed as it starts, and in ray.init for ever.
+            # Not idle ones: Ray waits a minute for each that is killed as it starts, and ray.init may never end.
             for worker in workers(process.pid, "ray::_work"):
                 with suppress(psutil.NoSuchProcess):
                     worker.kill()
