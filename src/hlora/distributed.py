@@ -3,7 +3,8 @@
 Under DDP (DistributedDataParallel) every process has all factors and all-reduced gradients; under FSDP2 (`fully_shard`)
 they are DTensors, of which it has some rows. Either way importance is divided by whole matrices, balanced by elements:
 a process integrates ω and evaluates the penalty of its own alone. Tensors travel through the training's own group;
-decisions and errors through one of gloo beside it, where waiting costs nothing and may take long.
+decisions and errors through one of gloo beside it, where waiting costs nothing and may take long. In a launch that asks
+for FSDP2 `hlora run` has its models sharded, by Trainer to train and by `shard` to evaluate.
 Without a process group, or in one of a single process, nothing here communicates.
 """
 
