@@ -1,11 +1,14 @@
-# Few verbs: demo, test, test-faults, check, audit, bench. The first two set up .venv by themselves.
+# Few verbs: demo, data, test, test-faults, check, audit, bench. Each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults check audit bench setup
+.PHONY: demo data test test-faults check audit bench setup
 
 demo: setup ## the whole job on an embedded model and data; ends by naming the report
 	$(BIN)/hlora demo
+
+data: setup ## what configs/ and benchmarks/ read, from the hub into data/
+	$(BIN)/python configs/get_data.py
 
 test: setup ## all tests, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
