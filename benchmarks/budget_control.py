@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--task", default="qasc")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--phi", type=float, default=10.0, help="where φ starts")
-    parser.add_argument("--text", default="../shared/data/shakespeare/train.txt")
+    parser.add_argument("--text", default="data/shakespeare/train.txt")
     parser.add_argument("--probe", choices=["passages", "plays", "samples"], default="passages")
     parser.add_argument("--probe-tokens", type=int, default=2048)
     parser.add_argument("--most-tokens", type=int, default=35_000, help="of the probe text, for a landing")

@@ -1,6 +1,6 @@
 """What recording and the penalty send in a group of processes, beside what training sends, and the memory of each.
 
-    python benchmarks/communication.py [--processes 2 4] [--steps 5] [--dtype float64] [--data ../shared/data]
+    python benchmarks/communication.py [--processes 2 4] [--steps 5] [--dtype float64] [--data data]
 
 SmolLM2-135M, LoRA on q_proj and v_proj at r 8, importance in float32, so many steps of recording and so many under
 the penalty, alone and in groups of processes over gloo on this machine, under DDP and under FSDP2 (`fully_shard`). All
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads of this process would not be in its forks
     sent = Table("", "processes", "phase", "hlora, kB", "training, kB", "hlora / DDP's", "waited, ms", "of the step")

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=int, default=60)
     parser.add_argument("--patches", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--phi-scale", default="relative", choices=["relative", "paper"])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("runs/encoding-fidelity"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")

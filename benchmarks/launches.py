@@ -1,6 +1,6 @@
 """Whole runs of SmolLM2-135M in several processes, launched as the guide says, beside one process with the same rows.
 
-    python benchmarks/launches.py [--data ../shared/data] [--output runs/launches]
+    python benchmarks/launches.py [--data data] [--output runs/launches]
 
 `hlora run` in one process of one thread, in one of two threads, by torchrun in two and four, and by accelerate in two:
 eight steps of recording on WikiText-2 and eight on QASC, four rows of at most 64 tokens a step in all; perplexity of
@@ -106,7 +106,7 @@ def of_files(mine: Path, other: Path, file: str) -> Iterator[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("runs/launches"))
     options = parser.parse_args()
     directories = {way: ran(way, options.data, options.output) for way in WAYS}

@@ -29,7 +29,8 @@ from hlora.importance import Importance
 from hlora.recorder import ImportanceRecorder
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA_SETS = ("wikitext2", "piqa", "medmcqa", "qasc", "shakespeare")
 
 
 @pytest.fixture
@@ -160,10 +161,11 @@ def questions(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def shared_data() -> Path:
-    """The project's shared data sets; tests that need them skip where they are absent."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"needs the data sets in {SHARED_DATA}, which are not here")
-    return SHARED_DATA
+    """The data that configs/ read, in data/ or, in CI, beside the clone. Tests that need it skip where it is absent."""
+    for found in (REPOSITORY / "data", REPOSITORY.parent / "shared" / "data"):
+        if all((found / name).is_dir() for name in DATA_SETS):
+            return found
+    pytest.skip(f"needs the data sets in {REPOSITORY / 'data'}, which are not there; `make data` brings them")
 
 
 def record(

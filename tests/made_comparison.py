@@ -60,7 +60,7 @@ COST: dict[str, Any] = {
 CONFIG = {
     "model": {"name": "smollm2-135m", "dtype": None, "device": None},
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "general": {"paths": ["../shared/data/wikitext2/valid.txt"]},
+    "general": {"paths": ["data/wikitext2/valid.txt"]},
     "penalty": {"phi": 9, "phi_scale": "relative", "layer_weights": "softmax"},
 }
 
