@@ -128,7 +128,9 @@ def test_a_quantised_base_without_its_package_says_what_to_install(
     wide_dir: str, bits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hlora.models.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ConfigError, match=rf"model.quantization: {bits} needs bitsandbytes: pip install 'bitsandbytes"):
+    with pytest.raises(
+        ConfigError, match=rf"model.quantization: {bits} needs bitsandbytes.*pip install '\.\[quantised\]'"
+    ):
         base_of(wide_dir, bits)
 
 

@@ -38,7 +38,7 @@ PATIENCE = 600  # seconds, of a hang; a grid took one minute alone, over five at
 
 @pytest.fixture
 def ray() -> Any:
-    return pytest.importorskip("ray", reason="needs Ray: pip install 'hlora[ray]'")
+    return pytest.importorskip("ray", reason="needs Ray: make test-all")
 
 
 def command(file: Path, *options: str) -> list[str]:
@@ -273,7 +273,7 @@ def test_one_gpu_and_a_half_is_refused_before_ray_starts() -> None:
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'hlora\[ray\]'"), engine():
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"), engine():
         pass
 
 

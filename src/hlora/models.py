@@ -29,7 +29,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from hlora import embedded
 from hlora.config import LoraSettings, ModelConfig
 from hlora.distributed import sharding
-from hlora.errors import ConfigError, first_line
+from hlora.errors import ConfigError, first_line, how_to_install
 from hlora.files import PICKLES, how_to_convert
 
 logger = logging.getLogger("hlora")
@@ -169,8 +169,8 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         return {}
     if not is_bitsandbytes_available():
         raise ConfigError(
-            f"model.quantization: {config.quantization} needs bitsandbytes: "
-            f"pip install 'bitsandbytes>={BITSANDBYTES_MIN_VERSION}'"
+            f"model.quantization: {config.quantization} needs bitsandbytes, {BITSANDBYTES_MIN_VERSION} or newer. "
+            f"{how_to_install('quantised')}"
         )
     # It says for each layer and forward pass that 8-bit products are taken in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

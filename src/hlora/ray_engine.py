@@ -23,7 +23,7 @@ from typing import Any
 
 from hlora.comparison import Cell, Grid, log_progress
 from hlora.config import CompareConfig
-from hlora.errors import ClusterError, ConfigError, HloraError, first_line
+from hlora.errors import ClusterError, ConfigError, HloraError, first_line, how_to_install
 from hlora.methods import fisher
 from hlora.planning import shared_key, shared_part
 from hlora.recording import Busy, importance
@@ -257,5 +257,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ConfigError("--engine ray: Ray is not installed. Install it with: pip install 'hlora[ray]'") from None
+        raise ConfigError(f"--engine ray: Ray is not installed. {how_to_install('ray')}") from None
     return ray

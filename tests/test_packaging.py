@@ -1,0 +1,63 @@
+"""What an install command brings is what the code needs, and each one that is named works in a clone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+
+from conftest import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OPTIONAL = ("bitsandbytes", "mlflow", "periodictable", "ray", "trackio", "triton", "wandb")
+
+
+def tracked(*folders: str) -> dict[str, str]:
+    """Text of each file of ours that a person may read an install command in."""
+    files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*")] + [REPOSITORY / "README.md"]
+    return {str(path): path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".md", ".yaml")}
+
+
+def test_every_install_command_names_a_clone_and_an_extra_that_there_is() -> None:
+    named = set()
+    for file, text in tracked("src", "docs", "examples", "configs", "benchmarks").items():
+        assert "'hlora[" not in text, f"{file}: hlora is on no package index; pip install '.[...]' works in a clone"
+        named |= set(re.findall(r"pip install '\.\[(\w+)\]'", text)) | set(
+            re.findall(r"how_to_install\('(\w+)'\)", text)
+        )
+    assert named >= {"demo", "quantised", "ray"}
+    assert named <= set(PROJECT["optional-dependencies"])
+
+
+def test_no_version_of_triton_is_ours() -> None:
+    """It comes with torch, which pins it, or not at all."""
+    pins = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    everything = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), []), *pins.splitlines()]
+    assert not [line for line in everything if re.match(r"(triton|nvidia|cuda)\b", line)]
+
+
+def test_every_requirement_is_pinned_in_constraints() -> None:
+    def names(lines: list[str]) -> set[str]:
+        found = [re.match(r"[\w.-]+", line) for line in lines if not line.startswith("#")]
+        return {re.sub(r"[-_.]+", "-", match[0]).lower() for match in found if match} - {"hlora"}
+
+    pinned = names((REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    assert names([*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]) <= pinned
+
+
+def test_no_extra_is_needed_to_import_hlora_or_to_read_the_printed_configuration() -> None:
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+import importlib, pkgutil, hlora
+for module in pkgutil.walk_packages(hlora.__path__, "hlora."):
+    if module.name != "hlora.__main__":
+        importlib.import_module(module.name)
+from hlora.config import parse_config, starting_yaml
+import gguf, yaml
+assert parse_config(yaml.safe_load(starting_yaml())).model.name == hlora.embedded.MODEL_NAME
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
