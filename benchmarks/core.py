@@ -1,10 +1,10 @@
-"""Recording and penalty: as written in the paper (dense, autograd), streamed, factored, Triton; and how they grow.
+"""Recording and penalty: as written in the paper (dense, autograd), streamed, factored; and how they grow.
 
     python benchmarks/core.py [--geometry smollm2-135m llama-3.2-3b llama-3.1-8b] [--rounds 7] [--growth]
 
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
-Matrices of one shape are timed together, as a step takes them, and by the fused kernels too on a GPU; where
-all would not fit into 8 GB one is, and its time multiplied by their number. In each round every version runs once, in
+Matrices of one shape are timed together, as a step takes them; where all would
+not fit into 8 GB one is, and its time multiplied by their number. In each round every version runs once, in
 random order; a ratio is that of two times in one round. Bytes moved are those that no version can do without, ω or Ω
 once in and, when recording, once out; their share is of the bandwidth of copying 512 MB.
 """
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hlora import encodings, equations, kernels, ops
+from hlora import encodings, equations, ops
 
 RANK, SCALE, LR, XI = 8, 4.0, 1e-3, 1e-3
 Shape = tuple[int, int, int]  # d_out, d_in, how many
@@ -39,7 +39,7 @@ GEOMETRIES: dict[str, list[Shape]] = {
 
 
 class Matrix(NamedTuple):
-    step: kernels.Step
+    step: ops.Step
     anchor: tuple[Tensor, Tensor]
     importance: Tensor  # float32, dense
 
@@ -82,13 +82,13 @@ def recording(matrices: list[Matrix]) -> Iterator[Timed]:
     for name in ("float32", "bfloat16", "factored"):
         omegas = [encodings.zeros(name, *omega.shape, device) for omega in dense]
         run: Run = partial(ops.accumulate_all_, omegas, steps, scales, counted)
-        yield from with_kernels(name, run, 2 * sum(map(encodings.nbytes, omegas)), device)
+        yield name, run, 2 * sum(map(encodings.nbytes, omegas))
 
 
 def penalising(matrices: list[Matrix]) -> Iterator[Timed]:
     """Σ Ω D² and both gradients (Eq. 14)."""
     As, Bs = ([getattr(matrix.step, factor).clone() for matrix in matrices] for factor in "AB")
-    anchors, scales, device = [matrix.anchor for matrix in matrices], [SCALE] * len(matrices), As[0].device
+    anchors, scales = [matrix.anchor for matrix in matrices], [SCALE] * len(matrices)
 
     def as_written() -> None:
         for matrix, A, B in zip(matrices, As, Bs, strict=True):
@@ -100,22 +100,7 @@ def penalising(matrices: list[Matrix]) -> Iterator[Timed]:
     for name in ("float32", "bfloat16", "int8", "factored"):
         omegas = [encodings.encode(matrix.importance, name) for matrix in matrices]
         run: Run = partial(ops.penalties_with_gradients, omegas, As, Bs, anchors, scales)
-        yield from with_kernels(name, run, sum(map(encodings.nbytes, omegas)), device)
-
-
-def with_kernels(name: str, run: Run, moved: int, device: torch.device) -> Iterator[Timed]:
-    """The operation streamed and, where they run, by the fused kernels."""
-
-    def streamed() -> None:
-        kernels.available, kept = (lambda device: False), kernels.available
-        try:
-            run()
-        finally:
-            kernels.available = kept
-
-    yield name, streamed, moved
-    if kernels.available(device) and name != "factored":
-        yield f"{name}, Triton", run, moved
+        yield name, run, sum(map(encodings.nbytes, omegas))
 
 
 def measure(
@@ -257,7 +242,7 @@ def drawn(d_out: int, d_in: int, rank: int, device: torch.device) -> Matrix:
 
     A, B = random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01)
     grad_A, grad_B = random_(rank, d_in, size=1e-3), random_(d_out, rank, size=1e-3)
-    step = kernels.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
+    step = ops.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
     anchor = (random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01))
     return Matrix(step, anchor, torch.rand(d_out, d_in, device=device, generator=generator))
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hlora import Importance, ImportancePenalty, ImportanceRecorder, equations, kernels, ops
+from hlora import Importance, ImportancePenalty, ImportanceRecorder, equations, ops
 from hlora.config import parse_config
 from hlora.encodings import ENCODINGS
 from hlora.methods import _uniform
@@ -176,7 +176,7 @@ def patch_sums(first: ops.Pair, second: ops.Pair, g: int) -> tuple[Tensor, Tenso
     return row, column
 
 
-def accumulate_patches_(patches: list[Patches], steps: list[kernels.Step], scales: list[float]) -> None:
+def accumulate_patches_(patches: list[Patches], steps: list[ops.Step], scales: list[float]) -> None:
     """`ops.accumulate_all_` of one step for patches."""
     for alike in ops.alike_in([step.A for step in steps], [step.B for step in steps], scales):
         pairs = ops._pairs([steps[i] for i in alike], scales[alike[0]], torch.ones((), dtype=torch.bool))

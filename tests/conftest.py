@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-import torch
-
-if not torch.cuda.is_available():  # the kernels' tests; before anything imports Triton, as Transformers does
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
+import torch
 import yaml
 from made_comparison import SMALL, make_comparison
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hlora import equations, kernels
+from hlora import equations
 from hlora.adapters import adapted_matrices
 from hlora.config import CompareConfig, load_comparison
 from hlora.importance import Importance
@@ -31,12 +26,6 @@ from hlora.recorder import ImportanceRecorder
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = ("wikitext2", "piqa", "medmcqa", "qasc", "shakespeare")
-
-
-@pytest.fixture
-def streamed_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU too hlora.ops does not hand over to the fused kernels: for tests that compare the two."""
-    monkeypatch.setattr(kernels, "available", lambda device: False)
 
 
 @pytest.fixture(scope="session")

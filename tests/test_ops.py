@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hlora import encodings, equations, kernels, ops
+from hlora import encodings, equations, ops
 from hlora.encodings import ENCODINGS, Eight, Encoded, Factored
 from hlora.offload import Offload
 
@@ -163,18 +163,16 @@ def test_bfloat16_accumulation_follows_float32_over_many_small_steps() -> None:
 MATRICES = [(7, 13, 3, 1.7), (33, 17, 2, 0.5), (7, 13, 3, 1.7), (7, 13, 3, 0.9), (64, 130, 2, 2.0)]  # d_out, d_in, r, s
 
 
-def drawn_steps(count: int, dtype: torch.dtype = torch.float32) -> list[list[kernels.Step]]:
+def drawn_steps(count: int, dtype: torch.dtype = torch.float32) -> list[list[ops.Step]]:
     """Of each of MATRICES its steps, with a learning rate of their own."""
     steps = []
     for number, (d_out, d_in, rank, _) in enumerate(MATRICES):
         drawn = (draw(d_out, d_in, rank, dtype, seed=10 * number + k) for k in range(count))
-        steps.append(
-            [kernels.Step(d.A, d.B, d.grad_A, d.grad_B, 0.01 * (number + 1), d.A_next, d.B_next) for d in drawn]
-        )
+        steps.append([ops.Step(d.A, d.B, d.grad_A, d.grad_B, 0.01 * (number + 1), d.A_next, d.B_next) for d in drawn])
     return steps
 
 
-def integrated(omega: Tensor, steps: list[kernels.Step], scale: float) -> Tensor:
+def integrated(omega: Tensor, steps: list[ops.Step], scale: float) -> Tensor:
     """By the equations, one step after the other, in float64."""
     for step in steps:
         A, B, grad_A, grad_B, lr, A_next, B_next = (t.double() if isinstance(t, Tensor) else t for t in step)

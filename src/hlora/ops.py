@@ -1,7 +1,6 @@
 """The two hot operations and the consolidation, streamed over blocks of rows: no d×d temporary beyond one block.
 
-`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Where the importance
-is dense and the fused kernels run (hlora.kernels), these do the work, one launch for each device.
+`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model.
 
 Low-rank products come as a pair (left, right) that stands for left @ right. A difference of two adapters is
 taken as s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32.
@@ -12,19 +11,17 @@ matrices of 576×576 cost more in calls than in arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hlora import kernels
 from hlora.encodings import (
     Dense,
     Eight,
     Encoded,
     Factored,
     norm,
-    parts,
     round_stochastically_,
     row_blocks,
     rows_of,
@@ -32,11 +29,34 @@ from hlora.encodings import (
     wide,
     write_,
 )
-from hlora.kernels import Consolidated, Step
 from hlora.offload import Offload
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
+
+
+class Step(NamedTuple):
+    """One optimizer step of one matrix: its factors before and after, the gradients before, and the learning rate."""
+
+    A: Tensor  # (r, d_in)
+    B: Tensor  # (d_out, r)
+    grad_A: Tensor  # (r, d_in)
+    grad_B: Tensor  # (d_out, r)
+    lr: float
+    A_next: Tensor  # (r, d_in)
+    B_next: Tensor  # (d_out, r)
+
+
+class Consolidated(NamedTuple):
+    """Ω of one matrix, and what the pass that made it saw on its way."""
+
+    importance: Encoded
+    negative: float
+    """Share of the elements of ω that were below zero, and are taken as 0."""
+    undo_cost: float
+    """Σ Ω Δ²: what the penalty of Eq. 14 says it costs to undo the general phase."""
+    norm: float
+    """‖Ω‖₂"""
 
 
 def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
@@ -90,17 +110,11 @@ def accumulate_all_(
     scales: Sequence[float],
     counted: Tensor,  # bool (K,)
     offload: Offload | None = None,
-    seed: int = 0,
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
-    counted: False for a step to leave out, whatever it holds; nobody asks the device which. seed: another one each
-    call; it rounds a bfloat16 ω in the fused kernel, as torch's generator does here.
+    counted: False for a step to leave out, whatever it holds; nobody asks the device which.
     """
-    if _fused(omegas, [step.A_next for mine in steps for step in mine], offload):
-        for device, here in _by_device(omegas).items():
-            kernels.accumulate_(_at(omegas, here), _at(steps, here), _at(scales, here), counted.to(device), seed)
-        return
     for alike in alike_in([mine[0].A for mine in steps], [mine[0].B for mine in steps], scales):
         stacks = [_pairs([steps[i][k] for i in alike], scales[alike[0]]) for k in range(len(counted))]
         left_out = counted.logical_not().to(stacks[0][1][0].device)
@@ -183,13 +197,6 @@ def consolidate_all(
     offload: Offload | None = None,
 ) -> list[Consolidated]:
     """`consolidate` for every matrix of a model, with what else is known of each Ω."""
-    if _fused(omegas, [*As, *Bs], offload):
-        done: dict[int, Consolidated] = {}
-        for here in _by_device(omegas).values():
-            factors = _at(As, here), _at(Bs, here), _at(starts, here)
-            mine = kernels.consolidate_(_at(omegas, here), *factors, _at(scales, here), xi, encoding)
-            done |= zip(here, mine, strict=True)
-        return [done[i] for i in range(len(omegas))]
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
         delta = difference(A, B, start, scale)
@@ -237,11 +244,7 @@ def penalties_with_gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
     """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
     found: dict[int, tuple[Tensor, ...]] = {}
-    fused = _fused(importances, [*As, *Bs], offload)
-    for here in _by_device(importances).values() if fused else ():
-        mine: Any = [_at(each, here) for each in (importances, As, Bs, anchors, scales)]
-        found |= zip(here, zip(*kernels.penalties_with_gradients(*mine), strict=True), strict=True)
-    for alike in alike_in(As, Bs, scales) if not fused else ():
+    for alike in alike_in(As, Bs, scales):
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
                 found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i], offload)
@@ -261,26 +264,6 @@ def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
     for i, (A, B, scale) in enumerate(zip(As, Bs, scales, strict=True)):
         groups.setdefault((A.shape, B.shape, A.dtype, B.dtype, A.device, scale), []).append(i)
     return list(groups.values())
-
-
-def _fused(matrices: Sequence[Encoded], factors: Sequence[Tensor], offload: Offload | None) -> bool:
-    """Whether the fused kernels do it: they compute in float32, on dense matrices where they are."""
-    if offload is not None or any(isinstance(matrix, Factored) for matrix in matrices):
-        return False
-    tensors = [*factors, *(matrix for matrix in matrices if isinstance(matrix, Tensor))]
-    return all(tensor.dtype != torch.float64 and kernels.available(tensor.device) for tensor in tensors)
-
-
-def _by_device(matrices: Sequence[Encoded]) -> dict[torch.device, list[int]]:
-    """Indices of the matrices on each device."""
-    groups: dict[torch.device, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        groups.setdefault(next(iter(parts(matrix).values())).device, []).append(i)
-    return groups
-
-
-def _at(values: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
-    return [values[i] for i in chosen]
 
 
 def _penalty(

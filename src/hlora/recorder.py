@@ -20,8 +20,8 @@ from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
-from hlora.kernels import Consolidated, Step
 from hlora.offload import Offload, to_host
+from hlora.ops import Consolidated, Step
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -308,7 +308,7 @@ class ImportanceRecorder:
             omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
             scales, counted = [matrix.scale for matrix in self._shares.mine], torch.stack(self._counted)
             self._kept, self._counted = [], []
-            ops.accumulate_all_(omegas, steps, scales, counted, self._offload, seed=self._integrated)
+            ops.accumulate_all_(omegas, steps, scales, counted, self._offload)
 
     @property
     def steps(self) -> int:
