@@ -10,6 +10,10 @@ import tomllib
 from conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = [
+    *PROJECT["dependencies"],
+    *(each for extra in PROJECT["optional-dependencies"].values() for each in extra),
+]
 OPTIONAL = ("bitsandbytes", "mlflow", "periodictable", "ray", "trackio", "triton", "wandb")
 
 
@@ -33,8 +37,7 @@ def test_every_install_command_names_a_clone_and_an_extra_that_there_is() -> Non
 def test_no_version_of_triton_is_ours() -> None:
     """It comes with torch, which pins it, or not at all."""
     pins = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    everything = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), []), *pins.splitlines()]
-    assert not [line for line in everything if re.match(r"(triton|nvidia|cuda)\b", line)]
+    assert not [line for line in [*REQUIREMENTS, *pins.splitlines()] if re.match(r"(triton|nvidia|cuda)\b", line)]
 
 
 def test_every_requirement_is_pinned_in_constraints() -> None:
@@ -43,7 +46,7 @@ def test_every_requirement_is_pinned_in_constraints() -> None:
         return {re.sub(r"[-_.]+", "-", match[0]).lower() for match in found if match} - {"hlora"}
 
     pinned = names((REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines())
-    assert names([*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]) <= pinned
+    assert names(REQUIREMENTS) <= pinned
 
 
 def test_no_extra_is_needed_to_import_hlora_or_to_read_the_printed_configuration() -> None:
