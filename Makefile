@@ -13,10 +13,10 @@ data: .venv/demo ## what configs/ and benchmarks/ read, from the hub into data/
 	$(BIN)/python configs/get_data.py
 
 test: .venv/dev ## what a newcomer runs: the fast tests, in two processes of one thread each
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" -rs
 
-test-all: .venv/all test ## the fast tests, then all others; nothing is skipped but what needs a GPU
-	HLORA_NO_SKIPS=1 $(PYTEST) -m slow
+test-all: .venv/all test ## the fast tests, then all others
+	$(PYTEST) -m slow -rs
 
 test-faults: .venv/dev ## the long version of tests/faults: killed at 400 points, the disk failing at 200
 	HLORA_KILL_POINTS=400 $(PYTEST) tests/faults

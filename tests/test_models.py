@@ -59,7 +59,7 @@ def test_dtype_auto_is_float32_on_a_cpu_whatever_the_files_hold(copy: Path) -> N
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_and_dtype_auto_are_the_gpu_and_its_half_precision(model_dir: str) -> None:
     model, _ = load_base(ModelConfig(name=model_dir))
     expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

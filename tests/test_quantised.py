@@ -334,7 +334,7 @@ def test_the_whole_job_runs_on_a_quantised_base_and_its_adapter_fits_the_plain_o
     assert "lm_head" not in settings["target_modules"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bits", BITS)
 def test_the_whole_job_runs_on_a_quantised_base_on_a_gpu(job_fields: dict[str, Any], wide_dir: str, bits: Any) -> None:
     fields = {
