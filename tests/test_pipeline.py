@@ -16,10 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hlora import files, pipeline
+from hlora import pipeline
 from hlora.cli import main
 from hlora.config import ImportanceConfig, load_config, parse_config
 from hlora.importance import Importance
+from hlora.locks import lock_directory
 from hlora.pipeline import recorder_for
 
 Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
@@ -453,7 +454,7 @@ def test_a_damaged_note_of_what_was_finished_is_named_and_the_run_starts_anew(
 def test_a_second_run_on_one_output_directory_is_refused_with_the_first_ones_process(
     hlora: Invoke, config: Path, tmp_path: Path
 ) -> None:
-    with files.alone(tmp_path / "out"):
+    with lock_directory(tmp_path / "out"):
         status, _, err = hlora("run", config)
     assert status == 2
     assert re.search(rf"output: \S+ is in use by process {os.getpid()}, started \d{{4}}-", err), err

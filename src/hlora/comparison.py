@@ -4,7 +4,7 @@ cells/<key>.json   one cell, named by the hash of all that determines it; a run 
 general/, fisher/, squares/  what several cells share, made once a seed
 comparison.json    everything that tables, figures and the report are made from
 
-Several processes may work on one output directory at a time, one for each GPU: a cell is claimed by a file lock.
+Several processes may work on one output directory at a time, one for each GPU: a cell is locked while it is computed.
 ray_engine.py hands the cells to the workers of a Ray cluster instead, which write the same files.
 """
 
@@ -31,10 +31,11 @@ from hlora.distributed import only_alone
 from hlora.errors import CannotRun, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, make_directory, refuse_links, write_text
+from hlora.locks import try_lock
 from hlora.methods import METHODS, fisher
 from hlora.models import check_lengths, load_base
 from hlora.pipeline import Job
-from hlora.recording import Busy, claim, digest, importance
+from hlora.recording import Busy, digest, importance
 from hlora.redaction import redacted, without_secret_fields
 from hlora.rivals import ALTERS_BASE
 from hlora.tasks import Example
@@ -265,7 +266,7 @@ class Grid:
         ]
 
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
-        """Compute the cells that are not there, leaving those that another process has claimed to the end."""
+        """Compute the cells that are not there, leaving those that another process has locked to the end."""
         started = time.perf_counter()
         todo = self.to_compute(cells, retry)
         total, done = len(todo), 0
@@ -284,7 +285,8 @@ class Grid:
     def attempt(self, cell: Cell, again: bool) -> bool:
         """Whether the cell is there now; False while another process has it, or something that it needs."""
         path = self._path(cell)
-        with claim(path) as mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with try_lock(path.with_name(f"{path.name}.lock")) as mine:
             if not mine:
                 return False
             if path.exists() and not again:
