@@ -137,7 +137,7 @@ def demo(
 def compare(
     config: ConfigPath,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute none.")
+        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute and write nothing.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed.")] = False,
     engine: Annotated[

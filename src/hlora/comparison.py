@@ -30,7 +30,7 @@ from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, pa
 from hlora.distributed import only_alone
 from hlora.errors import CannotRun, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import building, make_directory, refuse_links, write_text
+from hlora.files import building, check_directory, make_directory, refuse_links, write_text
 from hlora.locks import try_lock
 from hlora.methods import METHODS, fisher
 from hlora.models import check_lengths, load_base
@@ -142,23 +142,32 @@ class Grid:
     tokenizer: Any
     base_is_spoilt: bool = False
     """A method has changed the model's weights, or failed while they were in its hands."""
+    dry_run: bool = False
+    """Nothing is written."""
     _read: dict[str, Any] = field(default_factory=dict)
     """Data and held-out parts by the digest of their settings."""
 
     @classmethod
-    def open(cls, config: CompareConfig) -> Grid:
-        """Check what can be checked before hours of training, load the model, read the data."""
+    def open(cls, config: CompareConfig, dry_run: bool = False) -> Grid:
+        """Check what can be checked before hours of training, load the model, read the data.
+
+        dry_run: write nothing. Else make the output directory and keep the configuration in it.
+        """
         output = Path(config.output)
-        make_directory(output)
-        refuse_links(output)
+        if dry_run:
+            check_directory(output)
+        else:
+            make_directory(output)
+            refuse_links(output)
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
         check_lengths(base, pipeline.lengths(config))
-        grid = cls(config, output, base, tokenizer)
+        grid = cls(config, output, base, tokenizer, dry_run=dry_run)
         grid.first_cells()  # a wrong arm or row is reported now
-        shown = redacted(config.model_dump())
-        write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+        if not dry_run:
+            shown = redacted(config.model_dump())
+            write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         return grid
 
     def first_cells(self) -> list[Cell]:
@@ -239,7 +248,7 @@ class Grid:
         key = digest({"general": general.model_dump(), "seed": seed})
         if key not in self._read:
             settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, self.output)
-            self._read[key] = data.general_text(*settings)
+            self._read[key] = data.general_text(*settings, keep=not self.dry_run)
         return self._read[key]
 
     def domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:

@@ -34,6 +34,16 @@ def make_directory(directory: Path) -> None:
         ) from None
 
 
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError where a directory for output is no directory, or has none to stand in. Writes nothing."""
+    try:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(None, f"{there} is a file")
+    except OSError as error:
+        raise ConfigError(f"output: {directory} cannot be used ({error.strerror}). Name another directory.") from None
+
+
 def refuse_links(directory: Path) -> None:
     """Raises ConfigError for a symbolic link in an output directory where a write or a removal would follow it.
 
