@@ -83,3 +83,32 @@ def test_a_link_in_place_of_the_owner_is_replaced_and_its_target_stays(tmp_path:
     with lock_directory(tmp_path / "out"):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+IMPORTED_AGAIN = """
+import importlib, os, pkgutil, signal, sys
+
+import hlora, hlora.cli
+
+found = [module.name for module in pkgutil.walk_packages(hlora.__path__, "hlora.")]
+names = ["hlora", *(name for name in found if name != "hlora.__main__")]
+for name in names:
+    importlib.import_module(name)  # and with them all other packages, which go their own ways on Windows
+for name in [name for name in sys.modules if name.partition(".")[0] == "hlora"]:
+    del sys.modules[name]
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "pty"):
+    sys.modules[name] = None
+for attribute in ("O_NOFOLLOW", "getuid", "geteuid", "fork", "uname"):
+    delattr(os, attribute)
+del signal.SIGKILL, signal.SIGUSR1
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_every_module_imports_where_there_is_no_fcntl() -> None:
+    """Nor another module or name that Windows lacks."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40
