@@ -132,6 +132,24 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
     return chosen
 
 
+def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, strength: float | None) -> CellConfig:
+    """Settings of one cell: the comparison's, with what its arm changes. Raises ConfigError that names the arm."""
+    settings = common.arms[arm]
+    shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
+    described = {
+        "output": common.output,
+        "seed": seed,
+        **{name: getattr(common, name).model_dump() for name in shared},
+        "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
+        "domain": common.tasks[task].model_dump(),
+        "method": settings.method,
+        "strength": strength,
+        "held_out_rows": common.selection.rows,
+    }
+    changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
+    return parse_config(described, f"arms.{arm}", changes, CellConfig)
+
+
 @dataclass
 class Grid:
     """A comparison, its model and its directory."""
@@ -159,6 +177,8 @@ class Grid:
         else:
             make_directory(output)
             refuse_links(output)
+        for name in config.arms:  # before the model is there
+            cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
@@ -198,20 +218,7 @@ class Grid:
 
     def cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
         """One cell of the grid, with the key of what determines it."""
-        settings, common = self.config.arms[arm], self.config
-        shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
-        described = {
-            "output": common.output,
-            "seed": seed,
-            **{name: getattr(common, name).model_dump() for name in shared},
-            "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
-            "domain": common.tasks[task].model_dump(),
-            "method": settings.method,
-            "strength": strength,
-            "held_out_rows": common.selection.rows,
-        }
-        changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
-        config = parse_config(described, f"arms.{arm}", changes, CellConfig)
+        config = cell_config(self.config, arm, task, seed, strength)
         made_from = {
             **without_secret_fields(config.model_dump(exclude={"output", "baselines"})),
             "general_data": self.general(config).facts,
@@ -219,7 +226,7 @@ class Grid:
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
             "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
         }
-        return Cell(arm, task, None if settings.method == "base" else seed, strength, config, digest(made_from))
+        return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
 
     def general(self, config: CellConfig) -> data.GeneralText:
         """General text of a cell without what strengths are chosen on."""
