@@ -168,8 +168,14 @@ def test_report_is_remade_from_results(hlora: Invoke, config: Path, tmp_path: Pa
     assert report.read_text(encoding="utf-8") == written
 
 
-def test_inspect_prints_norms_and_draws_the_heat_map(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+def test_inspect_prints_norms_and_draws_the_heat_map_only_where_it_is_asked_to(
+    hlora: Invoke, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert hlora("record", config)[0] == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert hlora("inspect", tmp_path / "out" / "importance")[0] == 0
+    assert not list(Path().iterdir())
     status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
     assert status == 0
     assert "model.layers.1.self_attn.v_proj" in out and "factored" in out

@@ -430,8 +430,7 @@ def test_the_odd_cases(sample: Sample, tally: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["importance.safetensors", "adapter_model.safetensors", "importance.json"])
 def test_wrong_importance(name: str, sample: Sample, tally: Any, tmp_path: Path) -> None:
-    directory = sample.directory / "importance"
-    shutil.rmtree(directory, ignore_errors=True)
+    directory = tmp_path / "importance"
     shutil.copytree(sample.out / "importance", directory)
     corpus = Corpus(sample, ("inspect", directory, "--figure", tmp_path / "map"), ("importance",))
     corpus.bytes_of(directory / name)
@@ -443,10 +442,10 @@ def test_wrong_importance(name: str, sample: Sample, tally: Any, tmp_path: Path)
     corpus.end(name, tally, 80)
 
 
-def test_importance_that_is_of_something_else(sample: Sample, tally: Any) -> None:
+def test_importance_that_is_of_something_else(sample: Sample, tally: Any, tmp_path: Path) -> None:
     corpus = Corpus(sample, ("tune", sample.config), ())
-    other = sample.directory / "other-model"
-    shutil.copytree(sample.model, other, dirs_exist_ok=True)
+    other = tmp_path / "other-model"
+    shutil.copytree(sample.model, other)
     torch.manual_seed(7)
     LlamaForCausalLM(LlamaConfig.from_pretrained(sample.model)).save_pretrained(other)
     for fields, names in (
