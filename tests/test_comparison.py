@@ -20,7 +20,7 @@ from hlora import comparison, methods
 from hlora.comparison import Grid, choose, compare
 from hlora.config import CompareConfig, load_comparison
 from hlora.errors import CannotRun, ConfigError
-from hlora.recording import claim
+from hlora.locks import try_lock
 
 
 @pytest.fixture
@@ -168,7 +168,9 @@ def test_two_processes_share_a_grid(comparison_config: CompareConfig, no_report:
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
     grid = Grid.open(comparison_config)
     mine, *_ = grid.first_cells()
-    with claim(grid._path(mine)) as held:
+    path = grid._path(mine)
+    path.parent.mkdir(parents=True)
+    with try_lock(path.with_name(f"{path.name}.lock")) as held:
         assert held
         worker = threading.Thread(target=lambda: Grid.open(comparison_config).compute(grid.first_cells()))
         worker.start()

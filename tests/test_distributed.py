@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hlora import comparison, cost, distributed, files, pipeline
+from hlora import comparison, cost, distributed, pipeline
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.config import load_config
 from hlora.errors import AdapterError, ConfigError
+from hlora.locks import lock_directory
 from hlora.trainer import sft_arguments
 
 AT_TWO = [
@@ -329,7 +330,7 @@ def test_sharding_on_a_cpu_is_refused_as_accelerate_would_not_shard(configured: 
 @pytest.mark.slow
 def test_an_error_in_a_launch_is_one_message_and_status_2(configured: Any, tmp_path: Path) -> None:
     wrong = configured(2, domain={"task": "multiple_choice", "train": "no.jsonl", "test": "no.jsonl"})
-    with files.alone(tmp_path / "out"):
+    with lock_directory(tmp_path / "out"):
         missing, busy = launches(f"2 -- run {wrong} --set output={tmp_path / 'other'}", f"2 -- run {configured(2)}")
     for each, message in ((missing, "no.jsonl"), (busy, "is in use by process")):
         assert each["statuses"] == [2, 2], each["said"]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hlora.errors import ConfigError
-from hlora.files import alone, beside, building, of_the_disk, write_text
+from hlora.files import beside, building, of_the_disk, write_text
+from hlora.locks import lock_directory
 
 
 def names(directory: Path) -> list[str]:
@@ -98,7 +98,7 @@ def test_what_a_dead_process_left_is_cleared_and_what_it_moved_away_comes_back(t
     moved.mkdir()
     (moved / "kept").write_text("old")
     text.write_text("half")
-    with alone(tmp_path):
+    with lock_directory(tmp_path):
         assert (mine / "kept").read_text() == "old"
         assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob(".*.old"))
 
@@ -132,30 +132,6 @@ def test_two_machines_and_two_threads_name_what_they_write_differently(
     assert beside(tmp_path / "cell.json", "tmp") != here
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster")
     assert beside(tmp_path / "cell.json", "tmp").name.split("-", 2)[2] == "node-7_cluster.tmp"
-
-
-def test_a_directory_is_kept_to_one_process_until_it_ends(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}, started")
-    with alone(tmp_path), refused, alone(tmp_path):
-        pass
-    with alone(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("made_again", [False, True])
-def test_a_directory_that_is_taken_away_meanwhile_is_an_error_at_the_end(tmp_path: Path, made_again: bool) -> None:
-    output = tmp_path / "output"
-    with (
-        pytest.raises(ConfigError, match=r"was taken away while this ran.*start the same command again"),
-        alone(output),
-    ):
-        output.rename(tmp_path / "gone")
-        if made_again:
-            with building(output / "importance"):
-                pass
-            (output / ".lock").touch()
-    with alone(tmp_path / "gone"):
-        pass
 
 
 def save_a_tokenizer(path: Path) -> None:

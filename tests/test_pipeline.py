@@ -16,10 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hlora import files, pipeline
+from hlora import pipeline
 from hlora.cli import main
 from hlora.config import ImportanceConfig, load_config, parse_config
 from hlora.importance import Importance
+from hlora.locks import lock_directory
 from hlora.pipeline import recorder_for
 
 Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
@@ -167,8 +168,14 @@ def test_report_is_remade_from_results(hlora: Invoke, config: Path, tmp_path: Pa
     assert report.read_text(encoding="utf-8") == written
 
 
-def test_inspect_prints_norms_and_draws_the_heat_map(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+def test_inspect_prints_norms_and_draws_the_heat_map_only_where_it_is_asked_to(
+    hlora: Invoke, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert hlora("record", config)[0] == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert hlora("inspect", tmp_path / "out" / "importance")[0] == 0
+    assert not list(Path().iterdir())
     status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
     assert status == 0
     assert "model.layers.1.self_attn.v_proj" in out and "factored" in out
@@ -453,7 +460,7 @@ def test_a_damaged_note_of_what_was_finished_is_named_and_the_run_starts_anew(
 def test_a_second_run_on_one_output_directory_is_refused_with_the_first_ones_process(
     hlora: Invoke, config: Path, tmp_path: Path
 ) -> None:
-    with files.alone(tmp_path / "out"):
+    with lock_directory(tmp_path / "out"):
         status, _, err = hlora("run", config)
     assert status == 2
     assert re.search(rf"output: \S+ is in use by process {os.getpid()}, started \d{{4}}-", err), err

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hlora.comparison import compare
 from hlora.config import CompareConfig
+from hlora.errors import ConfigError
+from hlora.files import sha256
 from hlora.planning import plan, plan_table
 
 
@@ -13,7 +17,6 @@ def test_the_plan_lists_cells_and_computes_none(comparison_config: CompareConfig
     rows = plan(comparison_config)
     assert len(rows) == 1 + 2 + 2 + 3 + 3
     assert all(row["status"] == "missing" and row["seconds"] > 0 for row in rows)
-    assert not (Path(comparison_config.output) / "cells").exists()
     assert "11 to compute" in str(plan_table(rows).caption)
 
 
@@ -33,3 +36,35 @@ def test_finished_cells_say_what_the_rest_will_take(comparison_config: CompareCo
     past = [sum(cell["seconds"].values()) for cell in cells if cell["arm"] == "LoRA(μ)"]
     assert rows["LoRA(μ)", 2]["seconds"] == sum(past) / 2
     assert [row["status"] for row in rows.values()].count("missing") == 1
+
+
+def everything_in(directory: Path) -> dict[str, str]:
+    """Paths, and the SHA-256 of files."""
+    return {str(path): sha256(path) if path.is_file() else "" for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("source", ["files", "model"])
+def test_a_plan_writes_nothing_and_reads_finished_cells(
+    comparison_config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: bool, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hlora.comparison.write_report", lambda *arguments: None)
+    general = comparison_config.general
+    general.source, general.samples, general.sample_tokens = source, 40, 8  # type: ignore[assignment]
+    comparison_config.arms = {"Base": comparison_config.arms["Base"]}
+    if computed:
+        compare(comparison_config)
+    before = everything_in(tmp_path)
+    (row,) = plan(comparison_config)
+    assert row["status"] == ("done" if computed else "missing")
+    assert everything_in(tmp_path) == before
+    assert Path(comparison_config.output).exists() is computed
+
+
+def test_a_plan_refuses_an_output_that_is_a_file_or_too_long(comparison_config: CompareConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "grid", tmp_path / ("x" * 5000)):
+        comparison_config.output = str(output)
+        with pytest.raises(ConfigError, match=r"^output: .* cannot be used \(.*\)\. Name another directory"):
+            plan(comparison_config)

@@ -98,12 +98,11 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output
 @app.command()
 def inspect(
     importance: Annotated[str, typer.Argument(metavar="IMPORTANCE", help="A directory or a hub repository.")],
-    figure: Annotated[Path, typer.Option(help="Where the heat map goes, as .png and .svg.")] = Path(
-        "importance-heatmap"
-    ),
+    figure: Annotated[
+        Path | None, typer.Option(help="Write their heat map here, as .png and .svg. Without it nothing is written.")
+    ] = None,
 ) -> None:
-    """What an importance holds: provenance, the norm of each layer, and their heat map (Fig. 7)."""
-    from hlora.figures import importance_heatmap, save
+    """What an importance holds: provenance and the norm of each layer; with --figure their heat map (Fig. 7)."""
     from hlora.importance import Importance
 
     described = Importance.load(importance).describe()
@@ -116,8 +115,11 @@ def inspect(
     for name, norm in norms.items():
         table.add_row(name, f"{norm:.4g}")
     console.print(table)
-    save(importance_heatmap(norms), figure.with_suffix(""))
-    console.print(f"heat map: {figure.with_suffix('.png')}, {figure.with_suffix('.svg')}", soft_wrap=True)
+    if figure is not None:
+        from hlora.figures import importance_heatmap, save
+
+        png, svg = save(importance_heatmap(norms), figure.with_suffix(""))
+        console.print(f"heat map: {png}, {svg}", soft_wrap=True)
 
 
 @app.command()
@@ -137,7 +139,7 @@ def demo(
 def compare(
     config: ConfigPath,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute none.")
+        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute and write nothing.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed.")] = False,
     engine: Annotated[

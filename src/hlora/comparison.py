@@ -4,7 +4,7 @@ cells/<key>.json   one cell, named by the hash of all that determines it; a run 
 general/, fisher/, squares/  what several cells share, made once a seed
 comparison.json    everything that tables, figures and the report are made from
 
-Several processes may work on one output directory at a time, one for each GPU: a cell is claimed by a file lock.
+Several processes may work on one output directory at a time, one for each GPU: a cell is locked while it is computed.
 ray_engine.py hands the cells to the workers of a Ray cluster instead, which write the same files.
 """
 
@@ -30,11 +30,12 @@ from hlora.config import ArmConfig, CellConfig, CompareConfig, GeneralConfig, pa
 from hlora.distributed import only_alone
 from hlora.errors import CannotRun, DataError, HloraError, first_line
 from hlora.evaluation import add_forgetting, evaluate
-from hlora.files import building, make_directory, refuse_links, write_text
+from hlora.files import building, check_directory, make_directory, refuse_links, write_text
+from hlora.locks import try_lock
 from hlora.methods import METHODS, fisher
 from hlora.models import check_lengths, load_base
 from hlora.pipeline import Job
-from hlora.recording import Busy, claim, digest, importance
+from hlora.recording import Busy, digest, importance
 from hlora.redaction import redacted, without_secret_fields
 from hlora.rivals import ALTERS_BASE
 from hlora.tasks import Example
@@ -131,6 +132,24 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
     return chosen
 
 
+def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, strength: float | None) -> CellConfig:
+    """Settings of one cell: the comparison's, with what its arm changes. Raises ConfigError that names the arm."""
+    settings = common.arms[arm]
+    shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
+    described = {
+        "output": common.output,
+        "seed": seed,
+        **{name: getattr(common, name).model_dump() for name in shared},
+        "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
+        "domain": common.tasks[task].model_dump(),
+        "method": settings.method,
+        "strength": strength,
+        "held_out_rows": common.selection.rows,
+    }
+    changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
+    return parse_config(described, f"arms.{arm}", changes, CellConfig)
+
+
 @dataclass
 class Grid:
     """A comparison, its model and its directory."""
@@ -141,23 +160,34 @@ class Grid:
     tokenizer: Any
     base_is_spoilt: bool = False
     """A method has changed the model's weights, or failed while they were in its hands."""
+    dry_run: bool = False
+    """Nothing is written."""
     _read: dict[str, Any] = field(default_factory=dict)
     """Data and held-out parts by the digest of their settings."""
 
     @classmethod
-    def open(cls, config: CompareConfig) -> Grid:
-        """Check what can be checked before hours of training, load the model, read the data."""
+    def open(cls, config: CompareConfig, dry_run: bool = False) -> Grid:
+        """Check what can be checked before hours of training, load the model, read the data.
+
+        dry_run: write nothing. Else make the output directory and keep the configuration in it.
+        """
         output = Path(config.output)
-        make_directory(output)
-        refuse_links(output)
+        if dry_run:
+            check_directory(output)
+        else:
+            make_directory(output)
+            refuse_links(output)
+        for name in config.arms:  # before the model is there
+            cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
         for arguments in (config.training.of_record(), config.training.of_tune()):
             sft_arguments(output, arguments, config.seeds[0])
         base, tokenizer = load_base(config.model)
         check_lengths(base, pipeline.lengths(config))
-        grid = cls(config, output, base, tokenizer)
+        grid = cls(config, output, base, tokenizer, dry_run=dry_run)
         grid.first_cells()  # a wrong arm or row is reported now
-        shown = redacted(config.model_dump())
-        write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+        if not dry_run:
+            shown = redacted(config.model_dump())
+            write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         return grid
 
     def first_cells(self) -> list[Cell]:
@@ -188,20 +218,7 @@ class Grid:
 
     def cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
         """One cell of the grid, with the key of what determines it."""
-        settings, common = self.config.arms[arm], self.config
-        shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
-        described = {
-            "output": common.output,
-            "seed": seed,
-            **{name: getattr(common, name).model_dump() for name in shared},
-            "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
-            "domain": common.tasks[task].model_dump(),
-            "method": settings.method,
-            "strength": strength,
-            "held_out_rows": common.selection.rows,
-        }
-        changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
-        config = parse_config(described, f"arms.{arm}", changes, CellConfig)
+        config = cell_config(self.config, arm, task, seed, strength)
         made_from = {
             **without_secret_fields(config.model_dump(exclude={"output", "baselines"})),
             "general_data": self.general(config).facts,
@@ -209,7 +226,7 @@ class Grid:
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
             "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
         }
-        return Cell(arm, task, None if settings.method == "base" else seed, strength, config, digest(made_from))
+        return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
 
     def general(self, config: CellConfig) -> data.GeneralText:
         """General text of a cell without what strengths are chosen on."""
@@ -238,7 +255,7 @@ class Grid:
         key = digest({"general": general.model_dump(), "seed": seed})
         if key not in self._read:
             settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, self.output)
-            self._read[key] = data.general_text(*settings)
+            self._read[key] = data.general_text(*settings, keep=not self.dry_run)
         return self._read[key]
 
     def domain(self, config: CellConfig) -> tuple[data.DomainRows, list[Example]]:
@@ -265,7 +282,7 @@ class Grid:
         ]
 
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
-        """Compute the cells that are not there, leaving those that another process has claimed to the end."""
+        """Compute the cells that are not there, leaving those that another process has locked to the end."""
         started = time.perf_counter()
         todo = self.to_compute(cells, retry)
         total, done = len(todo), 0
@@ -284,7 +301,8 @@ class Grid:
     def attempt(self, cell: Cell, again: bool) -> bool:
         """Whether the cell is there now; False while another process has it, or something that it needs."""
         path = self._path(cell)
-        with claim(path) as mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with try_lock(path.with_name(f"{path.name}.lock")) as mine:
             if not mine:
                 return False
             if path.exists() and not again:

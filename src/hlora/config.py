@@ -10,18 +10,21 @@ import math
 import re
 import reprlib
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -49,14 +52,32 @@ class _Section(BaseModel):
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
 
-    @field_validator("*")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _can_be_a_name(cls, value: Any) -> Any:
-        inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        for text in inside:
-            if isinstance(text, str) and ("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)):
+    def _is_meant(cls, value: Any, read_by: ValidatorFunctionWrapHandler) -> Any:
+        """Refuses what Pydantic takes though nobody means it: true as 1, no name at all, a number beyond 64 bits."""
+        read = read_by(value)
+        for given, each in zip(_inside(value), _inside(read), strict=False):
+            if isinstance(given, bool) and isinstance(each, int | float) and not isinstance(each, bool):
+                raise ValueError("expected a number, not true or false")
+            if isinstance(each, int) and not -(2**63) <= each < 2**63:
+                raise ValueError("expected a number that 64 bits hold")
+            if isinstance(each, str) and ("\0" in each or any("\ud800" <= letter <= "\udfff" for letter in each)):
                 raise ValueError("expected text without the character NUL and halves of surrogate pairs")
-        return value
+            if each == "":
+                raise ValueError("expected text, not an empty one")
+        return read
+
+
+def _inside(value: Any) -> list[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} is a duplicate; expected each once")
+    return values
 
 
 class ModelConfig(_Section):
@@ -75,6 +96,17 @@ class ModelConfig(_Section):
     """auto: cuda, else mps, else cpu. Or a torch device such as cuda:1."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you trust its author."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        import torch
+
+        try:
+            torch.device("cpu" if value == "auto" else value)
+        except RuntimeError:
+            raise ValueError("expected auto, cuda, mps, cpu, or a torch device such as cuda:1") from None
+        return value
 
     @model_validator(mode="after")
     def _quantises_what_is_whole(self) -> ModelConfig:
@@ -258,6 +290,22 @@ class PenaltyConfig(_Section):
         return value
 
 
+@cache
+def _sft_types() -> dict[str, Any]:
+    from trl import SFTConfig
+
+    types = get_type_hints(SFTConfig)
+    return {name: types[name] for name in types if name not in ("output_dir", "seed")}  # those are the run's own
+
+
+def _are_trackers(value: Any) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    for name in _inside([] if value is None else value):
+        if name not in (known := sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})):
+            raise ValueError(f"report_to: {name!r} is no tracker{_nearest(name, set(known))}")
+
+
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")  # TRL finds out too late
 
 
@@ -275,11 +323,7 @@ class TrainingConfig(_Section):
     @field_validator("common", "record", "tune")
     @classmethod
     def _are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        from trl import SFTConfig
-
-        types = get_type_hints(SFTConfig)
-        for name in ("output_dir", "seed"):
-            del types[name]  # the run's own
+        types = _sft_types()
         for name, value in arguments.items():
             if name not in types:
                 raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{_nearest(name, set(types))}")
@@ -289,6 +333,14 @@ class TrainingConfig(_Section):
                 expected = getattr(types[name], "__name__", str(types[name]))
                 got = MARK if is_secret_name(name) else repr(value)
                 raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {got}") from None
+            if isinstance(value, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+            if isinstance(read, float) and not math.isfinite(read):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+            if name == "max_steps" and read == 0:
+                raise ValueError("max_steps: expected at least 1, or -1 for num_train_epochs to count; got 0")
+            if name == "report_to":
+                _are_trackers(value)
             if name == "learning_rate" and not 0 < read < math.inf:
                 raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
             if isinstance(value, str) and isinstance(read, float):
@@ -329,6 +381,8 @@ class EvaluationConfig(_Section):
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
+
+Strength = Annotated[float, Field(ge=0)]
 
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
@@ -413,12 +467,12 @@ class ArmConfig(_Section):
     method: MethodName
     """base, after_general (the general phase alone), lora, lora_after_general, rslora, ewc, hlora, l2 (uniform
     importance), replay, kl (to the base model), osf, corda, mlp (LoRA on the MLP)."""
-    strengths: list[float] = []
+    strengths: Annotated[list[Strength], AfterValidator(_each_once)] = []
     """Values of the method's strength to choose from: hlora, l2 phi; ewc lambda; kl beta; replay share of general rows;
     osf share of the rank kept frozen."""
     tasks: list[str] = []
     """Tasks that it runs on; all of them when empty."""
-    seeds: list[int] = []
+    seeds: Annotated[list[int], AfterValidator(_each_once)] = []
     """Seeds that it runs with; all of them when empty."""
     settings: dict[str, Any] = {}
     """What this arm changes in the settings of a run, by path: {importance.xi: 1e-6}."""
@@ -439,7 +493,7 @@ class SelectionConfig(_Section):
 class CompareConfig(_Preset):
     output: str
     """Directory of the grid: finished cells, tables, figures, report."""
-    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+    seeds: Annotated[list[Seed], AfterValidator(_each_once)] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of adapters, data order and sampling."""
     model: ModelConfig
     """The base model."""
@@ -492,7 +546,7 @@ class CellConfig(RunConfig):
 
     method: MethodName
     """How the model is tuned."""
-    strength: float | None = None
+    strength: Strength | None = None
     """Of the method's protection, where it has one."""
     fisher: FisherConfig = FisherConfig()
     """EWC-LoRA's importance."""

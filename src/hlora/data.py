@@ -69,11 +69,13 @@ def general_text(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     directory: Path,
+    keep: bool = True,
 ) -> GeneralText:
     """Read or sample the general text, and the texts to evaluate on.
 
     Lines of 80 characters or more that stand in an evaluation text are taken out of the training documents. Without
-    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are kept in `directory`.
+    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are read from
+    `directory`, and kept there (`keep`).
 
     Raises DataError when a file cannot be read, more of its rows than `max_unusable` hold no text, or nothing is left
     to train on.
@@ -81,7 +83,7 @@ def general_text(
     unusable: dict[str, Any] = {}
 
     def read(source: GeneralSource) -> list[str]:
-        documents, left_out = _documents(source, model, tokenizer, seed, directory)
+        documents, left_out = _documents(source, model, tokenizer, seed, directory, keep)
         unusable.update(left_out)
         return documents
 
@@ -220,7 +222,12 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, spac
 
 
 def _documents(
-    source: GeneralSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, directory: Path
+    source: GeneralSource,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    directory: Path,
+    keep: bool,
 ) -> tuple[list[str], dict[str, Any]]:
     """The documents of a source, and what was left out of it (see Rows.facts)."""
     if source.source == "files":
@@ -228,7 +235,8 @@ def _documents(
     elif source.source == "hub":
         parts = [_hub_documents(source)]
     else:
-        parts = [Rows("samples", dict(enumerate(model_samples(source, model, tokenizer, seed, directory), 1)))]
+        samples = model_samples(source, model, tokenizer, seed, directory, keep)
+        parts = [Rows("samples", dict(enumerate(samples, 1)))]
     parts = [part.within(source.max_unusable, "general.max_unusable", "Set general.column. ") for part in parts]
     # Blank documents count as nothing at all: data sets of the hub have one for each blank line of a page.
     documents = [text for part in parts for text in part.kept.values() if text.strip()][: source.max_documents]
@@ -360,8 +368,12 @@ def model_samples(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     directory: Path,
+    keep: bool = True,
 ) -> list[str]:
-    """Text that the base model writes by itself from its first token; seeded, and kept in `directory`."""
+    """Text that the base model writes by itself from its first token; seeded.
+
+    It is read from `directory` where it is there, else kept there (`keep`).
+    """
     shape = f"{config.samples}x{config.sample_tokens}"
     cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
     asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]
@@ -386,8 +398,9 @@ def model_samples(
                 pad_token_id=tokenizer.pad_token_id,
             )
             samples += tokenizer.batch_decode(written, skip_special_tokens=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(cache, json.dumps({"asked": asked, "samples": samples}))
+    if keep:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(cache, json.dumps({"asked": asked, "samples": samples}))
     return samples
 
 

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hlora import encodings, errors, files
+from hlora import encodings, errors, locks
 from hlora.encodings import Encoded
 from hlora.errors import ConfigError, HloraError
 
@@ -354,12 +354,12 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """files.alone, by the first process for all of them. Raises ConfigError at every one when it is refused."""
+def lock_directory(directory: Path) -> Iterator[None]:
+    """locks.lock_directory, by the first process for all of them. Raises ConfigError at every one when refused."""
     with ExitStack() as held:
         with together():
             if is_first():
-                held.enter_context(files.alone(directory))
+                held.enter_context(locks.lock_directory(directory))
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import os
@@ -10,12 +9,11 @@ import re
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
+import psutil
 from safetensors import SafetensorError
 
 from hlora.errors import ConfigError
@@ -36,40 +34,14 @@ def make_directory(directory: Path) -> None:
         ) from None
 
 
-@contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Keep a directory to this process. The operating system frees it when the process ends, however that may be.
-
-    Raises ConfigError that names the process which has it, and since when; or that it cannot be written; or, at the
-    end, that it is no longer the directory which was there at the start, as when a mount is lost.
-    """
-    make_directory(directory)
-    refuse_links(directory)
-    with open_lock(directory / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"output: {directory} is in use by {lock.read().strip() or 'another process'}. "
-                "Wait until it has ended, stop it, or name another directory."
-            ) from None
-        for left in (*directory.glob(".*.old"), *directory.glob(".*.tmp")):
-            clear(directory / left.name[1:].rsplit(".", 2)[0], locked=True)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
-        yield
-        # What makes directories that are missing, Trainer and TensorBoard too, has begun another in its place.
-        try:
-            same = os.path.samestat(os.fstat(lock.fileno()), (directory / ".lock").lstat())
-        except OSError:
-            same = False
-        if not same:
-            raise ConfigError(
-                f"output: {directory} was taken away while this ran, as when a mount is lost; what is there now may "
-                "not be whole. Bring it back and start the same command again, which goes on from what it holds."
-            )
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError where a directory for output is no directory, or has none to stand in. Writes nothing."""
+    try:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(None, f"{there} is a file")
+    except OSError as error:
+        raise ConfigError(f"output: {directory} cannot be used ({error.strerror}). Name another directory.") from None
 
 
 def refuse_links(directory: Path) -> None:
@@ -83,11 +55,6 @@ def refuse_links(directory: Path) -> None:
                 f"output: {path} is a link to {path.readlink()}, and what is written there would be too. Remove the "
                 "link, or name another directory."
             )
-
-
-def open_lock(path: Path) -> IO[str]:
-    """A file to lock, made if it is not there. Raises OSError where it is a symbolic link."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
 
 
 def of_the_disk(error: BaseException) -> bool:
@@ -129,7 +96,7 @@ def how_to_convert(directory: Path) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file is on the disk."""
-    with path.open("rb") as stream:
+    with path.open("rb+") as stream:  # Windows flushes only what is open for writing
         os.fsync(stream.fileno())
 
 
@@ -187,7 +154,7 @@ def clear(path: Path, locked: bool = False) -> None:
         if kind not in ("old", "tmp") or not pid.isdecimal():
             continue
         here = rest.partition("-")[2] == _machine()
-        if (here and int(pid) != os.getpid() and _lives(int(pid))) or not (here or locked):
+        if (here and int(pid) != os.getpid() and psutil.pid_exists(int(pid))) or not (here or locked):
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
@@ -205,13 +172,3 @@ def _remove(path: Path) -> None:
 
 def _machine() -> str:
     return socket.gethostname().replace(".", "_")
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

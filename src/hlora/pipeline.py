@@ -80,9 +80,9 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
 
 @contextmanager
 def _opened(config: RunConfig, resumable: bool = True, importance: Importance | None = None) -> Iterator[Job]:
-    """The job, its output directory kept to this process, or to the launch that it is one of."""
+    """The job, its output directory locked by this process, or by the launch that it is one of."""
     distributed.start(config.model.device)
-    with distributed.alone(Path(config.output)):
+    with distributed.lock_directory(Path(config.output)):
         yield Job.open(config, resumable, importance)
 
 

@@ -1,4 +1,4 @@
-"""`hlora compare --dry-run`: the cells of a grid with an estimate of time; nothing is trained."""
+"""`hlora compare --dry-run`: the cells of a grid with an estimate of time; nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan(config: CompareConfig) -> list[dict[str, Any]]:
     plain LoRA step and one scored batch, measured here, times their numbers; the first cell that needs a seed's general
     phase or Fisher information pays for it. Until strengths are chosen, later seeds show the first one.
     """
-    grid = Grid.open(config)
+    grid = Grid.open(config, dry_run=True)
     cells = grid.first_cells()
     known = {cell.key: grid.read(cell) for cell in cells}
     chosen = choose(config, [result for result in known.values() if result])

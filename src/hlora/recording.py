@@ -9,12 +9,10 @@ Squared gradients, where an arm asks for them in place of a general phase, are k
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hlora.adapters import adapted_matrices
-from hlora.files import building, open_lock, write_text
+from hlora.files import building, write_text
 from hlora.importance import Importance
+from hlora.locks import try_lock
 from hlora.models import attach_lora
 from hlora.pipeline import Job, recorder_for, squared_gradients
 from hlora.redaction import redacted, without_secret_fields
@@ -107,26 +106,13 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
     directory = job.output / name / digest(made_from)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not directory.is_dir():
-        with claim(directory) as mine:
+        with try_lock(directory.with_name(f"{directory.name}.lock")) as mine:
             if not mine:
                 raise Busy(directory)
             if not directory.is_dir():
                 with building(directory, locked=True) as fresh:
                     make(fresh)
     return directory
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process alone works on `path` now. The operating system frees the claim of a killed process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(path.with_name(f"{path.name}.lock")) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def digest(made_from: Mapping[str, Any]) -> str:

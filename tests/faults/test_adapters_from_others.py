@@ -17,11 +17,12 @@ from test_corpus import HOSTILE, leaves
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hlora import files, pipeline, recording
-from hlora.comparison import Grid
+from hlora import files, pipeline
+from hlora.comparison import compare
 from hlora.config import CompareConfig, ModelConfig, parse_config
 from hlora.errors import ArtifactError, ConfigError, HloraError
 from hlora.importance import Importance
+from hlora.locks import lock_directory, try_lock
 from hlora.models import check_lengths, load_base, pick_device
 from hlora.saved_adapter import load_adapter
 
@@ -220,7 +221,7 @@ def test_a_length_above_the_models_context_is_refused_by_its_field(
 def test_a_comparison_refuses_a_length_above_the_models_context(comparison_config: CompareConfig) -> None:
     comparison_config.evaluation.window, comparison_config.evaluation.max_tokens = 257, 300
     with pytest.raises(ConfigError, match=r"evaluation\.window: 257 tokens"):
-        Grid.open(comparison_config)
+        compare(comparison_config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the GPU that must be absent")
@@ -274,7 +275,7 @@ def test_a_link_that_would_be_followed_is_refused_by_name(
     (output / place).parent.mkdir(parents=True)
     (output / place).symlink_to(elsewhere / "file" if place == ".lock" else elsewhere)
     comparison_config.output = str(output)
-    for refused in (lambda: pipeline.run(parse_config(job_fields)), lambda: Grid.open(comparison_config)):
+    for refused in (lambda: pipeline.run(parse_config(job_fields)), lambda: compare(comparison_config)):
         with pytest.raises(ConfigError, match=rf"output: \S*{place} is a link to \S*elsewhere"):
             refused()
     assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
@@ -283,14 +284,14 @@ def test_a_link_that_would_be_followed_is_refused_by_name(
 
 def test_the_lock_of_a_cell_does_not_follow_a_link(tmp_path: Path, elsewhere: Path) -> None:
     (tmp_path / "cell.json.lock").symlink_to(elsewhere / "file")
-    with pytest.raises(OSError, match=r"cell\.json\.lock"), recording.claim(tmp_path / "cell.json"):
+    with pytest.raises(OSError, match=r"cell\.json\.lock"), try_lock(tmp_path / "cell.json.lock"):
         pass
     assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_the_output_directory_itself_may_be_a_link(tmp_path: Path, elsewhere: Path) -> None:
     (tmp_path / "out").symlink_to(elsewhere)
-    with files.alone(tmp_path / "out"):
+    with lock_directory(tmp_path / "out"):
         files.write_text(tmp_path / "out" / "results.json", "{}")
     assert (elsewhere / "results.json").is_file()
 

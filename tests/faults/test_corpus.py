@@ -64,6 +64,38 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return whole
 
 
+FREE = {
+    "output", "name", "revision", "gguf_file", "target_modules", "paths", "dataset", "subset", "split", "column",
+    "train", "train_split", "test", "texts",
+}  # fmt: skip
+"""Fields that any text but an empty one may stand in: names and paths."""
+
+MEANT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("trust_remote_code", "rslora", "offload", "accuracy"), (0, True)),
+    **dict.fromkeys(("preset", "revision", "gguf_file", "quantization", "dataset", "subset", "gradient"), (None,)),
+    **dict.fromkeys(("max_documents", "max_train_rows", "probe_every", "max_rows", "max_length"), (None,)),
+    **dict.fromkeys(("alpha", "xi", "temperature", "general_rate"), (2**70, 1e308)),
+    **dict.fromkeys(("stop_at_move", "budget"), (None, 2**70, 1e308)),
+    **dict.fromkeys(("phi", "strengths"), (0, 2**70, 1e308, [])),
+    **dict.fromkeys(("seed", "seeds", "dropout", "generate", "kept_learning", "max_unusable"), (0,)),
+    **dict.fromkeys(("mixture", "baselines"), ([],)),
+    **dict.fromkeys(("probe_texts", "texts", "tune"), ({},)),
+    "learning_rate": (1e308,),
+    "max_steps": (-1,),
+    "report_to": (None, []),
+}
+"""Of the wrong values, those that a field of this name may have."""
+
+
+def meant(path: tuple[Any, ...], value: Any) -> bool:
+    """Whether a configuration may have one of the wrong values there."""
+    *above, last = [key for key in path if isinstance(key, str)]
+    names = {last, *above[-1:]} if above[-1:] in (["texts"], ["probe_texts"]) else {last}
+    if isinstance(value, str):
+        return bool(names & FREE) and value not in ("", "\x00")
+    return any(type(value) is type(good) and value == good for name in names for good in MEANT.get(name, ()))
+
+
 @pytest.fixture
 def full(job_fields: dict[str, Any]) -> dict[str, Any]:
     """Every field of a configuration that stands in one with defaults."""
@@ -79,6 +111,7 @@ def test_every_field_takes_a_valid_value_or_is_refused_by_its_name(full: dict[st
             cases += 1
             try:
                 parse_config(changed(full, path, value))
+                assert meant(path, value), f"{path} = {value!r:.60} is accepted"
             except ConfigError as error:
                 refused += 1
                 named = {str(key) for key in path if isinstance(key, str)}
