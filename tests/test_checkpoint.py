@@ -145,7 +145,7 @@ def test_a_checkpoint_holds_no_pickle(trained: Any, tmp_path: Path) -> None:
     trained(tmp_path / "cut", 3)
     names = {file.name for file in (tmp_path / "cut" / "checkpoint-3").iterdir()}
     assert {"adapter_model.safetensors", "trainer_state.json", "resume.safetensors", "complete.json"} <= names
-    assert "recording-bfloat16-effective.safetensors" in names
+    assert "recording-bfloat16.safetensors" in names
     assert not {name for name in names if not name.endswith((".json", ".safetensors", ".md", ".jinja"))}
 
 
@@ -166,7 +166,7 @@ def flipped(checkpoint_directory: Path) -> None:
 
 
 def without_recording(checkpoint_directory: Path) -> None:
-    (checkpoint_directory / "recording-bfloat16-effective.safetensors").unlink()
+    (checkpoint_directory / "recording-bfloat16.safetensors").unlink()
 
 
 @pytest.mark.parametrize("damage", [cut_short, truncated, flipped, without_recording])
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 def test_recording_does_not_go_on_from_a_checkpoint_without_its_state(trained: Any, tmp_path: Path) -> None:
     trained(tmp_path / "cut", 3, encoding="float32")
-    with pytest.raises(ArtifactError, match=r"checkpoint-3: recording-factored-effective\.json .* start it anew"):
+    with pytest.raises(ArtifactError, match=r"checkpoint-3: recording-factored\.json .* start it anew"):
         trained(tmp_path / "cut", encoding="factored")
 
 

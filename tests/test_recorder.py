@@ -437,9 +437,7 @@ def test_loading_a_state_forgets_the_steps_kept_before(peft_model: PeftModel, to
     assert not any(omega.any() for omega in recorder.omega.values())
 
 
-def test_keeping_steps_of_the_exact_gradient_or_none_at_all_is_refused(peft_model: PeftModel) -> None:
-    with pytest.raises(ValueError, match=r"flush_every: expected 1, since the exact gradient .* is dense, got 2"):
-        ImportanceRecorder(peft_model, gradient="exact", flush_every=2)
+def test_keeping_no_step_at_all_is_refused(peft_model: PeftModel) -> None:
     with pytest.raises(ValueError, match="flush_every: expected at least 1, got 0"):
         ImportanceRecorder(peft_model, flush_every=0)
 
@@ -462,15 +460,14 @@ def test_int8_is_recorded_in_bfloat16_and_quantised_when_consolidated(peft_model
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("gradient", ["effective", "exact"])
 def test_recording_in_host_memory_gives_the_same_importance(
-    peft_model: PeftModel, token_ids: Tensor, encoding: str, gradient: str
+    peft_model: PeftModel, token_ids: Tensor, encoding: str
 ) -> None:
     other = copy.deepcopy(peft_model)
     results = []
     for model, offload in ((peft_model, False), (other, True)):
         torch.manual_seed(0)
-        recorder, _ = recorded(model, token_ids, adamw(model), encoding, gradient=gradient, offload=offload)
+        recorder, _ = recorded(model, token_ids, adamw(model), encoding, offload=offload)
         results.append((recorder.state_dict()["tensors"], recorder.consolidate()))
     for name, tensor in results[0][0].items():
         assert torch.equal(tensor, results[1][0][name])

@@ -357,7 +357,7 @@ class Grid:
                 task = (arm.tasks or list(self.config.tasks))[0]
                 kind = self.cell(name, task, cell.config.seed, None).config.importance
                 if kind.method == "path_integral":
-                    recorded[kind.encoding, kind.gradient] = kind
+                    recorded[kind.encoding] = kind
         config = cell.config.model_copy(deep=True)
         name = config.training.of_tune().get("run_name", self.output.name)
         config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers

@@ -199,9 +199,9 @@ class ImportanceConfig(_Section):
     small and stays on the accelerator."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
-    gradient: Literal["effective", "exact"] = None  # type: ignore[assignment]  # by the method
-    """effective, Eq. 11, the paper's and the default of a path integral; or exact, that of the adapted matrix itself,
-    the default of squared gradients (for a path integral it takes 4 bytes an element more memory while recording)."""
+    gradient: Literal["effective", "exact"] | None = None
+    """squared_gradients: exact (the default), that of the adapted matrix itself; or effective, Eq. 11, which a path
+    integral takes."""
     sequences: int = Field(default=256, ge=1)
     """squared_gradients: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
@@ -211,17 +211,10 @@ class ImportanceConfig(_Section):
     norm."""
 
     @model_validator(mode="after")
-    def _keeps_small_factors(self) -> ImportanceConfig:
-        if self.gradient == "exact" and self.flush_every > 1:
-            raise ValueError("flush_every: the exact gradient of a step is dense, so none is kept; expected 1")
+    def _squares_what_is_exact(self) -> ImportanceConfig:
+        if self.gradient == "exact" and self.method == "path_integral":
+            raise ValueError("gradient: a path integral takes the effective one; exact is for squared_gradients")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gradient_by_the_method(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or fields.get("gradient") is not None:
-            return fields
-        return {**fields, "gradient": "exact" if fields.get("method") == "squared_gradients" else "effective"}
 
 
 class PenaltyConfig(_Section):
@@ -332,7 +325,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
 
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "importance": {"method": "path_integral", "encoding": "float32", "gradient": "effective"},
+    "importance": {"method": "path_integral", "encoding": "float32"},
     "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix", "phi": 9.0},
     "training": {"general_rate": 1.0},
 }

@@ -77,10 +77,10 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
-def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair | Tensor, Pair]], offload: Offload | None = None) -> None:
+def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair, Pair]], offload: Offload | None = None) -> None:
     """ω −= Σ g̃ ⊙ Δθ (Eq. 12) over some steps, in place. One pass over ω, or O((d_out + d_in) r²) a step when factored.
 
-    Of each step the gradient, g̃ as a pair or the exact gradient G dense (d_out, d_in), and the movement Δθ as a pair.
+    Of each step the gradient g̃ and the movement Δθ, as pairs.
     In float32 the result is bit by bit that of one call a step: every element is added to in the same order. In
     bfloat16 the changes are summed in float32 and rounded once. offload: when ω is in host memory.
     """
@@ -93,7 +93,7 @@ def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair | Tensor, Pair]], off
     room = _Room()
     for rows, block in _blocks(omega, steps[0][1][0].device, offload, changed=True):
         assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
-        changes = (room.product(0, delta, rows).mul_(_rows(gradient, rows, room)) for gradient, delta in steps)
+        changes = (room.product(0, delta, rows).mul_(room.product(1, gradient, rows)) for gradient, delta in steps)
         if block.dtype == torch.bfloat16:
             whole = next(changes).clone()
             for change in changes:
@@ -143,15 +143,9 @@ def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
     return effective_gradient(A, B, grad_A, grad_B, lr, scale), difference(A_next, B_next, (A, B), scale)
 
 
-def product_sums(first: Pair | Tensor, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
-    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im.
-
-    A dense G in place of PQ: Σ_j G_ij (UV)_ij = Σ_m (G Vᵀ)_im U_im.
-    """
-    U, V = second
-    if isinstance(first, Tensor):
-        return (first @ V.mT).mul_(U).sum(-1), (U.mT @ first).mul_(V).sum(-2)
-    P, Q = first
+def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
+    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im."""
+    (P, Q), (U, V) = first, second
     return (P @ (Q @ V.mT)).mul_(U).sum(-1), ((U.mT @ P) @ Q).mul_(V).sum(-2)
 
 
@@ -320,10 +314,6 @@ class _Room:
         if which not in self._kept:  # of the first block, which is the largest
             self._kept[which] = left.new_empty(len(left), right.shape[1])
         return torch.mm(left, right, out=self._kept[which][: len(left)])
-
-
-def _rows(matrix: Pair | Tensor, rows: slice, room: _Room) -> Tensor:
-    return matrix[rows] if isinstance(matrix, Tensor) else room.product(1, matrix, rows)
 
 
 def _stacked(tuples: Sequence[Any], chosen: Sequence[int]) -> tuple[Tensor, ...]:

@@ -246,7 +246,7 @@ def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
 
 def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
     """The recorder of a path integral, as configured."""
-    chosen = options.model_dump(include={"encoding", "gradient", "flush_every", "offload"})
+    chosen = options.model_dump(include={"encoding", "flush_every", "offload"})
     return ImportanceRecorder(model, **chosen)
 
 
@@ -263,7 +263,7 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
         at_most=True,
         encoding=options.encoding,
         labels="text",
-        gradient=options.gradient,
+        gradient=options.gradient or "exact",
     )
     importance.provenance["data"] = job.general.facts
     return importance

@@ -18,7 +18,6 @@ from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, un
 from hlora.distributed import Shares, exchange, together, whole, world
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
-from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
 from hlora.offload import Offload, to_host
 from hlora.ops import Consolidated, Step
@@ -38,9 +37,6 @@ class ImportanceRecorder:
 
     encoding: float32, bfloat16, int8 (ω in bfloat16, Ω in 8 bits) or factored (never dense). Starts from any adapter
     state, not only B = 0.
-    gradient: effective, g̃ of Eq. 11 from the factors' gradients (the paper's), or exact, G = ∂L/∂θ from hooks on
-    the LoRA layers (reading 7; see ExactGradient for its memory, a dense G per matrix while recording). The hooks
-    are there from the start, or `attach`, until detached or `close`; an optimizer step ends each sum of G.
     flush_every: steps whose small factors are kept, to be integrated in one pass over ω: 12·r·(d_out + d_in) bytes of
     each matrix a step (28 MB for q_proj and v_proj of LLaMA-3.2-3B at r 8). The result is that of one pass a step, in
     float32 bit by bit. Whatever reads ω integrates what is kept first.
@@ -52,8 +48,7 @@ class ImportanceRecorder:
     every process calls every method. A trainer may move the model, join a group or shard after the recorder was made.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
-    ValueError for an unknown encoding or gradient and for flush_every with the exact gradient, which is dense,
-    ConfigError for exact in more than one process.
+    ValueError for an unknown encoding and for flush_every below 1.
     """
 
     def __init__(
@@ -62,19 +57,14 @@ class ImportanceRecorder:
         encoding: str = "factored",
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
-        gradient: Literal["effective", "exact"] = "effective",
         flush_every: int = 1,
         offload: bool = False,
     ) -> None:
-        if gradient not in ("effective", "exact"):
-            raise ValueError(f"gradient: expected effective or exact, got {gradient!r}")
-        if flush_every < 1 or (gradient == "exact" and flush_every > 1):
-            least = "1, since the exact gradient of a step is dense" if gradient == "exact" else "at least 1"
-            raise ValueError(f"flush_every: expected {least}, got {flush_every}")
+        if flush_every < 1:
+            raise ValueError(f"flush_every: expected at least 1, got {flush_every}")
         encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
         self.model = unwrapped(model)
         self.encoding = encoding
-        self.gradient = gradient
         self.flush_every = flush_every
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
         if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
@@ -85,14 +75,10 @@ class ImportanceRecorder:
             )
         self._shares = Shares(self.matrices)
         self._offload = Offload() if offload and encoding != "factored" else None
-        self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
         self._captured: Snapshot | None = None
         self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
-        self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
         self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
         self.reset()
-        if self._exact is not None:
-            self._exact.open()
 
     def reset(self) -> None:
         """Forget everything recorded and start from the adapter as it is now."""
@@ -120,7 +106,7 @@ class ImportanceRecorder:
         self.integrate()
 
     def attach(self, optimizer: Any) -> Callable[[], None]:
-        """Record each step of `optimizer` through its own hooks; returns a function that detaches (and closes).
+        """Record each step of `optimizer` through its own hooks; returns a function that detaches.
 
         Learning rates come from the parameter groups. A step that a gradient scaler skips never reaches the
         hooks and is not counted. Clip inside `recorder.step` instead, or call `recorder.capture_from(optimizer)`
@@ -143,24 +129,13 @@ class ImportanceRecorder:
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.integrate()
 
-        if self._exact is not None:
-            self._exact.open()
         handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
         def detach() -> None:
             for handle in handles:
                 handle.remove()
-            self.close()
 
         return detach
-
-    def close(self) -> None:
-        """Take the hooks of the exact gradient off the model; the effective one has none. ω stays.
-
-        For recording with `recorder.step`, or as `contextlib.closing(recorder)`; detaching and `train()`'s end do it.
-        """
-        if self._exact is not None:
-            self._exact.close()
 
     def callback(self, stop_at_move: float | None = None) -> TrainerCallback:
         """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients.
@@ -210,12 +185,8 @@ class ImportanceRecorder:
 
         lr: one learning rate, or one by parameter id. Where A and B differ (LoRA+), η of the second-order
         term is √(η_A η_B), which makes that term exact. gradient_scale: multiplies the gradients.
-
-        Raises AdapterError when gradients passed the hooks of the exact gradient by.
         """
         self._follow()
-        if self._exact is not None:
-            self._unit = self._exact.unit() * gradient_scale
         pieces, here = self._shares.pieces, self._here()
         As, Bs = [m.A for m in here], [m.B for m in here]
         gradients = _gradients(As, pieces), _gradients(Bs, pieces)
@@ -241,28 +212,26 @@ class ImportanceRecorder:
         return [torch.nn.utils.get_total_norm(_widened(gradients))] if gradients else []
 
     def discard(self) -> None:
-        """Forget what `capture` kept, and the sum of exact gradients; the optimizer did not step."""
+        """Forget what `capture` kept; the optimizer did not step."""
         self._captured = None
-        if self._exact is not None:
-            self._exact.clear()
 
     @torch.no_grad()
     def integrate(self) -> None:
-        """ω −= g̃ ⊙ Δθ (Eq. 12), or G ⊙ Δθ, over the step since `capture`, now or by a later `flush`.
+        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`, now or by a later `flush`.
 
         Skipped, counted and warned of once if not finite. On an accelerator that is decided there, and the warning
         comes when the count is next read.
         """
         if self._captured is None:
             return
-        captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
+        captured = self._captured
         self.discard()
         here = self._here()
         As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
         elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
         factors = _widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
-        seen = [*factors, *captured[2], *captured[3], *(exact or {}).values(), *self._elsewhere]
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen) * unit)
+        seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
         if self.flush_every > 1:
             As, Bs = _copies(As), _copies(Bs)
         steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
@@ -272,9 +241,6 @@ class ImportanceRecorder:
         self._skipped += ~finite
         if finite.is_cpu:
             self._warn()
-        if exact is not None:
-            self._integrate_exact(captured, exact, unit, finite)
-            return
         self._kept.append(steps)
         self._counted.append(finite)
         if len(self._kept) == self.flush_every:
@@ -287,19 +253,6 @@ class ImportanceRecorder:
         rates = [pieces[i].lr for i in self._shares.indices]
         steps = [Step(A, B, g, h, lr, a, b) for (A, B, g, h, a, b), lr in zip(found, rates, strict=True)]
         return steps, finite
-
-    def _integrate_exact(
-        self, captured: Snapshot, exact: dict[str, Tensor], unit: Tensor | float, finite: Tensor
-    ) -> None:
-        omega = self._all_omega()
-        for matrix, A, B in zip(self.matrices, *captured[:2], strict=True):
-            if matrix.name not in exact:  # a layer that no token reached has no G
-                continue
-            left, right = ops.difference(matrix.A, matrix.B, (A, B), matrix.scale)
-            G, left = exact[matrix.name], _on(left.device, unit) * left
-            for factor in (G, left, right):
-                factor.masked_fill_(~finite.to(factor.device), 0.0)
-            ops.accumulate_(omega[matrix.name], [(G, (left, right))], self._offload)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -388,7 +341,6 @@ class ImportanceRecorder:
             lora_config=_lora_config(self.model, self.matrices[0].adapter_name),
             provenance={
                 "xi": xi,
-                "gradient": self.gradient,
                 "steps": self.steps,
                 "skipped_steps": self.skipped_steps,
                 "clamped_share": negative / elements,
@@ -431,23 +383,17 @@ class ImportanceRecorder:
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "encoding": self.encoding,
-            "gradient": self.gradient,
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Raises ArtifactError when it is not finite, or of another model, encoding or
-        gradient; nothing is changed then.
+        """Go on from a `state_dict`. Nothing is changed when it is refused.
+
+        Raises ArtifactError when it is not finite, or of another model or encoding.
         """
         if state["encoding"] != self.encoding:
             raise ArtifactError(f"recording state is {state['encoding']}, this recorder is {self.encoding}")
-        gradient = state.get("gradient", "effective")  # states from before there was a choice have none
-        if gradient != self.gradient:
-            raise ArtifactError(
-                f"recording state is of the {gradient} gradient, this recorder is of the {self.gradient} one. "
-                f"Make it with gradient={gradient!r}, or record from the start."
-            )
         self._follow()
         tensors, found = state["tensors"], []
         mine = self.omega

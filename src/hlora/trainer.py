@@ -87,7 +87,7 @@ class RecordingCallback(TrainerCallback):
         _clip_as_before(args, kwargs["optimizer"])
 
     def _file(self) -> str:
-        return f"recording-{self.recorder.encoding}-{self.recorder.gradient}"
+        return f"recording-{self.recorder.encoding}"
 
 
 class PenaltyCallback(TrainerCallback):
