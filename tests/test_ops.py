@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hlora import encodings, equations, ops
 from hlora.encodings import ENCODINGS, Eight, Encoded, Factored
-from hlora.offload import Offload
 
 SHAPES = [(1, 1), (7, 13), (33, 17), (64, 3), (5, 101)]
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-12}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}
@@ -412,30 +411,6 @@ def test_penalty_at_its_anchor_is_zero_with_zero_gradients(encoding: str) -> Non
     assert not grad_B.any()
 
 
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
-def test_what_passes_through_the_device_in_blocks_gives_the_same_bit_by_bit(encoding: str, block: int) -> None:
-    """All operations in turn on ω and Ω in host memory; on a CPU the blocks are copies too."""
-    steps, results = drawn_steps(2), []
-    As, Bs = [mine[1].A_next for mine in steps], [mine[1].B_next for mine in steps]
-    starts = [(mine[0].A, mine[0].B) for mine in steps]
-    for offload in (None, Offload()):
-        torch.manual_seed(0)
-        recorded = encodings.while_recording(encoding)
-        omegas = [encodings.zeros(recorded, *sizes[:2], torch.device("cpu")) for sizes in MATRICES]
-        ops.accumulate_all_(omegas, steps, SCALES, all_counted(2), offload)
-        found = ops.consolidate_all(omegas, As, Bs, starts, SCALES, 1e-3, encoding, offload)
-        penalties = ops.penalties_with_gradients([each.importance for each in found], As, Bs, starts, SCALES, offload)
-        numbers = torch.tensor([number for each in found for number in each[1:]])
-        parts = [part for each in found for part in encodings.parts(each.importance).values()]
-        torch.testing.assert_close(
-            numbers.view(-1, 3)[:, 2], torch.stack([dense(e.importance).float().norm() for e in found])
-        )
-        results.append([numbers, *parts, penalties[0], *penalties[1], *penalties[2]])
-    for mine, other in zip(*results, strict=True):
-        assert mine.any()
-        assert torch.equal(mine, other)
-
-
 class LargestTensor(TorchDispatchMode):
     """Records the elements of the largest tensor that an operation makes; views and in-place results do not count.
 
@@ -477,19 +452,15 @@ def memory_cases() -> list[Any]:
         importance = encodings.encode(exact, encoding)
         made = [*encodings.parts(kept).values(), *encodings.parts(importance).values()]
         for name, operation in {
-            "recording": lambda m, _, o: ops.accumulate_(m, [(gradient, delta)], o),
-            "recording-three-steps": lambda m, _, o: ops.accumulate_(m, 3 * [(gradient, delta)], o),
-            "consolidation": lambda m, e, o: ops.consolidate(m, delta, 1e-3, e if isinstance(e, Eight) else None, o),
-            "penalty": lambda _, m, o: ops.penalty_with_gradients(
-                m, step.A_next, step.B_next, (step.A, step.B), 1.7, o
-            ),
-            "norm": lambda _, m, o: encodings.norm(m),
-            "total": lambda _, m, o: encodings.total(m),
+            "recording": lambda m, _: ops.accumulate_(m, [(gradient, delta)]),
+            "recording-three-steps": lambda m, _: ops.accumulate_(m, 3 * [(gradient, delta)]),
+            "consolidation": lambda m, e: ops.consolidate(m, delta, 1e-3, e if isinstance(e, Eight) else None),
+            "penalty": lambda _, m: ops.penalty_with_gradients(m, step.A_next, step.B_next, (step.A, step.B), 1.7),
+            "norm": lambda _, m: encodings.norm(m),
+            "total": lambda _, m: encodings.total(m),
         }.items():
-            for offload in (None, Offload()) if encoding != "factored" else (None,):
-                case = partial(operation, kept, importance, offload)
-                label = f"{encoding}-{name}{'-offloaded' if offload else ''}"
-                cases.append(pytest.param(case, [exact, *made], id=label))
+            case = partial(operation, kept, importance)
+            cases.append(pytest.param(case, [exact, *made], id=f"{encoding}-{name}"))
     return cases
 
 

@@ -194,9 +194,6 @@ class ImportanceConfig(_Section):
     flush_every: int = Field(default=1, ge=1)
     """path_integral: optimizer steps that are integrated in one pass over the importance. Each one kept takes
     16 x rank x (d_out + d_in) bytes of every adapted matrix; the result is the same."""
-    offload: bool = False
-    """Keep importance in host memory, in both phases, and pass it through the accelerator in blocks. Factored, it is
-    small and stays on the accelerator."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] | None = None

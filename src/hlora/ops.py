@@ -22,6 +22,7 @@ from hlora.encodings import (
     Encoded,
     Factored,
     norm,
+    parts,
     round_stochastically_,
     row_blocks,
     rows_of,
@@ -29,7 +30,6 @@ from hlora.encodings import (
     wide,
     write_,
 )
-from hlora.offload import Offload
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
@@ -77,12 +77,12 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
-def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair, Pair]], offload: Offload | None = None) -> None:
+def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair, Pair]]) -> None:
     """ω −= Σ g̃ ⊙ Δθ (Eq. 12) over some steps, in place. One pass over ω, or O((d_out + d_in) r²) a step when factored.
 
     Of each step the gradient g̃ and the movement Δθ, as pairs.
     In float32 the result is bit by bit that of one call a step: every element is added to in the same order. In
-    bfloat16 the changes are summed in float32 and rounded once. offload: when ω is in host memory.
+    bfloat16 the changes are summed in float32 and rounded once.
     """
     if isinstance(omega, Factored):
         for gradient, delta in steps:
@@ -91,7 +91,7 @@ def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair, Pair]], offload: Off
             omega.column.sub_(column)
         return
     room = _Room()
-    for rows, block in _blocks(omega, steps[0][1][0].device, offload, changed=True):
+    for rows, block in _blocks(omega):
         assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
         changes = (room.product(0, delta, rows).mul_(room.product(1, gradient, rows)) for gradient, delta in steps)
         if block.dtype == torch.bfloat16:
@@ -109,7 +109,6 @@ def accumulate_all_(
     steps: Sequence[Sequence[Step]],  # the same K of each matrix
     scales: Sequence[float],
     counted: Tensor,  # bool (K,)
-    offload: Offload | None = None,
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
@@ -130,7 +129,7 @@ def accumulate_all_(
                 factor.masked_fill_(leave, 0.0)  # not times zero: it may hold NaN
         for n, i in enumerate(alike):
             mine = [((P[n], Q[n]), (U[n], V[n])) for (P, Q), (U, V) in stacks]
-            accumulate_(omegas[i], mine, offload)
+            accumulate_(omegas[i], mine)
 
 
 def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
@@ -149,9 +148,7 @@ def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,
     return (P @ (Q @ V.mT)).mul_(U).sum(-1), ((U.mT @ P) @ Q).mul_(V).sum(-2)
 
 
-def consolidate(
-    omega: Encoded, delta: Pair, xi: float, eight: Eight | None = None, offload: Offload | None = None
-) -> tuple[Encoded, float]:
+def consolidate(omega: Encoded, delta: Pair, xi: float, eight: Eight | None = None) -> tuple[Encoded, float]:
     """Ω (Eq. 13) and the share of elements whose ω was negative and is taken as 0.
 
     Dense: in place, or into `eight` where given, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is
@@ -171,7 +168,7 @@ def consolidate(
             column += block.sum(0)
         return Factored(row, column), negative / count
     below = torch.zeros((), dtype=torch.int64, device=P.device)
-    for rows, part in _blocks(omega, P.device, offload, changed=eight is None):
+    for rows, part in _blocks(omega):
         values = wide(part)
         below += (values < 0).sum()
         target = part if eight is None else rows_of(eight, rows)
@@ -188,7 +185,6 @@ def consolidate_all(
     scales: Sequence[float],
     xi: float,
     encoding: str,
-    offload: Offload | None = None,
 ) -> list[Consolidated]:
     """`consolidate` for every matrix of a model, with what else is known of each Ω."""
     found: list[Consolidated] = []
@@ -198,17 +194,15 @@ def consolidate_all(
         if encoding == "int8":
             assert isinstance(omega, Tensor)
             eight = Eight.zeros(*shape(omega), omega.device)
-        importance, share = consolidate(omega, delta, xi, eight, offload)
-        undo_cost = float(penalty(importance, delta, offload))
-        if offload is not None:
-            offload.wait()
+        importance, share = consolidate(omega, delta, xi, eight)
+        undo_cost = float(penalty(importance, delta))
         found.append(Consolidated(importance, share, undo_cost, float(norm(importance))))
     return found
 
 
-def penalty(importance: Encoded, delta: Pair, offload: Offload | None = None) -> Tensor:
+def penalty(importance: Encoded, delta: Pair) -> Tensor:
     """Σ_i Ω_i D_i² (Eq. 14) with D = left @ right, a scalar."""
-    return _penalty(importance, delta, None, offload)[0]
+    return _penalty(importance, delta, None)[0]
 
 
 def penalty_with_gradients(
@@ -217,13 +211,12 @@ def penalty_with_gradients(
     B: Tensor,  # (d_out, r)
     anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
-    offload: Offload | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
     """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω.
 
     Of a stack of factored matrices: (n,), (n, r, d_in), (n, d_out, r).
     """
-    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)), offload)
+    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
     assert grad_A is not None and grad_B is not None
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 
@@ -234,14 +227,13 @@ def penalties_with_gradients(
     Bs: Sequence[Tensor],
     anchors: Sequence[Factors | None],
     scales: Sequence[float],
-    offload: Offload | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
     """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
     found: dict[int, tuple[Tensor, ...]] = {}
     for alike in alike_in(As, Bs, scales):
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
-                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i], offload)
+                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i])
             continue
         importance = Factored(*_stacked(importances, alike))
         anchor = None if anchors[alike[0]] is None else _stacked(anchors, alike)
@@ -261,7 +253,7 @@ def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
 
 
 def _penalty(
-    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None, offload: Offload | None
+    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Σ Ω D², and for factors (A, B) also Bᵀ(Ω⊙D) and (Ω⊙D)Aᵀ."""
     P, Q = delta
@@ -278,7 +270,7 @@ def _penalty(
     products = torch.empty_like(P)  # (d_out, 2r)
     grad_A = None if factors is None else torch.zeros_like(factors[0])
     room = _Room()
-    for rows, block in _blocks(importance, P.device, offload):
+    for rows, block in _blocks(importance):
         D = room.product(0, delta, rows)
         weighted = D.mul_(block) if isinstance(block, Tensor) else block.dense(D.dtype).mul_(D)
         torch.mm(weighted, Q.T, out=products[rows])
@@ -288,14 +280,9 @@ def _penalty(
     return value, grad_A, None if grad_A is None else products[:, : len(grad_A)].clone()
 
 
-def _blocks(
-    matrix: Dense, device: torch.device, offload: Offload | None, changed: bool = False
-) -> Iterator[tuple[slice, Dense]]:
-    """Blocks of rows on `device`, of a matrix there or, with `offload`, in host memory. changed: written to."""
-    if offload is not None:
-        yield from offload.blocks(matrix, device, changed)
-        return
-    for rows in row_blocks(*shape(matrix), device):
+def _blocks(matrix: Dense) -> Iterator[tuple[slice, Dense]]:
+    """Blocks of rows, sharing memory."""
+    for rows in row_blocks(*shape(matrix), next(iter(parts(matrix).values())).device):
         yield rows, rows_of(matrix, rows)
 
 

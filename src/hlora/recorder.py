@@ -19,7 +19,6 @@ from hlora.distributed import Shares, exchange, together, whole, world
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.importance import Importance, ImportanceMatrix
-from hlora.offload import Offload, to_host
 from hlora.ops import Consolidated, Step
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ class ImportanceRecorder:
     flush_every: steps whose small factors are kept, to be integrated in one pass over ω: 12·r·(d_out + d_in) bytes of
     each matrix a step (28 MB for q_proj and v_proj of LLaMA-3.2-3B at r 8). The result is that of one pass a step, in
     float32 bit by bit. Whatever reads ω integrates what is kept first.
-    offload: ω is in host memory, pinned, and passes through the device in blocks; a factored one stays where it is.
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
 
@@ -58,7 +56,6 @@ class ImportanceRecorder:
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
         flush_every: int = 1,
-        offload: bool = False,
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every: expected at least 1, got {flush_every}")
@@ -74,7 +71,6 @@ class ImportanceRecorder:
                 f"or make it the trained one: model.set_adapter({adapter!r})"
             )
         self._shares = Shares(self.matrices)
-        self._offload = Offload() if offload and encoding != "factored" else None
         self._captured: Snapshot | None = None
         self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
         self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
@@ -157,7 +153,7 @@ class ImportanceRecorder:
             name, device = matrix.name, matrix.A.device
             A, B = self._start[name]
             self._start[name] = A.to(device), B.to(device)
-            if name in self._omega and self._offload is None:
+            if name in self._omega:
                 self._omega[name] = encodings.to_device(self._omega[name], device)
         self._skipped = self._skipped.to(self.matrices[0].A.device)
 
@@ -261,7 +257,7 @@ class ImportanceRecorder:
             omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
             scales, counted = [matrix.scale for matrix in self._shares.mine], torch.stack(self._counted)
             self._kept, self._counted = [], []
-            ops.accumulate_all_(omegas, steps, scales, counted, self._offload)
+            ops.accumulate_all_(omegas, steps, scales, counted)
 
     @property
     def steps(self) -> int:
@@ -287,10 +283,7 @@ class ImportanceRecorder:
         for matrix in self._shares.mine if not self._omega else ():
             sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
             encoding = encodings.while_recording(self.encoding)
-            if self._offload is None:
-                self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
-            else:
-                self._omega[matrix.name] = to_host(encodings.zeros(encoding, *sizes, torch.device("cpu")))
+            self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
         return self._omega
 
     @property
@@ -300,8 +293,6 @@ class ImportanceRecorder:
         In a group of processes, that of this one's share.
         """
         self.flush()
-        if self._offload is not None:
-            self._offload.wait()
         return self._all_omega()
 
     @torch.no_grad()
@@ -357,7 +348,7 @@ class ImportanceRecorder:
         factors = [As[i] for i in indices], [Bs[i] for i in indices]
         starts, scales = [self._start[m.name] for m in mine], [m.scale for m in mine]
         omegas = list(self.omega.values())
-        found = ops.consolidate_all(omegas, *factors, starts, scales, xi, self.encoding, self._offload)
+        found = ops.consolidate_all(omegas, *factors, starts, scales, xi, self.encoding)
         of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
         if self._shares.processes == 1:
             return of
