@@ -364,84 +364,6 @@ def test_a_saved_state_does_not_change_with_the_recording(peft_model: PeftModel,
     assert all(torch.equal(tensor, before["tensors"][name]) for name, tensor in state["tensors"].items())
 
 
-# Fewer passes
-
-
-@pytest.mark.parametrize("encoding", ["float32", "factored"])
-@pytest.mark.parametrize("flush_every", [2, 3, 99])
-def test_steps_that_are_kept_and_integrated_together_give_the_same_omega_bit_by_bit(
-    peft_model: PeftModel, token_ids: Tensor, encoding: str, flush_every: int
-) -> None:
-    """Five steps, so that some are still kept when ω is read."""
-    other = copy.deepcopy(peft_model)
-    each, _ = recorded(peft_model, token_ids, adamw(peft_model), encoding, 5)
-    together, reference = recorded(other, token_ids, adamw(other), encoding, 5, flush_every=flush_every)
-    assert_same_omega(each, together)
-    assert each.steps == together.steps == 5
-    reference.assert_matches(together.omega)
-
-
-def test_omega_in_bfloat16_is_rounded_once_for_the_steps_kept_together(
-    peft_model: PeftModel, token_ids: Tensor
-) -> None:
-    torch.manual_seed(0)
-    recorder, reference = recorded(peft_model, token_ids, adamw(peft_model), "bfloat16", flush_every=4)
-    reference.assert_matches(recorder.omega, 2**-8)  # one unit of the largest; a rounding a step needs 2**-6
-
-
-def test_a_step_that_is_not_finite_adds_nothing_to_those_it_is_kept_with(
-    peft_model: PeftModel, token_ids: Tensor
-) -> None:
-    recorder, reference = ImportanceRecorder(peft_model, "float32", flush_every=3), ReferenceOmega(peft_model)
-    optimizer = sgd(peft_model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in range(6):
-            backward(peft_model, token_ids[:4])
-            if step in (1, 4):
-                recorder.matrices[step % 4].A.grad[1, 2] = float("inf")
-                with recorder.step(LR):
-                    pass
-            else:
-                reference.before(LR)
-                with recorder.step(LR):
-                    optimizer.step()
-                reference.after()
-            optimizer.zero_grad()
-    assert (recorder.steps, recorder.skipped_steps) == (4, 2)
-    reference.assert_matches(recorder.omega)
-
-
-@pytest.mark.parametrize("read", ["state_dict", "consolidate"])
-def test_what_reads_omega_integrates_the_kept_steps_first(peft_model: PeftModel, token_ids: Tensor, read: str) -> None:
-    other = copy.deepcopy(peft_model)
-    results = []
-    for model, flush_every in ((peft_model, 1), (other, 99)):
-        recorder, _ = recorded(model, token_ids, adamw(model), "float32", 3, flush_every=flush_every)
-        if read == "state_dict":
-            state = recorder.state_dict()
-            results.append(state["tensors"])
-            assert state["steps"] == 3
-        else:
-            results.append({name: m.omega for name, m in recorder.consolidate().matrices.items()})
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-    assert all(tensor.any() for name, tensor in results[1].items() if "start_B" not in name)
-
-
-def test_loading_a_state_forgets_the_steps_kept_before(peft_model: PeftModel, token_ids: Tensor) -> None:
-    empty = ImportanceRecorder(peft_model, "float32").state_dict()
-    recorder, _ = recorded(peft_model, token_ids, sgd(peft_model), "float32", 2, flush_every=99)
-    recorder.load_state_dict(empty)
-    assert recorder.steps == 0
-    assert not any(omega.any() for omega in recorder.omega.values())
-
-
-def test_keeping_no_step_at_all_is_refused(peft_model: PeftModel) -> None:
-    with pytest.raises(ValueError, match="flush_every: expected at least 1, got 0"):
-        ImportanceRecorder(peft_model, flush_every=0)
-
-
 # Where ω is, and in what
 
 
@@ -467,14 +389,11 @@ def test_a_consolidated_recorder_holds_no_second_omega(peft_model: PeftModel, to
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("flush_every", [1, 2])
-def test_recording_never_waits_for_the_device(
-    peft_model: PeftModel, token_ids: Tensor, encoding: str, flush_every: int
-) -> None:
+def test_recording_never_waits_for_the_device(peft_model: PeftModel, token_ids: Tensor, encoding: str) -> None:
     """On a device whose numbers cannot be read: whatever asks for one, as a branch on it does, is an error there."""
     peft_model.to("meta")
     optimizer = torch.optim.SGD(adapter_parameters(peft_model), lr=LR)
-    recorder = ImportanceRecorder(peft_model, encoding, flush_every=flush_every)
+    recorder = ImportanceRecorder(peft_model, encoding)
     recorder.attach(optimizer)
     for _ in range(3):
         for parameter in adapter_parameters(peft_model):

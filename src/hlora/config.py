@@ -191,9 +191,6 @@ class ImportanceConfig(_Section):
     encoding: EncodingName = "factored"
     """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), int8 (1; 2 while recording),
     or factored (row sums x column sums)."""
-    flush_every: int = Field(default=1, ge=1)
-    """path_integral: optimizer steps that are integrated in one pass over the importance. Each one kept takes
-    16 x rank x (d_out + d_in) bytes of every adapted matrix; the result is the same."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] | None = None

@@ -77,59 +77,49 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
-def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair, Pair]]) -> None:
-    """ω −= Σ g̃ ⊙ Δθ (Eq. 12) over some steps, in place. One pass over ω, or O((d_out + d_in) r²) a step when factored.
+def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
+    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when factored.
 
-    Of each step the gradient g̃ and the movement Δθ, as pairs.
-    In float32 the result is bit by bit that of one call a step: every element is added to in the same order. In
-    bfloat16 the changes are summed in float32 and rounded once.
+    In bfloat16 the change is rounded stochastically.
     """
     if isinstance(omega, Factored):
-        for gradient, delta in steps:
-            row, column = product_sums(gradient, delta)
-            omega.row.sub_(row)
-            omega.column.sub_(column)
+        row, column = product_sums(gradient, delta)
+        omega.row.sub_(row)
+        omega.column.sub_(column)
         return
     room = _Room()
     for rows, block in _blocks(omega):
         assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
-        changes = (room.product(0, delta, rows).mul_(room.product(1, gradient, rows)) for gradient, delta in steps)
+        change = room.product(0, delta, rows).mul_(room.product(1, gradient, rows))
         if block.dtype == torch.bfloat16:
-            whole = next(changes).clone()
-            for change in changes:
-                whole.add_(change)
-            round_stochastically_(block, whole.neg_().add_(block))
+            round_stochastically_(block, change.neg_().add_(block))
         else:
-            for change in changes:
-                block.sub_(change)
+            block.sub_(change)
 
 
 def accumulate_all_(
     omegas: Sequence[Encoded],
-    steps: Sequence[Sequence[Step]],  # the same K of each matrix
+    steps: Sequence[Step],
     scales: Sequence[float],
-    counted: Tensor,  # bool (K,)
+    counted: Tensor,  # bool, a scalar
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
     counted: False for a step to leave out, whatever it holds; nobody asks the device which.
     """
-    for alike in alike_in([mine[0].A for mine in steps], [mine[0].B for mine in steps], scales):
-        stacks = [_pairs([steps[i][k] for i in alike], scales[alike[0]]) for k in range(len(counted))]
-        left_out = counted.logical_not().to(stacks[0][1][0].device)
+    for alike in alike_in([step.A for step in steps], [step.B for step in steps], scales):
+        gradient, delta = _pairs([steps[i] for i in alike], scales[alike[0]])
+        leave = counted.logical_not().to(delta[1].device)
         if isinstance(omegas[alike[0]], Factored):
-            for (gradient, delta), leave in zip(stacks, left_out, strict=True):
-                rows, columns = (sums.masked_fill_(leave, 0.0) for sums in product_sums(gradient, delta))
-                for i, row, column in zip(alike, rows, columns, strict=True):
-                    omegas[i][0].sub_(row)
-                    omegas[i][1].sub_(column)
+            rows, columns = (sums.masked_fill_(leave, 0.0) for sums in product_sums(gradient, delta))
+            for i, row, column in zip(alike, rows, columns, strict=True):
+                omegas[i][0].sub_(row)
+                omegas[i][1].sub_(column)
             continue
-        for pairs, leave in zip(stacks, left_out, strict=True):
-            for factor in (*pairs[0], *pairs[1]):
-                factor.masked_fill_(leave, 0.0)  # not times zero: it may hold NaN
-        for n, i in enumerate(alike):
-            mine = [((P[n], Q[n]), (U[n], V[n])) for (P, Q), (U, V) in stacks]
-            accumulate_(omegas[i], mine)
+        for factor in (*gradient, *delta):
+            factor.masked_fill_(leave, 0.0)  # not times zero: it may hold NaN
+        for i, P, Q, U, V in zip(alike, *gradient, *delta, strict=True):
+            accumulate_(omegas[i], (P, Q), (U, V))
 
 
 def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:

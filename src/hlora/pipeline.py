@@ -246,8 +246,7 @@ def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
 
 def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
     """The recorder of a path integral, as configured."""
-    chosen = options.model_dump(include={"encoding", "flush_every"})
-    return ImportanceRecorder(model, **chosen)
+    return ImportanceRecorder(model, options.encoding)
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:

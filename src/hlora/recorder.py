@@ -36,9 +36,6 @@ class ImportanceRecorder:
 
     encoding: float32, bfloat16, int8 (ω in bfloat16, Ω in 8 bits) or factored (never dense). Starts from any adapter
     state, not only B = 0.
-    flush_every: steps whose small factors are kept, to be integrated in one pass over ω: 12·r·(d_out + d_in) bytes of
-    each matrix a step (28 MB for q_proj and v_proj of LLaMA-3.2-3B at r 8). The result is that of one pass a step, in
-    float32 bit by bit. Whatever reads ω integrates what is kept first.
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
 
@@ -46,7 +43,7 @@ class ImportanceRecorder:
     every process calls every method. A trainer may move the model, join a group or shard after the recorder was made.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
-    ValueError for an unknown encoding and for flush_every below 1.
+    ValueError for an unknown encoding.
     """
 
     def __init__(
@@ -55,14 +52,10 @@ class ImportanceRecorder:
         encoding: str = "factored",
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
-        flush_every: int = 1,
     ) -> None:
-        if flush_every < 1:
-            raise ValueError(f"flush_every: expected at least 1, got {flush_every}")
         encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
         self.model = unwrapped(model)
         self.encoding = encoding
-        self.flush_every = flush_every
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
         if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
             adapter = self.matrices[0].adapter_name
@@ -79,8 +72,6 @@ class ImportanceRecorder:
     def reset(self) -> None:
         """Forget everything recorded and start from the adapter as it is now."""
         self._omega: dict[str, Encoded] = {}  # made when first needed: next to a consolidated one it would be a second
-        self._kept: list[list[Step]] = []  # of each step that ω has not yet, of each matrix
-        self._counted: list[Tensor] = []  # whether such a step is finite
         self._start = {matrix.name: _factors(matrix) for matrix in self.matrices}
         self._integrated = 0  # with those that were skipped
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.matrices[0].A.device)
@@ -148,7 +139,6 @@ class ImportanceRecorder:
             self._shares, self._omega = Shares(self.matrices), {}
         if self._skipped.device == self.matrices[0].A.device:
             return
-        self.flush()
         for matrix in self.matrices:
             name, device = matrix.name, matrix.A.device
             A, B = self._start[name]
@@ -213,7 +203,7 @@ class ImportanceRecorder:
 
     @torch.no_grad()
     def integrate(self) -> None:
-        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`, now or by a later `flush`.
+        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`.
 
         Skipped, counted and warned of once if not finite. On an accelerator that is decided there, and the warning
         comes when the count is next read.
@@ -228,8 +218,6 @@ class ImportanceRecorder:
         factors = _widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
         seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
-        if self.flush_every > 1:
-            As, Bs = _copies(As), _copies(Bs)
         steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
         if self._shares.sharded:
             steps, finite = self._at_owners(steps, finite)
@@ -237,10 +225,8 @@ class ImportanceRecorder:
         self._skipped += ~finite
         if finite.is_cpu:
             self._warn()
-        self._kept.append(steps)
-        self._counted.append(finite)
-        if len(self._kept) == self.flush_every:
-            self.flush()
+        scales = [matrix.scale for matrix in self._shares.mine]
+        ops.accumulate_all_(list(self.omega.values()), steps, scales, finite)
 
     def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
         """The step of this process's matrices, from the pieces that all processes have of them."""
@@ -249,15 +235,6 @@ class ImportanceRecorder:
         rates = [pieces[i].lr for i in self._shares.indices]
         steps = [Step(A, B, g, h, lr, a, b) for (A, B, g, h, a, b), lr in zip(found, rates, strict=True)]
         return steps, finite
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Integrate the steps that `flush_every` has kept so far, in one pass over ω."""
-        if self._kept:
-            omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
-            scales, counted = [matrix.scale for matrix in self._shares.mine], torch.stack(self._counted)
-            self._kept, self._counted = [], []
-            ops.accumulate_all_(omegas, steps, scales, counted)
 
     @property
     def steps(self) -> int:
@@ -279,21 +256,17 @@ class ImportanceRecorder:
                 stacklevel=3,
             )
 
-    def _all_omega(self) -> dict[str, Encoded]:
-        for matrix in self._shares.mine if not self._omega else ():
-            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
-            encoding = encodings.while_recording(self.encoding)
-            self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
-        return self._omega
-
     @property
     def omega(self) -> dict[str, Encoded]:
         """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign).
 
         In a group of processes, that of this one's share.
         """
-        self.flush()
-        return self._all_omega()
+        for matrix in self._shares.mine if not self._omega else ():
+            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
+            encoding = encodings.while_recording(self.encoding)
+            self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
+        return self._omega
 
     @torch.no_grad()
     def consolidate(self, xi: float = 1e-3, data: Mapping[str, Any] | None = None) -> Importance:

@@ -42,7 +42,7 @@ def test_ten_thousand_small_steps_in_low_precision_lose_nothing_that_matters(tal
         optimizer.step()
         step = ops.effective_gradient(*before, A.grad, B.grad, LR, SCALE), ops.difference(A, B, before, SCALE)
         for low in omegas.values():
-            ops.accumulate_(low, [step])
+            ops.accumulate_(low, *step)
         factors = [factor.detach().double() for factor in (*before, A.grad, B.grad, A, B)]
         gradient = equations.effective_gradient(*factors[:4], LR, SCALE)
         delta = equations.movement(*factors[:2], *factors[4:], SCALE)
