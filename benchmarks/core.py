@@ -79,7 +79,7 @@ def recording(matrices: list[Matrix]) -> Iterator[Timed]:
 
     counted = torch.ones((), dtype=torch.bool, device=device)
     yield "as written", as_written, 2 * sum(map(encodings.nbytes, dense))
-    for name in ("float32", "bfloat16", "factored"):
+    for name in ("float32", "factored"):
         omegas = [encodings.zeros(name, *omega.shape, device) for omega in dense]
         run: Run = partial(ops.accumulate_all_, omegas, steps, scales, counted)
         yield name, run, 2 * sum(map(encodings.nbytes, omegas))
@@ -97,7 +97,7 @@ def penalising(matrices: list[Matrix]) -> Iterator[Timed]:
             torch.autograd.grad(equations.layer_penalty(matrix.importance, theta, theta_nu), factors)
 
     yield "as written", as_written, sum(encodings.nbytes(matrix.importance) for matrix in matrices)
-    for name in ("float32", "bfloat16", "int8", "factored"):
+    for name in ("float32", "factored"):
         omegas = [encodings.encode(matrix.importance, name) for matrix in matrices]
         run: Run = partial(ops.penalties_with_gradients, omegas, As, Bs, anchors, scales)
         yield name, run, sum(map(encodings.nbytes, omegas))

@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hlora import encodings, ops
-from hlora.encodings import ENCODINGS, Eight, Factored
+from hlora import encodings
+from hlora.encodings import ENCODINGS, Factored
 from hlora.errors import AdapterError, ArtifactError
 from hlora.recorder import ImportanceRecorder
 
@@ -88,13 +88,6 @@ def test_omega_follows_the_equations_from_any_start_under_any_optimizer(
     recorder, reference = recorded(peft_model, token_ids, make(peft_model), encoding)
     reference.assert_matches(recorder.omega)
     assert (recorder.steps, recorder.skipped_steps) == (4, 0)
-
-
-def test_omega_in_bfloat16_follows_the_equations_to_its_precision(peft_model: PeftModel, token_ids: Tensor) -> None:
-    torch.manual_seed(0)
-    recorder, reference = recorded(peft_model, token_ids, adamw(peft_model), "bfloat16")
-    reference.assert_matches(recorder.omega, 2**-6)  # four roundings of at most one unit, 2⁻⁸ of the largest
-    assert all(omega.dtype == torch.bfloat16 for omega in recorder.omega.values())
 
 
 def test_omega_of_bfloat16_factors_is_integrated_in_float32(model_dir: str, token_ids: Tensor) -> None:
@@ -367,20 +360,6 @@ def test_a_saved_state_does_not_change_with_the_recording(peft_model: PeftModel,
 # Where ω is, and in what
 
 
-def test_int8_is_recorded_in_bfloat16_and_quantised_when_consolidated(peft_model: PeftModel, token_ids: Tensor) -> None:
-    start = {m.name: (m.A.detach().clone(), m.B.detach().clone()) for m in ImportanceRecorder(peft_model).matrices}
-    recorder, _ = recorded(peft_model, token_ids, adamw(peft_model), "int8")
-    omega = {name: tensor.clone() for name, tensor in recorder.omega.items()}
-    importance = recorder.consolidate()
-    assert importance.encoding == "int8"
-    for m in recorder.matrices:
-        assert omega[m.name].dtype == torch.bfloat16
-        delta = ops.difference(m.A, m.B, start[m.name], m.scale)
-        expected, _ = ops.consolidate(omega[m.name].float(), delta, 1e-3)
-        for mine, other in zip(importance.matrices[m.name].omega, Eight.of(expected), strict=True):
-            assert torch.equal(mine, other)
-
-
 def test_a_consolidated_recorder_holds_no_second_omega(peft_model: PeftModel, token_ids: Tensor) -> None:
     recorder, _ = recorded(peft_model, token_ids, sgd(peft_model))
     recorder.consolidate()
@@ -418,7 +397,7 @@ def test_a_state_of_another_encoding_or_rank_is_refused(model_dir: str, peft_mod
 
 
 def test_an_unknown_encoding_is_refused(peft_model: PeftModel) -> None:
-    with pytest.raises(ValueError, match="float32, bfloat16, int8, factored, got 'int3'"):
+    with pytest.raises(ValueError, match="float32, factored, got 'int3'"):
         ImportanceRecorder(peft_model, "int3")
 
 

@@ -31,7 +31,7 @@ from hlora.redaction import MARK, is_secret_name, redact_argument
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
-EncodingName = Literal["float32", "bfloat16", "int8", "factored"]
+EncodingName = Literal["float32", "factored"]
 LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
 PhiScale = Literal["relative", "paper"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
@@ -189,8 +189,7 @@ class ImportanceConfig(_Section):
     """path_integral: of the general phase's training (Eq. 12, the paper's). squared_gradients: of a few hundred
     sequences at the base model, without training it; it needs penalty.anchor base."""
     encoding: EncodingName = "factored"
-    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), int8 (1; 2 while recording),
-    or factored (row sums x column sums)."""
+    """How importance is kept: float32 (the paper's, 4 bytes an element), or factored (row sums x column sums)."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] | None = None

@@ -85,9 +85,8 @@ def fisher_of_sequences(
     δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
     gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
     seed: of the sampled labels; they do not depend on `batch_size`.
-    encoding: all but factored form each example's dense gradient, factored never does (`add_squares_`). The sums are
-    kept in float32 or wider, in bfloat16 for bfloat16 and int8; memory beyond them is two matrices of a layer and one
-    batch's activations.
+    encoding: float32 forms each example's dense gradient, factored never does (`add_squares_`). The sums are kept in
+    float32 or wider; memory beyond them is two matrices of a layer and one batch's activations.
 
     The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
     for A to the effective gradient.
@@ -99,11 +98,7 @@ def fisher_of_sequences(
     encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
     sums: dict[str, Encoded] = {}
     for name, m in matrices.items():
-        d_out, d_in = m.B.shape[0], m.A.shape[1]
-        if encoding == "float32":
-            sums[name] = torch.zeros(d_out, d_in, dtype=wide[name], device=m.A.device)
-        else:
-            sums[name] = encodings.zeros(encodings.while_recording(encoding), d_out, d_in, m.A.device, wide[name])
+        sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], m.A.device, wide[name])
     examples, predicted = sequences.shape[0], sequences.shape[1] - 1
     uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -143,7 +138,7 @@ def fisher_of_sequences(
     return Importance(
         matrices={
             name: ImportanceMatrix(
-                omega=_encoded(sums.pop(name), encoding),
+                omega=sums.pop(name),
                 A=m.A.detach().clone(),
                 B=torch.zeros_like(m.B),
                 scale=m.scale,
@@ -170,8 +165,6 @@ def fisher_of_sequences(
 def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
     """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
 
-    A total in bfloat16 is rounded once a call, stochastically: to nearest it would stand still after some 256 examples.
-
     Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
     d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
     """
@@ -179,13 +172,9 @@ def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
         total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
         total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
         return
-    assert isinstance(total, Tensor)
-    summed = total.to(x.dtype)  # itself, unless it is in bfloat16
     for x_b, gradient_b in zip(x, gradient, strict=True):
         of_example = gradient_b.T @ x_b
-        summed.addcmul_(of_example, of_example)
-    if summed is not total:
-        encodings.round_stochastically_(total, summed)
+        total.addcmul_(of_example, of_example)
 
 
 def whole_model_bytes(model: nn.Module) -> int:
@@ -221,10 +210,6 @@ def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
-
-
-def _encoded(total: Encoded, encoding: str) -> Encoded:
-    return encodings.encode(total, encoding) if isinstance(total, Tensor) else total
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -10,26 +10,13 @@ matrices of 576×576 cost more in calls than in arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hlora.encodings import (
-    Dense,
-    Eight,
-    Encoded,
-    Factored,
-    norm,
-    parts,
-    round_stochastically_,
-    row_blocks,
-    rows_of,
-    shape,
-    wide,
-    write_,
-)
+from hlora.encodings import Encoded, Factored, norm, row_blocks, shape
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
@@ -78,23 +65,15 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
 
 
 def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
-    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when factored.
-
-    In bfloat16 the change is rounded stochastically.
-    """
+    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when factored."""
     if isinstance(omega, Factored):
         row, column = product_sums(gradient, delta)
         omega.row.sub_(row)
         omega.column.sub_(column)
         return
     room = _Room()
-    for rows, block in _blocks(omega):
-        assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
-        change = room.product(0, delta, rows).mul_(room.product(1, gradient, rows))
-        if block.dtype == torch.bfloat16:
-            round_stochastically_(block, change.neg_().add_(block))
-        else:
-            block.sub_(change)
+    for rows in row_blocks(*shape(omega), omega.device):
+        omega[rows].sub_(room.product(0, delta, rows).mul_(room.product(1, gradient, rows)))
 
 
 def accumulate_all_(
@@ -138,11 +117,11 @@ def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,
     return (P @ (Q @ V.mT)).mul_(U).sum(-1), ((U.mT @ P) @ Q).mul_(V).sum(-2)
 
 
-def consolidate(omega: Encoded, delta: Pair, xi: float, eight: Eight | None = None) -> tuple[Encoded, float]:
+def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]:
     """Ω (Eq. 13) and the share of elements whose ω was negative and is taken as 0.
 
-    Dense: in place, or into `eight` where given, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is
-    kept by the row and column sums of their ratio, again streamed; the share is that of the row and column sums.
+    Dense: in place, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is kept by the row and column
+    sums of their ratio, again streamed; the share is that of the row and column sums.
     """
     P, Q = delta
     if isinstance(omega, Factored):
@@ -157,14 +136,12 @@ def consolidate(omega: Encoded, delta: Pair, xi: float, eight: Eight | None = No
             row[rows] = block.sum(1)
             column += block.sum(0)
         return Factored(row, column), negative / count
-    below = torch.zeros((), dtype=torch.int64, device=P.device)
-    for rows, part in _blocks(omega):
-        values = wide(part)
-        below += (values < 0).sum()
-        target = part if eight is None else rows_of(eight, rows)
-        write_(target, values.clamp(min=0) / ((P[rows] @ Q).square_() + xi))
-    d_out, d_in = shape(omega)
-    return omega if eight is None else eight, int(below) / (d_out * d_in)
+    below = torch.zeros((), dtype=torch.int64, device=omega.device)
+    for rows in row_blocks(*shape(omega), omega.device):
+        block = omega[rows]
+        below += (block < 0).sum()
+        block.clamp_(min=0).div_((P[rows] @ Q).square_() + xi)
+    return omega, int(below) / omega.numel()
 
 
 def consolidate_all(
@@ -174,17 +151,12 @@ def consolidate_all(
     starts: Sequence[Factors],
     scales: Sequence[float],
     xi: float,
-    encoding: str,
 ) -> list[Consolidated]:
     """`consolidate` for every matrix of a model, with what else is known of each Ω."""
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
         delta = difference(A, B, start, scale)
-        eight = None
-        if encoding == "int8":
-            assert isinstance(omega, Tensor)
-            eight = Eight.zeros(*shape(omega), omega.device)
-        importance, share = consolidate(omega, delta, xi, eight)
+        importance, share = consolidate(omega, delta, xi)
         undo_cost = float(penalty(importance, delta))
         found.append(Consolidated(importance, share, undo_cost, float(norm(importance))))
     return found
@@ -260,20 +232,13 @@ def _penalty(
     products = torch.empty_like(P)  # (d_out, 2r)
     grad_A = None if factors is None else torch.zeros_like(factors[0])
     room = _Room()
-    for rows, block in _blocks(importance):
-        D = room.product(0, delta, rows)
-        weighted = D.mul_(block) if isinstance(block, Tensor) else block.dense(D.dtype).mul_(D)
+    for rows in row_blocks(*shape(importance), importance.device):
+        weighted = room.product(0, delta, rows).mul_(importance[rows])
         torch.mm(weighted, Q.T, out=products[rows])
         if grad_A is not None and factors is not None:
             grad_A.addmm_(factors[1][rows].T, weighted)
     value = (products * P).sum().clamp(min=0)
     return value, grad_A, None if grad_A is None else products[:, : len(grad_A)].clone()
-
-
-def _blocks(matrix: Dense) -> Iterator[tuple[slice, Dense]]:
-    """Blocks of rows, sharing memory."""
-    for rows in row_blocks(*shape(matrix), next(iter(parts(matrix).values())).device):
-        yield rows, rows_of(matrix, rows)
 
 
 class _Room:

@@ -34,7 +34,7 @@ class ImportanceRecorder:
     `Trainer(callbacks=[recorder.callback()])`. The gradient must be that of the task loss alone, averaged
     over accumulation and before clipping; the callback sees to that by itself.
 
-    encoding: float32, bfloat16, int8 (ω in bfloat16, Ω in 8 bits) or factored (never dense). Starts from any adapter
+    encoding: float32 or factored (never dense). Starts from any adapter
     state, not only B = 0.
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
@@ -258,14 +258,13 @@ class ImportanceRecorder:
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign).
+        """The path integral so far, by matrix name, in the encoding.
 
         In a group of processes, that of this one's share.
         """
         for matrix in self._shares.mine if not self._omega else ():
             sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
-            encoding = encodings.while_recording(self.encoding)
-            self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
+            self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device)
         return self._omega
 
     @torch.no_grad()
@@ -321,7 +320,7 @@ class ImportanceRecorder:
         factors = [As[i] for i in indices], [Bs[i] for i in indices]
         starts, scales = [self._start[m.name] for m in mine], [m.scale for m in mine]
         omegas = list(self.omega.values())
-        found = ops.consolidate_all(omegas, *factors, starts, scales, xi, self.encoding)
+        found = ops.consolidate_all(omegas, *factors, starts, scales, xi)
         of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
         if self._shares.processes == 1:
             return of
@@ -338,8 +337,7 @@ class ImportanceRecorder:
         Raises ArtifactError when a sum has overflowed: a state that is not finite is neither given nor taken.
         """
         tensors: dict[str, Tensor] = {}
-        encoding = encodings.while_recording(self.encoding)
-        for name, omega in self._shares.gathered(self.omega, encoding, everywhere=False).items():
+        for name, omega in self._shares.gathered(self.omega, self.encoding, everywhere=False).items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
         with together():
