@@ -461,7 +461,7 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-    comparison = redacted(comparison)  # kept by an older hlora
+    comparison = redacted(comparison)
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
     with building(output / "tables") as fresh_tables, building(output / "figures") as fresh_figures:
         write_tables(tables, fresh_tables)
