@@ -68,18 +68,18 @@ def main() -> None:
 
 def recording(matrices: list[Matrix]) -> Iterator[Timed]:
     """ω −= g̃ ⊙ Δθ (Eqs. 7–12)."""
-    steps, scales, device = [[matrix.step] for matrix in matrices], [SCALE] * len(matrices), matrices[0].step.A.device
+    steps, scales, device = [matrix.step for matrix in matrices], [SCALE] * len(matrices), matrices[0].step.A.device
     dense = [matrix.importance.clone() for matrix in matrices]
 
     def as_written() -> None:
-        for omega, (step,) in zip(dense, steps, strict=True):
+        for omega, step in zip(dense, steps, strict=True):
             gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, step.lr, SCALE)
             delta = equations.movement(step.A, step.B, step.A_next, step.B_next, SCALE)
             omega.copy_(equations.path_integral(omega, gradient, delta))
 
-    counted = torch.ones(1, dtype=torch.bool, device=device)
+    counted = torch.ones((), dtype=torch.bool, device=device)
     yield "as written", as_written, 2 * sum(map(encodings.nbytes, dense))
-    for name in ("float32", "bfloat16", "factored"):
+    for name in ("float32", "factored"):
         omegas = [encodings.zeros(name, *omega.shape, device) for omega in dense]
         run: Run = partial(ops.accumulate_all_, omegas, steps, scales, counted)
         yield name, run, 2 * sum(map(encodings.nbytes, omegas))
@@ -97,7 +97,7 @@ def penalising(matrices: list[Matrix]) -> Iterator[Timed]:
             torch.autograd.grad(equations.layer_penalty(matrix.importance, theta, theta_nu), factors)
 
     yield "as written", as_written, sum(encodings.nbytes(matrix.importance) for matrix in matrices)
-    for name in ("float32", "bfloat16", "int8", "factored"):
+    for name in ("float32", "factored"):
         omegas = [encodings.encode(matrix.importance, name) for matrix in matrices]
         run: Run = partial(ops.penalties_with_gradients, omegas, As, Bs, anchors, scales)
         yield name, run, sum(map(encodings.nbytes, omegas))
@@ -157,7 +157,7 @@ def show(title: str, found: dict[str, tuple[list[float], int]]) -> None:
 
 
 def growth(device: torch.device, rounds: int) -> None:
-    """Time against width and rank, where one of them doubles; against layers and steps; and of K steps in one pass."""
+    """Time against width and rank, where one of them doubles; against layers and steps."""
     table = Table(title="growth: median ms of one matrix")
     for heading in ("d", "r", "recording float32", "recording factored", "penalty float32", "penalty factored"):
         table.add_column(heading, justify="right")
@@ -173,7 +173,6 @@ def growth(device: torch.device, rounds: int) -> None:
     Console(width=110).print(table)
     in_layers(device, rounds)
     in_steps(device, rounds)
-    kept_steps(device, rounds)
 
 
 def in_layers(device: torch.device, rounds: int) -> None:
@@ -197,40 +196,19 @@ def in_steps(device: torch.device, rounds: int) -> None:
     table = Table(title="growth with steps: recording one 1024×1024, r 8")
     for heading in ("steps so far", "ms a step, float32", "bytes", "ms a step, factored", "bytes"):
         table.add_column(heading, justify="right")
-    matrix, counted = drawn(1024, 1024, RANK, device), torch.ones(1, dtype=torch.bool, device=device)
+    matrix, counted = drawn(1024, 1024, RANK, device), torch.ones((), dtype=torch.bool, device=device)
     omegas = [encodings.zeros(name, 1024, 1024, device) for name in ("float32", "factored")]
     done = 0
     for steps in (10, 100, 1000):
         row = [str(steps)]
         for omega in omegas:
             runs = [
-                seconds(lambda omega=omega: ops.accumulate_all_([omega], [[matrix.step]], [SCALE], counted))
+                seconds(lambda omega=omega: ops.accumulate_all_([omega], [matrix.step], [SCALE], counted))
                 for _ in range(steps - done)
             ]
             row += [f"{1e3 * statistics.median(runs[-10 * rounds :]):.3g}", f"{encodings.nbytes(omega):,}"]
         done = steps
         table.add_row(*row)
-    Console(width=110).print(table)
-
-
-def kept_steps(device: torch.device, rounds: int) -> None:
-    """`flush_every`: K steps in one pass over ω against K passes."""
-    table = Table(title="flush_every: ms a step, 3072×3072, float32")
-    for heading in ("K", "ms a step", "times faster than K = 1", "from–to"):
-        table.add_column(heading, justify="right")
-    matrix = drawn(3072, 3072, RANK, device)
-    omega = matrix.importance.clone()
-    times: dict[int, list[float]] = {k: [] for k in (1, 2, 4, 8, 16)}
-    for _ in range(rounds + 1):
-        for k, kept in times.items():
-            counted = torch.ones(k, dtype=torch.bool, device=device)
-            kept.append(
-                seconds(lambda k=k, c=counted: ops.accumulate_all_([omega], [[matrix.step] * k], [SCALE], c)) / k
-            )
-    for k, kept in times.items():
-        ratios = [a / b for a, b in zip(times[1][1:], kept[1:], strict=True)]
-        spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
-        table.add_row(str(k), f"{1e3 * statistics.median(kept[1:]):.3g}", f"{statistics.median(ratios):.2f}", spread)
     Console(width=110).print(table)
 
 

@@ -1,6 +1,6 @@
 """Time and peak memory of recording and of the penalty beside those of plain LoRA training, in one run.
 
-    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--encodings factored float32 bfloat16 int8]
+    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--encodings factored float32]
     python benchmarks/overhead.py --model llama-3.2-3b --batch 20      # of random weights, for a GPU
 
 Each round makes two plain steps, one recorded step per encoding and one protected step per encoding, in random order,
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--encodings", nargs="+", default=["factored", "float32", "bfloat16", "int8"])
+    parser.add_argument("--encodings", nargs="+", default=["factored", "float32"])
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # what the processes of their own are called with
     options = parser.parse_args()
     if options.peak:

@@ -50,8 +50,6 @@ COST: dict[str, Any] = {
             ("EWC-LoRA", "float32", 100, 1, 93.1, 53_084_160, {"whole_model_bytes": 538_060_032}),
             ("HLoRA", "float32", 20 if factor == 1 else 100, 5 if factor == 1 else 1, 41.0 * factor, 53_084_160,
              {"seconds_beyond_training": 0.71}),
-            ("HLoRA", "bfloat16", 20 if factor == 1 else 100, 5 if factor == 1 else 1, 40.2 * factor, 26_542_080,
-             {"seconds_beyond_training": 0.9}),
             ("HLoRA", "factored", 20 if factor == 1 else 100, 5 if factor == 1 else 1, 39.8 * factor, 230_400,
              {"seconds_beyond_training": 0.021}),
         )

@@ -47,7 +47,7 @@ from hlora.trainer import add_callback_first, protect
 LR = 0.02
 SCENARIOS = {
     "plain": {},
-    "factored": {"encoding": "factored", "flush_every": 3},
+    "factored": {"encoding": "factored"},
     "q only": {"targets": ["q_proj"]},  # two matrices: at four processes two have nothing to do
     "in the loss": {"in_loss": True},
     "accumulated": {"accumulate": 2},
@@ -92,7 +92,6 @@ def record_and_tune(
     kind: str,
     directory: str,
     encoding: str = "float32",
-    flush_every: int = 1,
     targets: list[str] | None = None,
     in_loss: bool = False,
     accumulate: int = 1,
@@ -106,7 +105,7 @@ def record_and_tune(
     held_out = torch.randint(3, 384, (8, 12), generator=torch.Generator().manual_seed(3))
     running = trained_by(kind, model)
     found: dict[str, Tensor] = {}
-    recorder = ImportanceRecorder(running, encoding, flush_every=flush_every)
+    recorder = ImportanceRecorder(running, encoding)
     penalty: ImportancePenalty | None = None
 
     def phase(first: int, optimizer: Any) -> list[float]:

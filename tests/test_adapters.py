@@ -53,7 +53,7 @@ def test_every_target_matrix_is_found_in_module_order(peft_model: PeftModel) -> 
     expected = [f"model.layers.{layer}.self_attn.{which}" for layer in (0, 1) for which in Q_AND_V]
     matrices = adapted_matrices(peft_model)
     assert names(matrices) == expected
-    assert [matrix.layer for matrix in matrices] == [0, 0, 1, 1]
+    assert [layer_number(matrix.name) for matrix in matrices] == [0, 0, 1, 1]
     assert [tuple(matrix.B.shape) for matrix in matrices] == [(32, 4), (16, 4)] * 2
     assert all(matrix.A.shape == (4, 32) for matrix in matrices)
 

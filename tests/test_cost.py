@@ -52,9 +52,8 @@ def test_rows_say_what_was_measured_and_are_written_and_shown(config: RunConfig)
         assert (ewc["samples"], ewc["epochs"], ewc["tokens"], ewc["batch_size"]) == (20, 1, 20 * (LENGTH - 1), 8)
         assert ewc["bytes"] == 4 * Q_AND_V and ewc["whole_model_bytes"] == 4 * cost["provenance"]["parameters"]
         ours = rows_of(cost, "HLoRA", counting)
-        assert [row["encoding"] for row in ours] == ["float32", "bfloat16", "int8", "factored"]
-        eight = Q_AND_V + 4 * 2 * (32 + 16)  # one scale a row of 32
-        assert [row["bytes"] for row in ours] == [4 * Q_AND_V, 2 * Q_AND_V, eight, 4 * 2 * (32 + 32 + 16 + 32)]
+        assert [row["encoding"] for row in ours] == ["float32", "factored"]
+        assert [row["bytes"] for row in ours] == [4 * Q_AND_V, 4 * 2 * (32 + 32 + 16 + 32)]
         for row in ours:
             assert (row["samples"], row["epochs"], row["batch_size"]) == (samples, epochs, batch)
             assert row["tokens"] == samples * epochs * (LENGTH - 1)
@@ -68,7 +67,7 @@ def test_rows_say_what_was_measured_and_are_written_and_shown(config: RunConfig)
     measured, ratios = cost_tables(cost)
     assert list(measured.columns[4].cells) == [f"{row['seconds']:.2f}" for row in cost["rows"]]
     times = [ratio["time"] for encodings in cost["ratios"].values() for ratio in encodings.values()]
-    assert list(ratios.columns[2].cells) == [f"{time:.3g}" for time in times] and len(times) == 8
+    assert list(ratios.columns[2].cells) == [f"{time:.3g}" for time in times] and len(times) == 4
 
 
 def test_equal_counting_is_one_pass_over_the_very_sequences_of_ewc(
@@ -90,10 +89,10 @@ def test_equal_counting_is_one_pass_over_the_very_sequences_of_ewc(
     measure_cost(config, sequences=20, nu_samples=22_000)
     (warm_up, ewc), (ours_warm_up, *ours) = fisher, trained
     assert ewc.shape == (20, LENGTH) and len(warm_up) == 8 and len(ours_warm_up[0]) == 8
-    for sequences, history in ours[4:]:
+    for sequences, history in ours[2:]:
         assert list(sequences) == ewc.tolist()
         assert len(history) == math.ceil(20 / 8)
-    for sequences, history in ours[:4]:  # counting as the paper: five epochs, the last batch of each not full
+    for sequences, history in ours[:2]:  # counting as the paper: five epochs, the last batch of each not full
         assert list(sequences)[:20] == ewc.tolist() and len(sequences) == 22
         assert len(history) == 5 * 2
 

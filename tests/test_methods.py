@@ -120,16 +120,11 @@ def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) ->
     assert len([path for path in (job.output / "general").iterdir() if path.is_dir()]) == 1
 
 
-def test_one_general_phase_records_every_kind_that_the_arms_ask_for(job: Job) -> None:
-    exact = ImportanceConfig(encoding="factored", gradient="exact")
-    job.recorded = (job.config.importance, ImportanceConfig(encoding="factored"), exact)
+def test_one_general_phase_records_every_encoding_that_the_arms_ask_for(job: Job) -> None:
+    factored = ImportanceConfig(encoding="factored")
+    job.recorded = (job.config.importance, factored)
     directory = recording.general_phase(job)
-    assert {path.stem for path in directory.glob("*-*.safetensors")} == {
-        "factored-effective",
-        "factored-exact",
-        "float32-effective",
-    }
-    job.config.importance = exact
+    assert {path.stem for path in directory.glob("*.safetensors")} == {"adapter", "factored", "float32"}
+    job.config.importance = factored
     assert recording.general_phase(job) == directory
-    assert recording.importance(job).provenance["gradient"] == "exact"
-    assert not any(module._forward_hooks for module in job.base.modules())
+    assert recording.importance(job).encoding == "factored"

@@ -182,17 +182,15 @@ def test_inspect_prints_norms_and_draws_the_heat_map_only_where_it_is_asked_to(
     assert (tmp_path / "map.png").stat().st_size > 1000 and (tmp_path / "map.svg").stat().st_size > 1000
 
 
-def test_int8_in_host_memory_with_several_steps_a_pass_goes_through_the_whole_job(
-    hlora: Invoke, config: Path, tmp_path: Path
-) -> None:
-    settings = ["importance.encoding=int8", "importance.flush_every=3", "importance.offload=true"]
+def test_dense_importance_goes_through_the_whole_job(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    settings = ["importance.encoding=float32"]
     chosen = [part for setting in settings for part in ("--set", setting)]
     assert hlora("record", config, *chosen)[0] == 0
     assert hlora("tune", config, *chosen)[0] == 0
     status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
-    assert status == 0 and "int8" in out
+    assert status == 0 and "float32" in out
     tensors = load_file(tmp_path / "out" / "importance" / "importance.safetensors")
-    assert tensors["model.layers.0.self_attn.q_proj.codes"].dtype == torch.uint8
+    assert tensors["model.layers.0.self_attn.q_proj.dense"].dtype == torch.float32
     (tmp_path / "out" / "importance" / "importance.safetensors").write_bytes(b"damaged")
     status, _, err = hlora("inspect", tmp_path / "out" / "importance")
     assert status == 2 and "not a readable importance" in err
@@ -200,12 +198,9 @@ def test_int8_in_host_memory_with_several_steps_a_pass_goes_through_the_whole_jo
 
 def test_the_recorder_is_the_configured_one(peft_model: PeftModel) -> None:
     plain = recorder_for(peft_model, ImportanceConfig())
-    assert (plain.encoding, plain.gradient, plain.flush_every, plain._offload) == ("factored", "effective", 1, None)
-    kept = recorder_for(peft_model, ImportanceConfig(encoding="int8", flush_every=3, offload=True))
-    assert (kept.encoding, kept.flush_every) == ("int8", 3) and kept._offload is not None
-    exact = recorder_for(peft_model, ImportanceConfig(gradient="exact"))
-    assert exact.gradient == "exact"
-    exact.close()
+    assert plain.encoding == "factored"
+    kept = recorder_for(peft_model, ImportanceConfig(encoding="float32"))
+    assert kept.encoding == "float32"
 
 
 def test_general_text_can_be_the_models_own(hlora: Invoke, config: Path, tmp_path: Path) -> None:

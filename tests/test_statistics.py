@@ -14,6 +14,7 @@ from scipy import stats
 from hlora.errors import DataError
 from hlora.statistics import (
     Interval,
+    _curve,
     cells_of,
     equal_domain,
     equal_domain_ratio,
@@ -24,7 +25,6 @@ from hlora.statistics import (
     measure,
     nll_at,
     pareto_front,
-    points_of,
     untuned,
     values_of,
     welch,
@@ -326,7 +326,7 @@ def test_the_curve_is_of_the_seeds_that_have_every_strength(trade_off):
     trade_off["cells"] = [
         each for each in trade_off["cells"] if each["arm"] != "HLoRA" or each["seed"] == 0 or each["strength"] == 3.0
     ]
-    assert points_of(trade_off, "HLoRA", "piqa", "wikitext") == pytest.approx(
+    assert _curve(trade_off, "HLoRA", "piqa", "wikitext").points() == pytest.approx(
         np.array([(70.0, 3.38), (72.0, 3.18), (76.0, 2.98)])
     )
 
@@ -335,8 +335,8 @@ def test_a_diverged_strength_leaves_the_curve(trade_off):
     for each in trade_off["cells"]:
         if each["arm"] == "HLoRA" and each["strength"] == 1.0:
             each["test"]["texts"]["wikitext"]["nll"] = math.nan
-    assert len(points_of(trade_off, "HLoRA", "piqa", "wikitext")) == 2
-    assert len(points_of(trade_off, "HLoRA", "piqa", "other")) == 3
+    assert len(_curve(trade_off, "HLoRA", "piqa", "wikitext").points()) == 2
+    assert len(_curve(trade_off, "HLoRA", "piqa", "other").points()) == 3
 
 
 def test_cells_scored_on_different_rows_are_refused(trade_off):

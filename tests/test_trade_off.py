@@ -10,7 +10,7 @@ from drawn import labels, lines, rings, words
 from made_comparison import SEEDS, cell
 
 from hlora.figures import BLACK, GREEN, svg
-from hlora.statistics import points_of
+from hlora.statistics import _curve
 from hlora.trade_off import strength_sweep, trade_off
 
 
@@ -32,9 +32,7 @@ def test_strength_sweep_draws_the_arms_with_several_strengths_and_rings_the_chos
 def test_trade_off_goes_through_the_points_of_one_set_of_seeds(small_comparison):
     figure = trade_off(small_comparison)
     ours = lines(figure.axes[0], GREEN)[0]
-    points = points_of(
-        small_comparison, "HLoRA", "piqa", "wikitext"
-    )  # (answer NLL, log of perplexity) on the first seed
+    points = _curve(small_comparison, "HLoRA", "piqa", "wikitext").points()  # (answer NLL, log of perplexity), seed 0
     np.testing.assert_allclose(sorted(map(tuple, ours)), sorted((x, math.exp(y)) for x, y in points))
     assert len(ours) == 4
     accuracy = [

@@ -48,11 +48,6 @@ class AdaptedMatrix:
         """PEFT's scaling: alpha/r, or alpha/√r for rsLoRA."""
         return float(self.module.scaling[self.adapter_name])
 
-    @property
-    def layer(self) -> int | None:
-        """Number of the transformer block, None outside of one."""
-        return layer_number(self.name)
-
     def base_sample(self) -> Tensor:
         """Up to 16 evenly spaced values of W₀ on the CPU: float32, or bfloat16 where a quantised base has them roughly.
 

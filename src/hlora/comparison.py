@@ -375,7 +375,7 @@ class Grid:
                 task = (arm.tasks or list(self.config.tasks))[0]
                 kind = self.cell(name, task, cell.config.seed, None).config.importance
                 if kind.method == "path_integral":
-                    recorded[kind.encoding, kind.gradient] = kind
+                    recorded[kind.encoding] = kind
         config = cell.config.model_copy(deep=True)
         name = config.training.of_tune().get("run_name", self.output.name)
         config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
@@ -479,7 +479,7 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-    comparison = redacted(comparison)  # kept by an older hlora
+    comparison = redacted(comparison)
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
     with building(output / "tables") as fresh_tables, building(output / "figures") as fresh_figures:
         write_tables(tables, fresh_tables)

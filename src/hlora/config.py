@@ -34,7 +34,7 @@ from hlora.redaction import MARK, is_secret_name, redact_argument
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
-EncodingName = Literal["float32", "bfloat16", "int8", "factored"]
+EncodingName = Literal["float32", "factored"]
 LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
 PhiScale = Literal["relative", "paper"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
@@ -221,19 +221,12 @@ class ImportanceConfig(_Section):
     """path_integral: of the general phase's training (Eq. 12, the paper's). squared_gradients: of a few hundred
     sequences at the base model, without training it; it needs penalty.anchor base."""
     encoding: EncodingName = "factored"
-    """How importance is kept: float32 (the paper's, 4 bytes an element), bfloat16 (2), int8 (1; 2 while recording),
-    or factored (row sums x column sums)."""
-    flush_every: int = Field(default=1, ge=1)
-    """path_integral: optimizer steps that are integrated in one pass over the importance. Each one kept takes
-    16 x rank x (d_out + d_in) bytes of every adapted matrix; the result is the same."""
-    offload: bool = False
-    """Keep importance in host memory, in both phases, and pass it through the accelerator in blocks. Factored, it is
-    small and stays on the accelerator."""
+    """How importance is kept: float32 (the paper's, 4 bytes an element), or factored (row sums x column sums)."""
     xi: float = Field(default=1e-3, gt=0)
     """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
-    gradient: Literal["effective", "exact"] = None  # type: ignore[assignment]  # by the method
-    """effective, Eq. 11, the paper's and the default of a path integral; or exact, that of the adapted matrix itself,
-    the default of squared gradients (for a path integral it takes 4 bytes an element more memory while recording)."""
+    gradient: Literal["effective", "exact"] | None = None
+    """squared_gradients: exact (the default), that of the adapted matrix itself; or effective, Eq. 11, which a path
+    integral takes."""
     sequences: int = Field(default=256, ge=1)
     """squared_gradients: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
@@ -243,17 +236,10 @@ class ImportanceConfig(_Section):
     norm."""
 
     @model_validator(mode="after")
-    def _keeps_small_factors(self) -> ImportanceConfig:
-        if self.gradient == "exact" and self.flush_every > 1:
-            raise ValueError("flush_every: the exact gradient of a step is dense, so none is kept; expected 1")
+    def _squares_what_is_exact(self) -> ImportanceConfig:
+        if self.gradient == "exact" and self.method == "path_integral":
+            raise ValueError("gradient: a path integral takes the effective one; exact is for squared_gradients")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gradient_by_the_method(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or fields.get("gradient") is not None:
-            return fields
-        return {**fields, "gradient": "exact" if fields.get("method") == "squared_gradients" else "effective"}
 
 
 class PenaltyConfig(_Section):
@@ -386,7 +372,7 @@ Strength = Annotated[float, Field(ge=0)]
 
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "importance": {"method": "path_integral", "encoding": "float32", "gradient": "effective"},
+    "importance": {"method": "path_integral", "encoding": "float32"},
     "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix", "phi": 9.0},
     "training": {"general_rate": 1.0},
 }

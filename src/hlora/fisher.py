@@ -9,7 +9,7 @@ one pass. On the model's own samples the text is itself a draw from the model, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from hlora.adapters import AdaptedMatrix, adapted_matrices
 from hlora.encodings import Encoded, Factored
 from hlora.errors import AdapterError, DataError
 from hlora.importance import Importance, ImportanceMatrix
+from hlora.layer_gradients import layer_gradients
 
 
 def fisher_information(
@@ -84,9 +85,8 @@ def fisher_of_sequences(
     δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
     gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
     seed: of the sampled labels; they do not depend on `batch_size`.
-    encoding: all but factored form each example's dense gradient, factored never does (`add_squares_`). The sums are
-    kept in float32 or wider, in bfloat16 for bfloat16 and int8; memory beyond them is two matrices of a layer and one
-    batch's activations.
+    encoding: float32 forms each example's dense gradient, factored never does (`add_squares_`). The sums are kept in
+    float32 or wider; memory beyond them is two matrices of a layer and one batch's activations.
 
     The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
     for A to the effective gradient.
@@ -98,40 +98,47 @@ def fisher_of_sequences(
     encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
     sums: dict[str, Encoded] = {}
     for name, m in matrices.items():
-        d_out, d_in = m.B.shape[0], m.A.shape[1]
-        if encoding == "float32":
-            sums[name] = torch.zeros(d_out, d_in, dtype=wide[name], device=m.A.device)
-        else:
-            sums[name] = encodings.zeros(encodings.while_recording(encoding), d_out, d_in, m.A.device, wide[name])
+        sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], m.A.device, wide[name])
     examples, predicted = sequences.shape[0], sequences.shape[1] - 1
     uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    def add(name: str, x: Tensor, output_gradient: Tensor) -> None:
-        x, output_gradient = x.to(wide[name]), output_gradient.to(wide[name])
+    seen: set[str] = set()
+
+    def add(matrix: AdaptedMatrix, x: Tensor, output_gradient: Tensor) -> None:
+        name, dtype = matrix.name, wide[matrix.name]
+        if x.dim() != 3 or len(x) != len(batch) or name in seen:
+            raise AdapterError(
+                f"{name}: expected one input of shape ({len(batch)}, tokens, d_in) a forward pass, got "
+                f"{'a second one' if name in seen else tuple(x.shape)}, so the gradients of the examples cannot be "
+                "told apart. Leave it out of lora.target_modules."
+            )
+        seen.add(name)
+        x, output_gradient = x.to(dtype), output_gradient.to(dtype)
         if gradient == "effective":
-            A, scale = matrices[name].A.detach().to(wide[name]), matrices[name].scale
-            x = scale**2 * (x @ A.T) @ A
+            A = matrix.A.detach().to(dtype)
+            x = matrix.scale**2 * (x @ A.T) @ A
         add_squares_(sums[name], x, output_gradient)
 
     batches = range(0, examples, batch_size)
     steps = track(batches, description="squared gradients", transient=True, console=Console(stderr=True))
-    with _at_pretrained_weights(model), torch.enable_grad():
+    watched = layer_gradients(list(matrices.values()), add, adapter=False)
+    with _at_pretrained_weights(model), watched, torch.enable_grad():
         for start in steps:
             batch = sequences[start : start + batch_size].to(model.device)
-            with _output_gradients(list(matrices.values()), len(batch), add):
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-                logits = logits.to(_wide(logits))
-                targets = batch[:, 1:].flatten()
-                if labels == "sampled":
-                    targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
-                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+            seen.clear()
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = logits.to(_wide(logits))
+            targets = batch[:, 1:].flatten()
+            if labels == "sampled":
+                targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
+            nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     for total in sums.values():
         for part in encodings.parts(total).values():
             part.div_(examples * predicted)
     return Importance(
         matrices={
             name: ImportanceMatrix(
-                omega=_encoded(sums.pop(name), encoding),
+                omega=sums.pop(name),
                 A=m.A.detach().clone(),
                 B=torch.zeros_like(m.B),
                 scale=m.scale,
@@ -158,8 +165,6 @@ def fisher_of_sequences(
 def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
     """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
 
-    A total in bfloat16 is rounded once a call, stochastically: to nearest it would stand still after some 256 examples.
-
     Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
     d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
     """
@@ -167,13 +172,9 @@ def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
         total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
         total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
         return
-    assert isinstance(total, Tensor)
-    summed = total.to(x.dtype)  # itself, unless it is in bfloat16
     for x_b, gradient_b in zip(x, gradient, strict=True):
         of_example = gradient_b.T @ x_b
-        summed.addcmul_(of_example, of_example)
-    if summed is not total:
-        encodings.round_stochastically_(total, summed)
+        total.addcmul_(of_example, of_example)
 
 
 def whole_model_bytes(model: nn.Module) -> int:
@@ -191,58 +192,24 @@ def _sample(logits: Tensor, uniform: Tensor) -> Tensor:  # (n, vocabulary), (n,)
 
 @contextmanager
 def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
-    """Adapter off, evaluation mode, no parameter trained; all as before afterwards."""
+    """Adapter off, evaluation mode, nothing trained, a graph from the embeddings on; all as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with model.disable_adapter():
             model.eval()
             model.requires_grad_(False)
-            yield
+            embedded = model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+            try:
+                yield
+            finally:
+                embedded.remove()
     finally:
         model.requires_grad_(False)  # leaving disable_adapter makes the active adapter trained, also a frozen one
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _output_gradients(
-    matrices: list[AdaptedMatrix], examples: int, use: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Calls use(name, input, gradient of the output) for each base layer during the backward pass.
-
-    Input (examples, tokens, d_in), gradient (examples, tokens, d_out).
-    """
-    seen: set[str] = set()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def after_forward(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x = arguments[0].detach()
-            if x.dim() != 3 or len(x) != examples or name in seen:
-                raise AdapterError(
-                    f"{name}: expected one input of shape ({examples}, tokens, d_in) a forward pass, got "
-                    f"{'a second one' if name in seen else tuple(x.shape)}, so the gradients of the examples cannot be "
-                    "told apart. Leave it out of lora.target_modules."
-                )
-            seen.add(name)
-            if not output.requires_grad:  # the first adapted layers: nothing below them is trained
-                output.requires_grad_()
-            output.register_hook(lambda gradient: use(name, x, gradient))
-
-        return after_forward
-
-    handles = [m.module.get_base_layer().register_forward_hook(watch(m.name)) for m in matrices]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _encoded(total: Encoded, encoding: str) -> Encoded:
-    return encodings.encode(total, encoding) if isinstance(total, Tensor) else total
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

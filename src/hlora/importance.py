@@ -234,7 +234,12 @@ class Importance:
                     f"{directory}/importance.json: format {document.get('format')!r}, this hlora reads {FORMAT}. "
                     "Use the hlora that wrote it, or record again."
                 )
-            for name, expected in document.pop("sha256", {}).items():  # not there before hlora kept it
+            if document["encoding"] not in encodings.ENCODINGS:
+                raise ArtifactError(
+                    f"{directory}: importance in {document['encoding']!r}, this hlora reads "
+                    f"{' and '.join(encodings.ENCODINGS)}. Record again in one of them."
+                )
+            for name, expected in document.pop("sha256", {}).items():  # against damage, not against an author
                 found = _digest(document) if name == "importance.json" else sha256(directory / Path(name).name)
                 if found != expected:
                     raise ValueError(f"{name} is not the file that was saved")

@@ -77,8 +77,7 @@ def ewc(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     information = fisher(job)
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     weight = 1.0 if strength is None else strength
-    offload = job.config.importance.offload
-    penalty = ImportancePenalty(model, information, weight, "sum", "paper", anchor="base", offload=offload)
+    penalty = ImportancePenalty(model, information, weight, "sum", "paper", anchor="base")
     return model, train_on_domain(job, model, "ewc", penalty)
 
 

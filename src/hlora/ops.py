@@ -10,26 +10,13 @@ matrices of 576×576 cost more in calls than in arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hlora.encodings import (
-    Dense,
-    Eight,
-    Encoded,
-    Factored,
-    norm,
-    round_stochastically_,
-    row_blocks,
-    rows_of,
-    shape,
-    wide,
-    write_,
-)
-from hlora.offload import Offload
+from hlora.encodings import Encoded, Factored, norm, row_blocks, shape
 
 Pair = tuple[Tensor, Tensor]  # (d_out, k), (k, d_in)
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
@@ -77,60 +64,41 @@ def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr:
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
-def accumulate_(omega: Encoded, steps: Sequence[tuple[Pair | Tensor, Pair]], offload: Offload | None = None) -> None:
-    """ω −= Σ g̃ ⊙ Δθ (Eq. 12) over some steps, in place. One pass over ω, or O((d_out + d_in) r²) a step when factored.
-
-    Of each step the gradient, g̃ as a pair or the exact gradient G dense (d_out, d_in), and the movement Δθ as a pair.
-    In float32 the result is bit by bit that of one call a step: every element is added to in the same order. In
-    bfloat16 the changes are summed in float32 and rounded once. offload: when ω is in host memory.
-    """
+def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
+    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when factored."""
     if isinstance(omega, Factored):
-        for gradient, delta in steps:
-            row, column = product_sums(gradient, delta)
-            omega.row.sub_(row)
-            omega.column.sub_(column)
+        row, column = product_sums(gradient, delta)
+        omega.row.sub_(row)
+        omega.column.sub_(column)
         return
     room = _Room()
-    for rows, block in _blocks(omega, steps[0][1][0].device, offload, changed=True):
-        assert isinstance(block, Tensor), "ω has a sign, which int8 has not (see encodings.while_recording)"
-        changes = (room.product(0, delta, rows).mul_(_rows(gradient, rows, room)) for gradient, delta in steps)
-        if block.dtype == torch.bfloat16:
-            whole = next(changes).clone()
-            for change in changes:
-                whole.add_(change)
-            round_stochastically_(block, whole.neg_().add_(block))
-        else:
-            for change in changes:
-                block.sub_(change)
+    for rows in row_blocks(*shape(omega), omega.device):
+        omega[rows].sub_(room.product(0, delta, rows).mul_(room.product(1, gradient, rows)))
 
 
 def accumulate_all_(
     omegas: Sequence[Encoded],
-    steps: Sequence[Sequence[Step]],  # the same K of each matrix
+    steps: Sequence[Step],
     scales: Sequence[float],
-    counted: Tensor,  # bool (K,)
-    offload: Offload | None = None,
+    counted: Tensor,  # bool, a scalar
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
     counted: False for a step to leave out, whatever it holds; nobody asks the device which.
     """
-    for alike in alike_in([mine[0].A for mine in steps], [mine[0].B for mine in steps], scales):
-        stacks = [_pairs([steps[i][k] for i in alike], scales[alike[0]]) for k in range(len(counted))]
-        left_out = counted.logical_not().to(stacks[0][1][0].device)
+    for alike in alike_in([step.A for step in steps], [step.B for step in steps], scales):
+        gradient, delta = _pairs([steps[i] for i in alike], scales[alike[0]])
+        leave = counted.logical_not().to(delta[1].device)
         if isinstance(omegas[alike[0]], Factored):
-            for (gradient, delta), leave in zip(stacks, left_out, strict=True):
-                rows, columns = (sums.masked_fill_(leave, 0.0) for sums in product_sums(gradient, delta))
-                for i, row, column in zip(alike, rows, columns, strict=True):
-                    omegas[i][0].sub_(row)
-                    omegas[i][1].sub_(column)
+            rows, columns = (sums.masked_fill_(leave, 0.0) for sums in product_sums(gradient, delta))
+            for i, row, column in zip(alike, rows, columns, strict=True):
+                omegas[i][0].sub_(row)
+                omegas[i][1].sub_(column)
             continue
-        for pairs, leave in zip(stacks, left_out, strict=True):
-            for factor in (*pairs[0], *pairs[1]):
-                factor.masked_fill_(leave, 0.0)  # not times zero: it may hold NaN
-        for n, i in enumerate(alike):
-            mine = [((P[n], Q[n]), (U[n], V[n])) for (P, Q), (U, V) in stacks]
-            accumulate_(omegas[i], mine, offload)
+        for factor in (*gradient, *delta):
+            factor.masked_fill_(leave, 0.0)  # not times zero: it may hold NaN
+        for i, P, Q, U, V in zip(alike, *gradient, *delta, strict=True):
+            accumulate_(omegas[i], (P, Q), (U, V))
 
 
 def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
@@ -143,25 +111,17 @@ def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
     return effective_gradient(A, B, grad_A, grad_B, lr, scale), difference(A_next, B_next, (A, B), scale)
 
 
-def product_sums(first: Pair | Tensor, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
-    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im.
-
-    A dense G in place of PQ: Σ_j G_ij (UV)_ij = Σ_m (G Vᵀ)_im U_im.
-    """
-    U, V = second
-    if isinstance(first, Tensor):
-        return (first @ V.mT).mul_(U).sum(-1), (U.mT @ first).mul_(V).sum(-2)
-    P, Q = first
+def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
+    """Row and column sums of (PQ) ⊙ (UV) without forming it: Σ_j (PQ)_ij (UV)_ij = Σ_km P_ik (QVᵀ)_km U_im."""
+    (P, Q), (U, V) = first, second
     return (P @ (Q @ V.mT)).mul_(U).sum(-1), ((U.mT @ P) @ Q).mul_(V).sum(-2)
 
 
-def consolidate(
-    omega: Encoded, delta: Pair, xi: float, eight: Eight | None = None, offload: Offload | None = None
-) -> tuple[Encoded, float]:
+def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]:
     """Ω (Eq. 13) and the share of elements whose ω was negative and is taken as 0.
 
-    Dense: in place, or into `eight` where given, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is
-    kept by the row and column sums of their ratio, again streamed; the share is that of the row and column sums.
+    Dense: in place, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is kept by the row and column
+    sums of their ratio, again streamed; the share is that of the row and column sums.
     """
     P, Q = delta
     if isinstance(omega, Factored):
@@ -176,14 +136,12 @@ def consolidate(
             row[rows] = block.sum(1)
             column += block.sum(0)
         return Factored(row, column), negative / count
-    below = torch.zeros((), dtype=torch.int64, device=P.device)
-    for rows, part in _blocks(omega, P.device, offload, changed=eight is None):
-        values = wide(part)
-        below += (values < 0).sum()
-        target = part if eight is None else rows_of(eight, rows)
-        write_(target, values.clamp(min=0) / ((P[rows] @ Q).square_() + xi))
-    d_out, d_in = shape(omega)
-    return omega if eight is None else eight, int(below) / (d_out * d_in)
+    below = torch.zeros((), dtype=torch.int64, device=omega.device)
+    for rows in row_blocks(*shape(omega), omega.device):
+        block = omega[rows]
+        below += (block < 0).sum()
+        block.clamp_(min=0).div_((P[rows] @ Q).square_() + xi)
+    return omega, int(below) / omega.numel()
 
 
 def consolidate_all(
@@ -193,28 +151,20 @@ def consolidate_all(
     starts: Sequence[Factors],
     scales: Sequence[float],
     xi: float,
-    encoding: str,
-    offload: Offload | None = None,
 ) -> list[Consolidated]:
     """`consolidate` for every matrix of a model, with what else is known of each Ω."""
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
         delta = difference(A, B, start, scale)
-        eight = None
-        if encoding == "int8":
-            assert isinstance(omega, Tensor)
-            eight = Eight.zeros(*shape(omega), omega.device)
-        importance, share = consolidate(omega, delta, xi, eight, offload)
-        undo_cost = float(penalty(importance, delta, offload))
-        if offload is not None:
-            offload.wait()
+        importance, share = consolidate(omega, delta, xi)
+        undo_cost = float(penalty(importance, delta))
         found.append(Consolidated(importance, share, undo_cost, float(norm(importance))))
     return found
 
 
-def penalty(importance: Encoded, delta: Pair, offload: Offload | None = None) -> Tensor:
+def penalty(importance: Encoded, delta: Pair) -> Tensor:
     """Σ_i Ω_i D_i² (Eq. 14) with D = left @ right, a scalar."""
-    return _penalty(importance, delta, None, offload)[0]
+    return _penalty(importance, delta, None)[0]
 
 
 def penalty_with_gradients(
@@ -223,13 +173,12 @@ def penalty_with_gradients(
     B: Tensor,  # (d_out, r)
     anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
-    offload: Offload | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
     """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω.
 
     Of a stack of factored matrices: (n,), (n, r, d_in), (n, d_out, r).
     """
-    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)), offload)
+    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
     assert grad_A is not None and grad_B is not None
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 
@@ -240,14 +189,13 @@ def penalties_with_gradients(
     Bs: Sequence[Tensor],
     anchors: Sequence[Factors | None],
     scales: Sequence[float],
-    offload: Offload | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
     """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
     found: dict[int, tuple[Tensor, ...]] = {}
     for alike in alike_in(As, Bs, scales):
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
-                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i], offload)
+                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i])
             continue
         importance = Factored(*_stacked(importances, alike))
         anchor = None if anchors[alike[0]] is None else _stacked(anchors, alike)
@@ -267,7 +215,7 @@ def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
 
 
 def _penalty(
-    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None, offload: Offload | None
+    importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Σ Ω D², and for factors (A, B) also Bᵀ(Ω⊙D) and (Ω⊙D)Aᵀ."""
     P, Q = delta
@@ -284,25 +232,13 @@ def _penalty(
     products = torch.empty_like(P)  # (d_out, 2r)
     grad_A = None if factors is None else torch.zeros_like(factors[0])
     room = _Room()
-    for rows, block in _blocks(importance, P.device, offload):
-        D = room.product(0, delta, rows)
-        weighted = D.mul_(block) if isinstance(block, Tensor) else block.dense(D.dtype).mul_(D)
+    for rows in row_blocks(*shape(importance), importance.device):
+        weighted = room.product(0, delta, rows).mul_(importance[rows])
         torch.mm(weighted, Q.T, out=products[rows])
         if grad_A is not None and factors is not None:
             grad_A.addmm_(factors[1][rows].T, weighted)
     value = (products * P).sum().clamp(min=0)
     return value, grad_A, None if grad_A is None else products[:, : len(grad_A)].clone()
-
-
-def _blocks(
-    matrix: Dense, device: torch.device, offload: Offload | None, changed: bool = False
-) -> Iterator[tuple[slice, Dense]]:
-    """Blocks of rows on `device`, of a matrix there or, with `offload`, in host memory. changed: written to."""
-    if offload is not None:
-        yield from offload.blocks(matrix, device, changed)
-        return
-    for rows in row_blocks(*shape(matrix), device):
-        yield rows, rows_of(matrix, rows)
 
 
 class _Room:
@@ -320,10 +256,6 @@ class _Room:
         if which not in self._kept:  # of the first block, which is the largest
             self._kept[which] = left.new_empty(len(left), right.shape[1])
         return torch.mm(left, right, out=self._kept[which][: len(left)])
-
-
-def _rows(matrix: Pair | Tensor, rows: slice, room: _Room) -> Tensor:
-    return matrix[rows] if isinstance(matrix, Tensor) else room.product(1, matrix, rows)
 
 
 def _stacked(tuples: Sequence[Any], chosen: Sequence[int]) -> tuple[Tensor, ...]:

@@ -19,7 +19,6 @@ from hlora.distributed import Pending, Shares, laid_out_like, local, world
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError, TrainingError
 from hlora.importance import Importance
-from hlora.offload import Offload, to_host
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -36,8 +35,6 @@ class ImportancePenalty:
     group: one c_l for each adapted "matrix", or for each transformer "block".
     anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's); or
     "base", W₀, for a fresh adapter of any rank on any of the matrices that the importance covers.
-    offload: Ω stays in host memory, pinned, and passes through the device in blocks; a factored one is small and stays
-    on the device.
     In a group of processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (hlora.distributed), and every
     one calls every method; the results are the same everywhere. A trainer may move the model, join a group or shard
     after the penalty was made.
@@ -58,7 +55,6 @@ class ImportancePenalty:
         group: str = "matrix",
         adapter_name: str | None = None,
         anchor: str = "general",
-        offload: bool = False,
     ) -> None:
         if not 0 <= phi < math.inf:
             raise ValueError(f"phi: expected a finite weight of at least 0, got {phi}")
@@ -76,7 +72,6 @@ class ImportancePenalty:
         self.unit = _relative_unit(importance, self.coefficients) if phi_scale == "relative" else 1.0
         self._shares = Shares(self.matrices)
         self._begun: Pending | None = None
-        self._offload = Offload() if offload and importance.encoding != "factored" else None
         self._device = self.matrices[0].A.device
         self._omega: dict[str, Encoded] = {}
         self._anchor: dict[str, ops.Factors | None] = {}
@@ -85,7 +80,7 @@ class ImportancePenalty:
             self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
         for matrix in self._shares.mine:
             omega = importance.matrices[matrix.name].omega
-            self._omega[matrix.name] = to_host(omega) if self._offload else encodings.to_device(omega, matrix.A.device)
+            self._omega[matrix.name] = encodings.to_device(omega, matrix.A.device)
 
     def __call__(self) -> Tensor:
         """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B.
@@ -168,7 +163,7 @@ class ImportancePenalty:
         for matrix in self.matrices:
             device, anchor = matrix.A.device, self._anchor[matrix.name]
             self._anchor[matrix.name] = None if anchor is None else (anchor[0].to(device), anchor[1].to(device))
-            if matrix.name in self._omega and self._offload is None:
+            if matrix.name in self._omega:
                 self._omega[matrix.name] = encodings.to_device(self._omega[matrix.name], device)
 
     def _weighted(self, As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -180,7 +175,6 @@ class ImportancePenalty:
             Bs,
             [self._anchor[m.name] for m in mine],
             [m.scale for m in mine],
-            self._offload,
         )
         weights = [self.coefficients[m.name] / self.unit for m in mine]
         for each in (list(values), *gradients):

@@ -246,8 +246,7 @@ def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
 
 def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
     """The recorder of a path integral, as configured."""
-    chosen = options.model_dump(include={"encoding", "gradient", "flush_every", "offload"})
-    return ImportanceRecorder(model, **chosen)
+    return ImportanceRecorder(model, options.encoding)
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:
@@ -263,7 +262,7 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
         at_most=True,
         encoding=options.encoding,
         labels="text",
-        gradient=options.gradient,
+        gradient=options.gradient or "exact",
     )
     importance.provenance["data"] = job.general.facts
     return importance
@@ -283,8 +282,8 @@ def protected(job: Job, importance: Importance, phi: float, layer_weights: str) 
         model = at_general_adapter(job, importance)
     else:
         model = attach_lora(job.base, job.config.lora, job.config.seed)
-    scale, group, anchor, offload = options.phi_scale, options.group, options.anchor, job.config.importance.offload
-    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor, offload=offload)
+    scale, group, anchor = options.phi_scale, options.group, options.anchor
+    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor)
 
 
 def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:

@@ -18,9 +18,7 @@ from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, un
 from hlora.distributed import Shares, exchange, together, whole, world
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
-from hlora.exact_gradient import ExactGradient
 from hlora.importance import Importance, ImportanceMatrix
-from hlora.offload import Offload, to_host
 from hlora.ops import Consolidated, Step
 
 if TYPE_CHECKING:
@@ -36,15 +34,8 @@ class ImportanceRecorder:
     `Trainer(callbacks=[recorder.callback()])`. The gradient must be that of the task loss alone, averaged
     over accumulation and before clipping; the callback sees to that by itself.
 
-    encoding: float32, bfloat16, int8 (ω in bfloat16, Ω in 8 bits) or factored (never dense). Starts from any adapter
+    encoding: float32 or factored (never dense). Starts from any adapter
     state, not only B = 0.
-    gradient: effective, g̃ of Eq. 11 from the factors' gradients (the paper's), or exact, G = ∂L/∂θ from hooks on
-    the LoRA layers (reading 7; see ExactGradient for its memory, a dense G per matrix while recording). The hooks
-    are there from the start, or `attach`, until detached or `close`; an optimizer step ends each sum of G.
-    flush_every: steps whose small factors are kept, to be integrated in one pass over ω: 12·r·(d_out + d_in) bytes of
-    each matrix a step (28 MB for q_proj and v_proj of LLaMA-3.2-3B at r 8). The result is that of one pass a step, in
-    float32 bit by bit. Whatever reads ω integrates what is kept first.
-    offload: ω is in host memory, pinned, and passes through the device in blocks; a factored one stays where it is.
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
 
@@ -52,8 +43,7 @@ class ImportanceRecorder:
     every process calls every method. A trainer may move the model, join a group or shard after the recorder was made.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
-    ValueError for an unknown encoding or gradient and for flush_every with the exact gradient, which is dense,
-    ConfigError for exact in more than one process.
+    ValueError for an unknown encoding.
     """
 
     def __init__(
@@ -62,20 +52,10 @@ class ImportanceRecorder:
         encoding: str = "factored",
         adapter_name: str | None = None,
         unprotected: Literal["refuse", "warn"] = "refuse",
-        gradient: Literal["effective", "exact"] = "effective",
-        flush_every: int = 1,
-        offload: bool = False,
     ) -> None:
-        if gradient not in ("effective", "exact"):
-            raise ValueError(f"gradient: expected effective or exact, got {gradient!r}")
-        if flush_every < 1 or (gradient == "exact" and flush_every > 1):
-            least = "1, since the exact gradient of a step is dense" if gradient == "exact" else "at least 1"
-            raise ValueError(f"flush_every: expected {least}, got {flush_every}")
         encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
         self.model = unwrapped(model)
         self.encoding = encoding
-        self.gradient = gradient
-        self.flush_every = flush_every
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
         if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
             adapter = self.matrices[0].adapter_name
@@ -84,21 +64,14 @@ class ImportanceRecorder:
                 f"or make it the trained one: model.set_adapter({adapter!r})"
             )
         self._shares = Shares(self.matrices)
-        self._offload = Offload() if offload and encoding != "factored" else None
-        self._exact = ExactGradient(self.matrices) if gradient == "exact" else None
         self._captured: Snapshot | None = None
         self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
-        self._unit: Tensor | float = 1.0  # of the exact gradient, at capture
         self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
         self.reset()
-        if self._exact is not None:
-            self._exact.open()
 
     def reset(self) -> None:
         """Forget everything recorded and start from the adapter as it is now."""
         self._omega: dict[str, Encoded] = {}  # made when first needed: next to a consolidated one it would be a second
-        self._kept: list[list[Step]] = []  # of each step that ω has not yet, of each matrix
-        self._counted: list[Tensor] = []  # whether such a step is finite
         self._start = {matrix.name: _factors(matrix) for matrix in self.matrices}
         self._integrated = 0  # with those that were skipped
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.matrices[0].A.device)
@@ -120,7 +93,7 @@ class ImportanceRecorder:
         self.integrate()
 
     def attach(self, optimizer: Any) -> Callable[[], None]:
-        """Record each step of `optimizer` through its own hooks; returns a function that detaches (and closes).
+        """Record each step of `optimizer` through its own hooks; returns a function that detaches.
 
         Learning rates come from the parameter groups. A step that a gradient scaler skips never reaches the
         hooks and is not counted. Clip inside `recorder.step` instead, or call `recorder.capture_from(optimizer)`
@@ -143,24 +116,13 @@ class ImportanceRecorder:
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.integrate()
 
-        if self._exact is not None:
-            self._exact.open()
         handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
         def detach() -> None:
             for handle in handles:
                 handle.remove()
-            self.close()
 
         return detach
-
-    def close(self) -> None:
-        """Take the hooks of the exact gradient off the model; the effective one has none. ω stays.
-
-        For recording with `recorder.step`, or as `contextlib.closing(recorder)`; detaching and `train()`'s end do it.
-        """
-        if self._exact is not None:
-            self._exact.close()
 
     def callback(self, stop_at_move: float | None = None) -> TrainerCallback:
         """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients.
@@ -177,12 +139,11 @@ class ImportanceRecorder:
             self._shares, self._omega = Shares(self.matrices), {}
         if self._skipped.device == self.matrices[0].A.device:
             return
-        self.flush()
         for matrix in self.matrices:
             name, device = matrix.name, matrix.A.device
             A, B = self._start[name]
             self._start[name] = A.to(device), B.to(device)
-            if name in self._omega and self._offload is None:
+            if name in self._omega:
                 self._omega[name] = encodings.to_device(self._omega[name], device)
         self._skipped = self._skipped.to(self.matrices[0].A.device)
 
@@ -210,12 +171,8 @@ class ImportanceRecorder:
 
         lr: one learning rate, or one by parameter id. Where A and B differ (LoRA+), η of the second-order
         term is √(η_A η_B), which makes that term exact. gradient_scale: multiplies the gradients.
-
-        Raises AdapterError when gradients passed the hooks of the exact gradient by.
         """
         self._follow()
-        if self._exact is not None:
-            self._unit = self._exact.unit() * gradient_scale
         pieces, here = self._shares.pieces, self._here()
         As, Bs = [m.A for m in here], [m.B for m in here]
         gradients = _gradients(As, pieces), _gradients(Bs, pieces)
@@ -241,30 +198,26 @@ class ImportanceRecorder:
         return [torch.nn.utils.get_total_norm(_widened(gradients))] if gradients else []
 
     def discard(self) -> None:
-        """Forget what `capture` kept, and the sum of exact gradients; the optimizer did not step."""
+        """Forget what `capture` kept; the optimizer did not step."""
         self._captured = None
-        if self._exact is not None:
-            self._exact.clear()
 
     @torch.no_grad()
     def integrate(self) -> None:
-        """ω −= g̃ ⊙ Δθ (Eq. 12), or G ⊙ Δθ, over the step since `capture`, now or by a later `flush`.
+        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`.
 
         Skipped, counted and warned of once if not finite. On an accelerator that is decided there, and the warning
         comes when the count is next read.
         """
         if self._captured is None:
             return
-        captured, unit, exact = self._captured, self._unit, self._exact.sums if self._exact is not None else None
+        captured = self._captured
         self.discard()
         here = self._here()
         As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
         elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
         factors = _widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
-        seen = [*factors, *captured[2], *captured[3], *(exact or {}).values(), *self._elsewhere]
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen) * unit)
-        if self.flush_every > 1:
-            As, Bs = _copies(As), _copies(Bs)
+        seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
         steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
         if self._shares.sharded:
             steps, finite = self._at_owners(steps, finite)
@@ -272,13 +225,8 @@ class ImportanceRecorder:
         self._skipped += ~finite
         if finite.is_cpu:
             self._warn()
-        if exact is not None:
-            self._integrate_exact(captured, exact, unit, finite)
-            return
-        self._kept.append(steps)
-        self._counted.append(finite)
-        if len(self._kept) == self.flush_every:
-            self.flush()
+        scales = [matrix.scale for matrix in self._shares.mine]
+        ops.accumulate_all_(list(self.omega.values()), steps, scales, finite)
 
     def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
         """The step of this process's matrices, from the pieces that all processes have of them."""
@@ -287,28 +235,6 @@ class ImportanceRecorder:
         rates = [pieces[i].lr for i in self._shares.indices]
         steps = [Step(A, B, g, h, lr, a, b) for (A, B, g, h, a, b), lr in zip(found, rates, strict=True)]
         return steps, finite
-
-    def _integrate_exact(
-        self, captured: Snapshot, exact: dict[str, Tensor], unit: Tensor | float, finite: Tensor
-    ) -> None:
-        omega = self._all_omega()
-        for matrix, A, B in zip(self.matrices, *captured[:2], strict=True):
-            if matrix.name not in exact:  # a layer that no token reached has no G
-                continue
-            left, right = ops.difference(matrix.A, matrix.B, (A, B), matrix.scale)
-            G, left = exact[matrix.name], _on(left.device, unit) * left
-            for factor in (G, left, right):
-                factor.masked_fill_(~finite.to(factor.device), 0.0)
-            ops.accumulate_(omega[matrix.name], [(G, (left, right))], self._offload)
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Integrate the steps that `flush_every` has kept so far, in one pass over ω."""
-        if self._kept:
-            omegas, steps = list(self._all_omega().values()), list(zip(*self._kept, strict=True))
-            scales, counted = [matrix.scale for matrix in self._shares.mine], torch.stack(self._counted)
-            self._kept, self._counted = [], []
-            ops.accumulate_all_(omegas, steps, scales, counted, self._offload)
 
     @property
     def steps(self) -> int:
@@ -330,26 +256,16 @@ class ImportanceRecorder:
                 stacklevel=3,
             )
 
-    def _all_omega(self) -> dict[str, Encoded]:
-        for matrix in self._shares.mine if not self._omega else ():
-            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
-            encoding = encodings.while_recording(self.encoding)
-            if self._offload is None:
-                self._omega[matrix.name] = encodings.zeros(encoding, *sizes, device)
-            else:
-                self._omega[matrix.name] = to_host(encodings.zeros(encoding, *sizes, torch.device("cpu")))
-        return self._omega
-
     @property
     def omega(self) -> dict[str, Encoded]:
-        """The path integral so far, by matrix name, in the encoding (int8: in bfloat16, since ω has a sign).
+        """The path integral so far, by matrix name, in the encoding.
 
         In a group of processes, that of this one's share.
         """
-        self.flush()
-        if self._offload is not None:
-            self._offload.wait()
-        return self._all_omega()
+        for matrix in self._shares.mine if not self._omega else ():
+            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
+            self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device)
+        return self._omega
 
     @torch.no_grad()
     def consolidate(self, xi: float = 1e-3, data: Mapping[str, Any] | None = None) -> Importance:
@@ -388,7 +304,6 @@ class ImportanceRecorder:
             lora_config=_lora_config(self.model, self.matrices[0].adapter_name),
             provenance={
                 "xi": xi,
-                "gradient": self.gradient,
                 "steps": self.steps,
                 "skipped_steps": self.skipped_steps,
                 "clamped_share": negative / elements,
@@ -405,7 +320,7 @@ class ImportanceRecorder:
         factors = [As[i] for i in indices], [Bs[i] for i in indices]
         starts, scales = [self._start[m.name] for m in mine], [m.scale for m in mine]
         omegas = list(self.omega.values())
-        found = ops.consolidate_all(omegas, *factors, starts, scales, xi, self.encoding, self._offload)
+        found = ops.consolidate_all(omegas, *factors, starts, scales, xi)
         of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
         if self._shares.processes == 1:
             return of
@@ -422,8 +337,7 @@ class ImportanceRecorder:
         Raises ArtifactError when a sum has overflowed: a state that is not finite is neither given nor taken.
         """
         tensors: dict[str, Tensor] = {}
-        encoding = encodings.while_recording(self.encoding)
-        for name, omega in self._shares.gathered(self.omega, encoding, everywhere=False).items():
+        for name, omega in self._shares.gathered(self.omega, self.encoding, everywhere=False).items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._start[name]
         with together():
@@ -431,23 +345,17 @@ class ImportanceRecorder:
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "encoding": self.encoding,
-            "gradient": self.gradient,
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Raises ArtifactError when it is not finite, or of another model, encoding or
-        gradient; nothing is changed then.
+        """Go on from a `state_dict`. Nothing is changed when it is refused.
+
+        Raises ArtifactError when it is not finite, or of another model or encoding.
         """
         if state["encoding"] != self.encoding:
             raise ArtifactError(f"recording state is {state['encoding']}, this recorder is {self.encoding}")
-        gradient = state.get("gradient", "effective")  # states from before there was a choice have none
-        if gradient != self.gradient:
-            raise ArtifactError(
-                f"recording state is of the {gradient} gradient, this recorder is of the {self.gradient} one. "
-                f"Make it with gradient={gradient!r}, or record from the start."
-            )
         self._follow()
         tensors, found = state["tensors"], []
         mine = self.omega

@@ -2,7 +2,7 @@
 
 recording.json           what it was made from, losses, seconds
 adapter.safetensors      θ^ν, the factors of each matrix
-<kind>.safetensors       state of one recorder, <kind> such as factored-effective; all kinds watch the same training
+<encoding>.safetensors   state of one recorder, such as factored.safetensors; all watch the same training
 
 Squared gradients, where an arm asks for them in place of a general phase, are kept in the same way as an Importance.
 """
@@ -41,14 +41,13 @@ def importance(job: Job) -> Importance:
     directory = general_phase(job)
     model = attach_lora(job.base, config.lora, config.seed)
     recorder = recorder_for(model, config.importance)
-    recorder.load_state_dict(_read_state(directory / f"{_kind(config.importance)}.safetensors"))
+    recorder.load_state_dict(_read_state(directory / f"{config.importance.encoding}.safetensors"))
     factors = load_file(directory / "adapter.safetensors")
     with torch.no_grad():
         for matrix in recorder.matrices:
             matrix.A.copy_(factors[f"{matrix.name}.A"])
             matrix.B.copy_(factors[f"{matrix.name}.B"])
     found = recorder.consolidate(config.importance.xi, job.general.facts)
-    recorder.close()
     model.unload()
     return found
 
@@ -56,7 +55,7 @@ def importance(job: Job) -> Importance:
 def general_phase(job: Job) -> Path:
     """Directory of the job's general phase; trains it when it is not there. Raises Busy."""
     config = job.config
-    kinds = sorted({_kind(each): each for each in (*job.recorded, config.importance)}.items())
+    kinds = sorted({each.encoding: each for each in (*job.recorded, config.importance)}.items())
 
     def record(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
@@ -119,10 +118,6 @@ def digest(made_from: Mapping[str, Any]) -> str:
     """A name for what is determined by `made_from`: 16 hexadecimal digits of its SHA-256."""
     text = json.dumps(made_from, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _kind(settings: Any) -> str:
-    return f"{settings.encoding}-{settings.gradient}"
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -184,12 +184,6 @@ def values_of(
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def points_of(comparison: Mapping[str, Any], arm: str, task: str, text: str) -> list[Point]:
-    """The trade-off curve of an arm, a point for each strength: mean over the seeds that have the fullest curve."""
-    curve = _curve(comparison, arm, task, text)
-    return curve.points() if curve else []
-
-
 def equal_domain_target(comparison: Mapping[str, Any], task: str, share: float = 0.9) -> float:
     """Domain NLL at which `share` of the unprotected arm's improvement over Base is kept, mean over seeds.
 

@@ -87,7 +87,7 @@ class RecordingCallback(TrainerCallback):
         _clip_as_before(args, kwargs["optimizer"])
 
     def _file(self) -> str:
-        return f"recording-{self.recorder.encoding}-{self.recorder.gradient}"
+        return f"recording-{self.recorder.encoding}"
 
 
 class PenaltyCallback(TrainerCallback):
@@ -223,7 +223,6 @@ def protect(
     group: str = "matrix",
     adapter_name: str | None = None,
     anchor: str = "general",
-    offload: bool = False,
 ) -> ImportancePenalty:
     """Protect what `importance` covers while `trainer` trains: the two-line way in for an existing script.
 
@@ -244,7 +243,7 @@ def protect(
     if untouched and anchor == "general":
         importance.load_adapter_into(model, adapter_name)
         logger.info("the adapter was untouched; it starts from the general adapter of the importance")
-    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name, anchor, offload)
+    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name, anchor)
     add_callback_first(trainer, penalty.callback())
     return penalty
 
