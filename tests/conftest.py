@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 from collections.abc import Iterator
 from pathlib import Path
