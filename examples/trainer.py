@@ -35,7 +35,7 @@ def rows(text: str, length: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": cut, "labels": cut} for cut in cuts]
 
 
-# General text: what the model should not forget. Domain: what it should learn, here squares of numbers.
+# General text: what the model should not forget. Domain: what it should learn; here, squares of numbers.
 general = rows("\n\n".join(pydoc_data.topics.topics.values()), length=128)
 domain = rows(" ".join(f"The square of {n} is {n * n}." for n in range(10, 400)), length=64)
 
