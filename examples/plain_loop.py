@@ -36,6 +36,7 @@ draw = random.Random(0)
 numbers = [[draw.randrange(10, 100) for _ in range(8)] for _ in range(args.steps)]
 domain = [" ".join(f"The square of {n} is {n * n}." for n in row) for row in numbers]
 
+# The same rate in both phases, which goes with phi 9; docs/quickstart.md advises a quarter of it to record.
 optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
 recorder = hlora.ImportanceRecorder(model)
 for step in range(args.steps):
