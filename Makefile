@@ -19,9 +19,8 @@ check: setup ## lint, format, types
 audit: setup ## known holes in the dependencies that constraints.txt pins
 	$(BIN)/python .ci/audit.py
 
-bench: setup ## recording and penalty alone, how they grow, and what they add to a training step: docs/performance.md
+bench: setup ## recording and penalty alone, and what they add to a training step: docs/performance.md
 	$(BIN)/python benchmarks/core.py
-	$(BIN)/python benchmarks/core.py --growth
 	$(BIN)/python benchmarks/overhead.py
 
 setup: .venv/installed
