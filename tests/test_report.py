@@ -319,6 +319,7 @@ def test_report_renders_with_almost_everything_missing(content, tmp_path):
     summary_table(content)
 
 
+@pytest.mark.slow
 def test_report_renders_when_any_single_part_is_missing(full, tmp_path, monkeypatch):
     monkeypatch.setattr("hlora.figures.svg", lambda figure: "<svg></svg>")  # drawing takes most of a second a report
     for part in full:
