@@ -28,6 +28,8 @@ from hlora.errors import AdapterError, ConfigError
 from hlora.locks import lock_directory
 from hlora.trainer import sft_arguments
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
     *(f"fsdp2: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
