@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora import data
-from hlora.budget import ForgettingBudget, Rise, SampleProbe, TextProbe, parse_budget
+from hlora.budget import ForgettingBudget, Rise, SampleProbe, TextProbe
 from hlora.comparison import Grid
 from hlora.config import GeneralSource, load_comparison
 from hlora.evaluation import answer_nll
@@ -32,6 +32,7 @@ from hlora.importance import Importance
 from hlora.models import attach_lora
 from hlora.penalty import ImportancePenalty
 from hlora.trainer import train
+from hlora.units import parse_budget
 
 PROBE_FROM = 300_000  # characters into the text; evaluation reads its start
 Probe = TextProbe | SampleProbe

@@ -37,12 +37,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hlora import checkpoint, cli, distributed, encodings, equations, pipeline  # noqa: F401
-from hlora.distributed import exchange, rank, reshard, whole, world
+from hlora import checkpoint, cli, encodings, equations, pipeline  # noqa: F401
+from hlora.distributed import exchange, first_does, rank, reshard, world
+from hlora.dtensor import whole
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
+from hlora.protection import protect
 from hlora.recorder import ImportanceRecorder
-from hlora.trainer import add_callback_first, protect
+from hlora.trainer import add_callback_first
 
 LR = 0.02
 SCENARIOS = {
@@ -202,7 +204,7 @@ def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -
     batches = torch.randint(3, 384, (32, 12), generator=torch.Generator().manual_seed(2))
     data = [{"input_ids": row, "labels": row} for row in batches]
     with tempfile.TemporaryDirectory() as directory_of_first:
-        output = distributed.first_does(lambda: directory_of_first)
+        output = first_does(lambda: directory_of_first)
 
         def trainer(model: Any, **more: Any) -> Trainer:
             settings = given | {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True} | more

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hlora.adapters import adapted_matrices
-from hlora.budget import ForgettingBudget, Rise, SampleProbe, Steering, TextProbe, parse_budget
+from hlora.budget import ForgettingBudget, Rise, SampleProbe, Steering, TextProbe
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import _sliding_window
 from hlora.importance import Importance
 from hlora.penalty import ImportancePenalty
+from hlora.units import parse_budget
 
 
 @pytest.fixture

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hlora import comparison, cost, distributed, pipeline
+from hlora import comparison, cost, pipeline
 from hlora.adapters import adapted_matrices, check_trained_by
 from hlora.config import load_config
+from hlora.distributed import start
 from hlora.errors import AdapterError, ConfigError
 from hlora.locks import lock_directory
+from hlora.shares import balanced, rows_of
 from hlora.trainer import sft_arguments
 
 AT_TWO = [
@@ -152,10 +154,10 @@ def test_matrices_are_balanced_by_elements() -> None:
     sizes = [576 * 576, 192 * 576] * 30
     for processes in (1, 2, 3, 4, 8):
         loads = [0] * processes
-        for size, owner in zip(sizes, distributed.balanced(sizes, processes), strict=True):
+        for size, owner in zip(sizes, balanced(sizes, processes), strict=True):
             loads[owner] += size
         assert max(loads) - min(loads) <= max(sizes)
-    assert distributed.balanced([1, 1], 4) == [0, 1]
+    assert balanced([1, 1], 4) == [0, 1]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 8])
@@ -163,7 +165,7 @@ def test_matrices_are_balanced_by_elements() -> None:
 def test_rows_are_counted_as_fully_shard_divides_them(rows: int, processes: int) -> None:
     chunks = [len(chunk) for chunk in torch.zeros(rows, 2).chunk(processes)]
     chunks += [0] * (processes - len(chunks))
-    assert [distributed.rows_of(rows, process, processes) for process in range(processes)] == chunks
+    assert [rows_of(rows, process, processes) for process in range(processes)] == chunks
 
 
 @pytest.fixture
@@ -394,7 +396,7 @@ def test_a_launch_by_fsdp1_or_deepspeed_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ConfigError, match=f"asks for {named}.*torchrun.*--fsdp_version 2"):
-        distributed.start("cpu")
+        start("cpu")
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])

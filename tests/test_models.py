@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from hlora.adapters import adapted_matrices
 from hlora.config import LoraSettings, ModelConfig
 from hlora.errors import ConfigError
-from hlora.models import attach_lora, load_base, pick_device, pick_dtype, quiet
+from hlora.models import attach_lora, load_base, pick_device, pick_dtype
+from hlora.quiet import quiet
 
 
 def load(directory: str | Path, **settings: Any) -> tuple[Any, Any]:

@@ -19,7 +19,8 @@ from hlora.encodings import ENCODINGS
 from hlora.errors import ArtifactError
 from hlora.fisher import fisher_of_sequences
 from hlora.importance import Importance
-from hlora.penalty import ImportancePenalty, layer_coefficients
+from hlora.layer_weights import layer_coefficients
+from hlora.penalty import ImportancePenalty
 
 
 def dense(omega: encodings.Encoded) -> Tensor:

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from hlora.errors import DataError
-from hlora.rows import Rows, allowed, read_documents, read_rows
+from hlora.rows import Rows, read_documents, read_rows
+from hlora.units import allowed
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]], **options: Any) -> str:

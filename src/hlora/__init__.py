@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from hlora.budget import ForgettingBudget, SampleProbe, TextProbe
     from hlora.importance import Importance
     from hlora.penalty import ImportancePenalty
+    from hlora.protection import protect
     from hlora.recorder import ImportanceRecorder
-    from hlora.trainer import protect
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _LAZY = {
     "Importance": "hlora.importance",
     "ImportancePenalty": "hlora.penalty",
     "ImportanceRecorder": "hlora.recorder",
-    "protect": "hlora.trainer",
+    "protect": "hlora.protection",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hlora.distributed import whole as full_tensor
+from hlora.dtensor import whole as full_tensor
 from hlora.errors import AdapterError
 
 _BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hlora.distributed import first_does, is_sharded, laid_out_like, reshard, whole
+from hlora.distributed import first_does, is_sharded, reshard
+from hlora.dtensor import laid_out_like, whole
 from hlora.errors import ConfigError, DataError
 from hlora.evaluation import _BLOCK, _first_tokens
 from hlora.penalty import ImportancePenalty
@@ -59,24 +59,6 @@ _LANDINGS = 10  # probes of a landing, at most; two or three do, where the rise 
 _FURTHEST = 1.5  # α, where a landing moves the adapter away from its anchor
 _HELD_BACK = 5.0  # φ·L_reg in rises from which on that pays
 _PRECISE = 0.1  # of the budget: the standard error that a landing reads text for
-
-
-def parse_budget(text: str | float) -> float:
-    """A budget in nats a token: "1%" is a perplexity higher by 1 %, log 1.01 nats; a number is nats already.
-
-    Raises ValueError that says what was expected.
-    """
-    expected = 'expected a rise of perplexity such as "1%", or nats a token such as 0.01, more than 0'
-    if isinstance(text, bool) or not isinstance(text, str | int | float):
-        raise ValueError(f"budget: {expected}; got {text!r}")
-    match = re.fullmatch(r"\s*([^\s%]+)\s*(%?)\s*", str(text))
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not 0 < number < math.inf:
-        raise ValueError(f"budget: {expected}; got {text!r}")
-    return math.log1p(number / 100) if match[2] else number
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora.distributed import exchange, is_first, laid_out_like, rank, together, whole
+from hlora.distributed import exchange, is_first, rank, together
+from hlora.dtensor import laid_out_like, whole
 from hlora.errors import ArtifactError, first_line
 from hlora.files import PICKLES, flush, sha256, write_text
 

@@ -138,7 +138,7 @@ class LoraSettings(_Section):
 
 
 def _is_a_limit(value: Any) -> Any:
-    from hlora.rows import allowed
+    from hlora.units import allowed
 
     allowed(value, 0)
     return value
@@ -270,7 +270,7 @@ class PenaltyConfig(_Section):
     @classmethod
     def _is_a_budget(cls, value: str | float | None) -> str | float | None:
         if value is not None:
-            from hlora.budget import parse_budget
+            from hlora.units import parse_budget
 
             parse_budget(value)
         return value

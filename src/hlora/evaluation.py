@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from hlora.config import EvaluationConfig
 from hlora.data import DomainRows
 from hlora.errors import DataError, TrainingError
-from hlora.models import quiet
+from hlora.quiet import quiet
 from hlora.tasks import Example, prompt_text, write_harness_task
 
 _SHOWN = 8  # sample answers kept for the report

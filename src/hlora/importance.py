@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from hlora import encodings
 from hlora.adapters import AdaptedMatrix, adapted_matrices
-from hlora.distributed import is_first, laid_out_like, reshard
+from hlora.distributed import is_first, reshard
+from hlora.dtensor import laid_out_like
 from hlora.encodings import Encoded
 from hlora.errors import ArtifactError
 from hlora.files import building, how_to_convert, sha256

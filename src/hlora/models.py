@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -31,6 +29,7 @@ from hlora.config import LoraSettings, ModelConfig
 from hlora.distributed import sharding
 from hlora.errors import ConfigError, first_line, how_to_install
 from hlora.files import PICKLES, how_to_convert
+from hlora.quiet import quiet
 
 logger = logging.getLogger("hlora")
 
@@ -185,21 +184,6 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         )
     # With its index: Accelerate takes cuda for another device than cuda:0.
     return {"quantization_config": how, "device_map": {"": str(torch.empty(0, device=device).device)}}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Transformers' own progress bars and load reports off the terminal."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def _no_such_module(base: PreTrainedModel, problem: str) -> str:

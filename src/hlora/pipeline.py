@@ -23,22 +23,37 @@ from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hlora import checkpoint, data, distributed, report
+from hlora import checkpoint, data, report
 from hlora.adapters import adapted_matrices
-from hlora.budget import ForgettingBudget, SampleProbe, TextProbe, parse_budget
+from hlora.budget import ForgettingBudget, SampleProbe, TextProbe
 from hlora.config import CompareConfig, GeneralSource, ImportanceConfig, RunConfig
-from hlora.distributed import first_does, first_goes_first, is_first, together
+from hlora.distributed import (
+    device_for,
+    first_does,
+    first_goes_first,
+    is_first,
+    is_sharded,
+    lock_directory,
+    shard,
+    sharding,
+    start,
+    together,
+    world,
+)
+from hlora.dtensor import whole
 from hlora.errors import ArtifactError, ConfigError, DataError, first_line
 from hlora.evaluation import add_forgetting, evaluate
 from hlora.files import building, make_directory, write_text
 from hlora.fisher import fisher_information, pack
 from hlora.importance import Importance
+from hlora.layer_weights import layer_coefficients
 from hlora.models import attach_lora, check_lengths, load_base, pick_device
-from hlora.penalty import ImportancePenalty, layer_coefficients
+from hlora.penalty import ImportancePenalty
 from hlora.recorder import ImportanceRecorder
 from hlora.redaction import redacted, without_secret_fields
 from hlora.saved_adapter import load_adapter
 from hlora.trainer import sft_arguments, train
+from hlora.units import parse_budget
 
 logger = logging.getLogger("hlora")
 
@@ -81,8 +96,8 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
 @contextmanager
 def _opened(config: RunConfig, resumable: bool = True, importance: Importance | None = None) -> Iterator[Job]:
     """The job, its output directory locked by this process, or by the launch that it is one of."""
-    distributed.start(config.model.device)
-    with distributed.lock_directory(Path(config.output)):
+    start(config.model.device)
+    with lock_directory(Path(config.output)):
         yield Job.open(config, resumable, importance)
 
 
@@ -161,7 +176,7 @@ class Job:
 
     def release(self, model: Any) -> None:
         """Take the adapter off the base model. One that was sharded stays so, and is loaded anew instead."""
-        if distributed.is_sharded(model):
+        if is_sharded(model):
             self.base, _ = first_goes_first(lambda: load_base(self.config.model))
         elif isinstance(model, PeftModel):
             model.unload()
@@ -184,7 +199,7 @@ class Job:
 
 def _check_sharding(config: RunConfig) -> None:
     """Raises ConfigError for what a launch that shards (FSDP2) cannot do, by field."""
-    if not distributed.sharding():
+    if not sharding():
         return
     unsupported = {
         "model.quantization": config.model.quantization is not None,
@@ -384,8 +399,8 @@ def _check_adapter(job: Job, directory: Path) -> None:
 def save_adapter(model: PeftModel, directory: Path) -> Path:
     """Save the adapter as PEFT does, whole or not at all; in a group of processes the first does."""
     gathered = None
-    if distributed.is_sharded(model):
-        gathered = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    if is_sharded(model):
+        gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     with together():
         if is_first():
             with building(directory) as fresh:
@@ -433,9 +448,9 @@ def _measure(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any
     model = make()
     logger.info("evaluating: %s", arm)
     with _timed(job, results, f"evaluate {arm}"):
-        if distributed.sharding():
-            distributed.shard(model)
-        results["arms"][arm] = first_does(lambda: measure(job, model), in_step=distributed.sharding())
+        if sharding():
+            shard(model)
+        results["arms"][arm] = first_does(lambda: measure(job, model), in_step=sharding())
         add_forgetting(results["arms"][arm], results["arms"]["base"])
     job.release(model)
 
@@ -495,10 +510,10 @@ def _made_from(job: Job) -> dict[str, Any]:
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
     phases = []
     for arguments in (job.config.training.of_record(), job.config.training.of_tune()):
-        rows = distributed.world() * math.prod(arguments.get(name, default) for name, default in sizes.items())
+        rows = world() * math.prod(arguments.get(name, default) for name, default in sizes.items())
         phases.append({k: v for k, v in arguments.items() if k not in sizes} | {"rows": rows})
     facts["config"]["training"] = phases
-    return {"made_from": written, "by_rows": _digest(facts), "processes": distributed.world()}
+    return {"made_from": written, "by_rows": _digest(facts), "processes": world()}
 
 
 def _digest(facts: dict[str, Any]) -> str:
@@ -516,7 +531,7 @@ def _forget(job: Job) -> None:
 
 def provenance(base: PreTrainedModel, data_facts: dict[str, Any]) -> dict[str, Any]:
     """Versions, hardware, model size and data, for a results file."""
-    device = distributed.device_for(base)
+    device = device_for(base)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("hlora", "torch", "transformers", "peft", "trl", "datasets", "lm_eval")
     return {

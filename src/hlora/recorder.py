@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 
 from hlora import encodings, ops
 from hlora.adapters import AdaptedMatrix, adapted_matrices, check_trained_by, unwrapped
-from hlora.distributed import Shares, exchange, together, whole, world
+from hlora.distributed import exchange, together, world
+from hlora.dtensor import whole
 from hlora.encodings import Encoded
 from hlora.errors import AdapterError, ArtifactError
 from hlora.importance import Importance, ImportanceMatrix
 from hlora.ops import Consolidated, Step
+from hlora.shares import Shares
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -39,7 +41,7 @@ class ImportanceRecorder:
     steps, skipped_steps: integrated, and left out because a gradient was not finite. Reading them waits for the device;
     recording itself never does.
 
-    In a group of processes (DDP, FSDP2) each integrates ω of its share of the matrices alone (hlora.distributed), and
+    In a group of processes (DDP, FSDP2) each integrates ω of its share of the matrices alone (hlora.shares), and
     every process calls every method. A trainer may move the model, join a group or shard after the recorder was made.
 
     Raises AdapterError when the model has no LoRA or trains what cannot be protected (see adapted_matrices),
@@ -129,7 +131,7 @@ class ImportanceRecorder:
 
         stop_at_move: ends the training once `move()` reaches it.
         """
-        from hlora.trainer import RecordingCallback
+        from hlora.callbacks import RecordingCallback
 
         return RecordingCallback(self, stop_at_move)
 

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import pyarrow
 import pyarrow.parquet
 
 from hlora.errors import DataError, first_line
+from hlora.units import allowed
 
 logger = logging.getLogger("hlora")
 
@@ -82,16 +81,6 @@ class Rows(Generic[T]):
         """The first unusable rows with their reasons, in a line."""
         shown = "; ".join(f"Row {number}: {reason}" for number, reason in list(self.unusable.items())[:count])
         return shown + (f"; and {len(self.unusable) - count} more" if len(self.unusable) > count else "")
-
-
-def allowed(limit: int | str, rows: int) -> int:
-    """How many of `rows` may be left out: "1%" of them, rounded down, or a number. Raises ValueError for neither."""
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", limit) if isinstance(limit, str) else None
-    if share and float(share[1]) <= 100:
-        return math.floor(rows * float(share[1]) / 100)
-    if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
-        return limit
-    raise ValueError('expected a share of the rows such as "1%", or a number of rows, 0 or more')
 
 
 def read_documents(path: str, column: str = "text") -> Rows[str]:
