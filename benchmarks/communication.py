@@ -40,13 +40,17 @@ from torch.nn.functional import cross_entropy, rms_norm
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hlora import ImportancePenalty, ImportanceRecorder, encodings, shares
-from hlora.config import EvaluationConfig, LoraSettings, ModelConfig
-from hlora.distributed import exchange, rank, world
-from hlora.dtensor import whole
-from hlora.evaluation import answer_nll, text_likelihood
-from hlora.models import attach_lora, load_base
-from hlora.tasks import read_example
+from hlora import ImportancePenalty, ImportanceRecorder
+from hlora.config.sections import EvaluationConfig, LoraSettings, ModelConfig
+from hlora.data.tasks import read_example
+from hlora.evaluation.answers import answer_nll
+from hlora.evaluation.likelihood import text_likelihood
+from hlora.importance import shares
+from hlora.model.base import load_base
+from hlora.model.lora import attach_lora
+from hlora.numerics import encodings
+from hlora.parallel.dtensor import whole
+from hlora.parallel.group import exchange, rank, world
 
 ROWS, LENGTH = 4, 32
 LR = 8e-4

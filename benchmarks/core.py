@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hlora import encodings, equations, ops
+from hlora.numerics import encodings, equations, ops, types
 
 RANK, SCALE, LR, XI = 8, 4.0, 1e-3, 1e-3
 Shape = tuple[int, int, int]  # d_out, d_in, how many
@@ -39,7 +39,7 @@ GEOMETRIES: dict[str, list[Shape]] = {
 
 
 class Matrix(NamedTuple):
-    step: ops.Step
+    step: types.Step
     anchor: tuple[Tensor, Tensor]
     importance: Tensor  # float32, dense
 
@@ -220,7 +220,7 @@ def drawn(d_out: int, d_in: int, rank: int, device: torch.device) -> Matrix:
 
     A, B = random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01)
     grad_A, grad_B = random_(rank, d_in, size=1e-3), random_(d_out, rank, size=1e-3)
-    step = ops.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
+    step = types.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
     anchor = (random_(rank, d_in, size=0.05), random_(d_out, rank, size=0.01))
     return Matrix(step, anchor, torch.rand(d_out, d_in, device=device, generator=generator))
 
