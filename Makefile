@@ -21,8 +21,8 @@ test-all: .venv/all test ## the fast tests, then all others
 test-faults: .venv/dev ## the long version of tests/faults: killed at 400 points, the disk failing at 200
 	HLORA_KILL_POINTS=400 $(PYTEST) tests/faults
 
-check: .venv/dev ## lint, format, types, declared dependencies
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/deptry src
+check: .venv/dev ## lint, format, types, imports, declared dependencies
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/deptry src
 
 audit: .venv/dev ## known holes in the dependencies that constraints.txt pins
 	$(BIN)/python .ci/audit.py

@@ -22,16 +22,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from hlora import data
-from hlora.budget import ForgettingBudget, Rise, SampleProbe, TextProbe, parse_budget
-from hlora.comparison import Grid
-from hlora.config import GeneralSource, load_comparison
-from hlora.evaluation import answer_nll
-from hlora.fisher import fisher_information, pack
-from hlora.importance import Importance
-from hlora.models import attach_lora
-from hlora.penalty import ImportancePenalty
-from hlora.trainer import train
+from hlora.budget.budget import ForgettingBudget
+from hlora.budget.probes import Rise, SampleProbe, TextProbe
+from hlora.comparison.grid import Grid
+from hlora.config.reading import load_comparison
+from hlora.config.sections import GeneralSource
+from hlora.config.units import parse_budget
+from hlora.data.general import measured_text
+from hlora.data.packing import pack
+from hlora.data.samples import model_samples
+from hlora.evaluation.answers import answer_nll
+from hlora.importance.artefact import Importance
+from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.squared_gradients import fisher_information
+from hlora.model.lora import attach_lora
+from hlora.training.train import train
 
 PROBE_FROM = 300_000  # characters into the text; evaluation reads its start
 Probe = TextProbe | SampleProbe
@@ -106,10 +111,10 @@ def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
     """What is evaluated on and what is steered by. The base's losses are the same for all runs, and measured once."""
     if options.probe == "samples":  # both are the base model's own, by different seeds
         source, here = GeneralSource(source="model", samples=128), options.output
-        found = [data.model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
+        found = [model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
         rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
         return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
-    passages = data.measured_text(options.text)
+    passages = measured_text(options.text)
     if options.probe == "passages":
         there, here = ("\n\n".join(passages[first::2]) for first in (0, 1))
     else:

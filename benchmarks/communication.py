@@ -40,11 +40,17 @@ from torch.nn.functional import cross_entropy, rms_norm
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hlora import ImportancePenalty, ImportanceRecorder, distributed, encodings
-from hlora.config import EvaluationConfig, LoraSettings, ModelConfig
-from hlora.evaluation import answer_nll, text_likelihood
-from hlora.models import attach_lora, load_base
-from hlora.tasks import read_example
+from hlora import ImportancePenalty, ImportanceRecorder
+from hlora.config.sections import EvaluationConfig, LoraSettings, ModelConfig
+from hlora.data.tasks import read_example
+from hlora.evaluation.answers import answer_nll
+from hlora.evaluation.likelihood import text_likelihood
+from hlora.importance import shares
+from hlora.model.base import load_base
+from hlora.model.lora import attach_lora
+from hlora.numerics import encodings
+from hlora.parallel.dtensor import whole
+from hlora.parallel.group import exchange, rank, world
 
 ROWS, LENGTH = 4, 32
 LR = 8e-4
@@ -64,13 +70,13 @@ class Counted:
         for name in (*names, "reduce_scatter_single", "all_to_all_single", "broadcast"):
             if hasattr(dist, name):
                 setattr(dist, name, self.counting(name, getattr(dist, name)))
-        distributed._all_gather = self.counting("all_gather", distributed._all_gather)
+        shares._all_gather = self.counting("all_gather", shares._all_gather)
 
     def counting(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
             if name == "all_to_all_single":
-                away = sum(args[3]) - args[3][distributed.rank()]
+                away = sum(args[3]) - args[3][rank()]
                 self.bytes[self.by] += away * tensors[0].element_size()
             else:
                 self.sent(name, max(each.nbytes for each in tensors))
@@ -84,7 +90,7 @@ class Counted:
     def sent(self, name: str, size: int) -> None:
         """size: bytes of what the processes have together afterwards, or had before."""
         rounds = 2 if name == "all_reduce" else 1
-        self.bytes[self.by] += rounds * size * (distributed.world() - 1) / distributed.world()
+        self.bytes[self.by] += rounds * size * (world() - 1) / world()
 
     def waited(self, started: float) -> None:
         self.seconds += (time.perf_counter() - started) * (self.by == "hlora")
@@ -181,7 +187,7 @@ def process(number: int, processes: int, kind: str, port: int, options: argparse
             of_steps.append({**counted.bytes, "waited": counted.seconds, "step": time.perf_counter() - started})
             if len(of_steps) == 1:
                 for m in (recorder or penalty).matrices:
-                    pair = {"A": distributed.whole(m.A.grad), "B": distributed.whole(m.B.grad)}
+                    pair = {"A": whole(m.A.grad), "B": whole(m.B.grad)}
                     tensors.update({f"{name}.{m.name}.{which}": gradient for which, gradient in pair.items()})
             optimizer.zero_grad()
             total = loss.detach().clone()
@@ -201,11 +207,11 @@ def process(number: int, processes: int, kind: str, port: int, options: argparse
     found["evaluated"] = evaluated(model, tokenizer, options.data)
     tensors |= omega | {f"Ω.{n}": encodings.parts(m.omega)["dense"] for n, m in importance.matrices.items()}
     for m in penalty.matrices:
-        pair = {"A": distributed.whole(m.A.detach()), "B": distributed.whole(m.B.detach())}
+        pair = {"A": whole(m.A.detach()), "B": whole(m.B.detach())}
         tensors |= {f"adapter.{m.name}.{which}": factor.clone() for which, factor in pair.items()}
     everyone = [found]
     if processes > 1:
-        everyone = [json.loads(text) for text in distributed.exchange(json.dumps(found))]
+        everyone = [json.loads(text) for text in exchange(json.dumps(found))]
     if number == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{results}.safetensors")
         Path(f"{results}.json").write_text(json.dumps(everyone), encoding="utf-8")

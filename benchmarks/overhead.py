@@ -31,9 +31,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hlora import Importance, ImportancePenalty, ImportanceRecorder, encodings
-from hlora.config import LoraSettings, ModelConfig
-from hlora.models import attach_lora, load_base
+from hlora import Importance, ImportancePenalty, ImportanceRecorder
+from hlora.config.sections import LoraSettings, ModelConfig
+from hlora.model.base import load_base
+from hlora.model.lora import attach_lora
+from hlora.numerics import encodings
 
 LLAMA_3B = LlamaConfig(
     hidden_size=3072,

@@ -31,12 +31,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hlora import Importance, ImportancePenalty, ImportanceRecorder
-from hlora.config import EvaluationConfig, ModelConfig
-from hlora.evaluation import text_likelihood
-from hlora.files import write_text
-from hlora.models import load_base
-from hlora.rows import read_rows
-from hlora.tasks import read_example
+from hlora.config.sections import EvaluationConfig, ModelConfig
+from hlora.data.rows import read_rows
+from hlora.data.tasks import read_example
+from hlora.evaluation.likelihood import text_likelihood
+from hlora.model.base import load_base
+from hlora.system.files import write_text
 
 PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 2, 128
 

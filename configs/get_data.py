@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hlora.errors import DataError, HloraError, first_line
-from hlora.files import make_directory, sha256, write_text
+from hlora.system.errors import DataError, HloraError, first_line
+from hlora.system.files import make_directory, sha256, write_text
 
 Row = dict[str, Any]
 Rows = Callable[[str], list[Row]]

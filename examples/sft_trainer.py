@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import hlora
-from hlora.embedded import model_directory
+from hlora.model.embedded import model_directory
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="directory or hub name (default: SmolLM2-135M)")

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hlora import equations
-from hlora.adapters import adapted_matrices
-from hlora.config import CompareConfig, load_comparison
-from hlora.importance import Importance
-from hlora.recorder import ImportanceRecorder
+from hlora.config.comparison import CompareConfig
+from hlora.config.reading import load_comparison
+from hlora.importance.artefact import Importance
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.model.adapters import adapted_matrices
+from hlora.numerics import equations
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -37,12 +37,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hlora import checkpoint, cli, distributed, encodings, equations, pipeline  # noqa: F401
-from hlora.distributed import exchange, rank, reshard, whole, world
-from hlora.importance import Importance
-from hlora.penalty import ImportancePenalty
-from hlora.recorder import ImportanceRecorder
-from hlora.trainer import add_callback_first, protect
+from hlora import cli, pipeline  # noqa: F401
+from hlora.importance.artefact import Importance
+from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.protect import protect
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.numerics import encodings, equations
+from hlora.parallel.dtensor import whole
+from hlora.parallel.fsdp import reshard
+from hlora.parallel.group import exchange, first_does, rank, world
+from hlora.training import checkpoint
+from hlora.training.checkpoint import Checkpoints
+from hlora.training.train import add_callback_first
 
 LR = 0.02
 SCENARIOS = {
@@ -202,7 +208,7 @@ def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -
     batches = torch.randint(3, 384, (32, 12), generator=torch.Generator().manual_seed(2))
     data = [{"input_ids": row, "labels": row} for row in batches]
     with tempfile.TemporaryDirectory() as directory_of_first:
-        output = distributed.first_does(lambda: directory_of_first)
+        output = first_does(lambda: directory_of_first)
 
         def trainer(model: Any, **more: Any) -> Trainer:
             settings = given | {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True} | more
@@ -213,7 +219,7 @@ def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -
             model = adapted(directory, torch.float32 if "bf16" in given else torch.float64, ["q_proj", "v_proj"])
             recorder = ImportanceRecorder(model, "float32")
             training = trainer(model, **more)
-            add_callback_first(training, checkpoint.Checkpoints())
+            add_callback_first(training, Checkpoints())
             add_callback_first(training, recorder.callback())
             return recorder, training
 
@@ -401,7 +407,7 @@ def command_line(arguments: list[str], at: tuple[str, str] | None) -> None:
     """Ends this process."""
     torch.set_num_threads(1)
     accelerate_shards_on_a_cpu()
-    usual = checkpoint.Checkpoints.on_step_end
+    usual = Checkpoints.on_step_end
     checkpoint._EVERY = 0.0
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -409,7 +415,7 @@ def command_line(arguments: list[str], at: tuple[str, str] | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         usual(self, args, state, control, **kwargs)
 
-    checkpoint.Checkpoints.on_step_end = on_step_end  # type: ignore[method-assign]
+    Checkpoints.on_step_end = on_step_end  # type: ignore[method-assign]
     sys.argv = ["hlora", *arguments]
     status = 1
     try:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import hlora
-from hlora.adapters import adapted_matrices
+from hlora.model.adapters import adapted_matrices
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 STEPS = 12

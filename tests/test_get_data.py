@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY
 
-from hlora.files import sha256
+from hlora.system.files import sha256
 
 SCRIPT = REPOSITORY / "configs" / "get_data.py"
 spec = importlib.util.spec_from_file_location("get_data", SCRIPT)

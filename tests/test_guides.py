@@ -15,9 +15,11 @@ import pytest
 import torch
 from conftest import move_adapter, record
 
-from hlora import Importance, data
-from hlora.adapters import adapted_matrices
-from hlora.config import load_config
+from hlora import Importance
+from hlora.config.reading import load_config
+from hlora.data.domain import domain_rows
+from hlora.data.general import general_text
+from hlora.model.adapters import adapted_matrices
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 METAMATHQA = (REPOSITORY / "docs" / "guides" / "metamathqa.md").read_text(encoding="utf-8")
@@ -54,12 +56,12 @@ def test_the_metamathqa_data_of_the_guide_are_what_its_configuration_reads(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", stand_in_for_the_hub)
     exec(block(METAMATHQA, "python"), {})
-    domain = data.domain_rows(CONFIG.domain, None, seed=0)
+    domain = domain_rows(CONFIG.domain, None, seed=0)
     assert [example.answer for example in domain.train] == [f"word The answer is: {n}" for n in (1, 2, 3, 5)]
     assert domain.test[0].prompt == "Question: How many are 0 and 2? Think step by step.\nAnswer:"
     assert domain.test[0].answer == "0+2\n#### 2"
     unused: Any = None  # neither the model nor its tokenizer reads a file
-    general = data.general_text(CONFIG.general, CONFIG.evaluation, unused, unused, 0, tmp_path / "cache")
+    general = general_text(CONFIG.general, CONFIG.evaluation, unused, unused, 0, tmp_path / "cache")
     assert [document.split()[1] for document in general.train] == ["100", "101", "102"]
     assert re.findall(r"Article (\d+) says", general.evaluation["wikipedia"]) == [str(n) for n in range(100)]
     assert general.facts["characters_left_out_as_evaluation_text"] == 0

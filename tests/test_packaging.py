@@ -60,9 +60,11 @@ import importlib, pkgutil, hlora
 for module in pkgutil.walk_packages(hlora.__path__, "hlora."):
     if module.name != "hlora.__main__":
         importlib.import_module(module.name)
-from hlora.config import parse_config, starting_yaml
+from hlora.config.reading import parse_config
+from hlora.config.starting import starting_yaml
+from hlora.model.embedded import MODEL_NAME
 import gguf, yaml
-assert parse_config(yaml.safe_load(starting_yaml())).model.name == hlora.embedded.MODEL_NAME
+assert parse_config(yaml.safe_load(starting_yaml())).model.name == MODEL_NAME
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from hlora import pipeline
 from hlora.cli import main
-from hlora.config import ImportanceConfig, load_config, parse_config
-from hlora.importance import Importance
-from hlora.locks import lock_directory
-from hlora.pipeline import recorder_for
+from hlora.config.reading import load_config, parse_config
+from hlora.config.sections import ImportanceConfig
+from hlora.importance.artefact import Importance
+from hlora.run import resume
+from hlora.run.phases import recorder_for
+from hlora.system.locks import lock_directory
 
 Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
 
@@ -385,7 +387,8 @@ class Cut(Exception):
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, where: str, count: int) -> None:
     """The count-th call of a function of the pipeline ends the run."""
-    calls, whole = 0, getattr(pipeline, where)
+    module = resume if where == "measure" else pipeline
+    calls, whole = 0, getattr(module, where)
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -394,7 +397,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, where: str, count: int) -> None:
             raise Cut
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, where, call)
+    monkeypatch.setattr(module, where, call)
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from hlora.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
+from hlora.system.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
 
 if TYPE_CHECKING:
-    from hlora.budget import ForgettingBudget, SampleProbe, TextProbe
-    from hlora.importance import Importance
-    from hlora.penalty import ImportancePenalty
-    from hlora.recorder import ImportanceRecorder
-    from hlora.trainer import protect
+    from hlora.budget.budget import ForgettingBudget
+    from hlora.budget.probes import SampleProbe, TextProbe
+    from hlora.importance.artefact import Importance
+    from hlora.importance.penalty import ImportancePenalty
+    from hlora.importance.protect import protect
+    from hlora.importance.recorder import ImportanceRecorder
+    from hlora.model.base import keep_trainable
 
 __version__ = "0.1.0"
 
@@ -25,17 +27,19 @@ __all__ = [
     "ImportanceRecorder",
     "SampleProbe",
     "TextProbe",
+    "keep_trainable",
     "protect",
 ]
 
 _LAZY = {
-    "ForgettingBudget": "hlora.budget",
-    "SampleProbe": "hlora.budget",
-    "TextProbe": "hlora.budget",
-    "Importance": "hlora.importance",
-    "ImportancePenalty": "hlora.penalty",
-    "ImportanceRecorder": "hlora.recorder",
-    "protect": "hlora.trainer",
+    "ForgettingBudget": "hlora.budget.budget",
+    "SampleProbe": "hlora.budget.probes",
+    "TextProbe": "hlora.budget.probes",
+    "Importance": "hlora.importance.artefact",
+    "ImportancePenalty": "hlora.importance.penalty",
+    "ImportanceRecorder": "hlora.importance.recorder",
+    "keep_trainable": "hlora.model.base",
+    "protect": "hlora.importance.protect",
 }
 
 

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hlora import __version__
-from hlora.errors import ConfigError, HloraError, culprit, first_line
-from hlora.files import of_the_disk
-from hlora.redaction import RedactingFormatter, redact_argument, redact_text
+from hlora.system.errors import ConfigError, HloraError, culprit, first_line
+from hlora.system.files import of_the_disk
+from hlora.system.redaction import RedactingFormatter, redact_argument, redact_text
 
 app = typer.Typer(
     help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
@@ -80,14 +80,14 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory of a run.")]) -> None:
     """Make report.html again from <output>/results.json, or a comparison's from comparison.json."""
-    from hlora import comparison
-    from hlora.pipeline import read_results
-    from hlora.report import write_report
+    from hlora.comparison import compare
+    from hlora.report.run.page import write_report
+    from hlora.run.results import read_results
 
     compared = output / "comparison.json"
     if compared.is_file():
         with culprit(compared, "Make it again with `hlora compare`; finished cells are kept."):
-            comparison.write_report(json.loads(compared.read_text(encoding="utf-8")), output)
+            compare.write_report(json.loads(compared.read_text(encoding="utf-8")), output)
     else:
         results = read_results(output)
         with culprit(output / "results.json", "Make it again with `hlora evaluate`."):
@@ -103,7 +103,7 @@ def inspect(
     ] = None,
 ) -> None:
     """What an importance holds: provenance and the norm of each layer; with --figure their heat map (Fig. 7)."""
-    from hlora.importance import Importance
+    from hlora.importance.artefact import Importance
 
     described = Importance.load(importance).describe()
     norms = described.pop("layer_norms")
@@ -116,7 +116,8 @@ def inspect(
         table.add_row(name, f"{norm:.4g}")
     console.print(table)
     if figure is not None:
-        from hlora.figures import importance_heatmap, save
+        from hlora.report.heatmap import importance_heatmap
+        from hlora.report.style import save
 
         png, svg = save(importance_heatmap(norms), figure.with_suffix(""))
         console.print(f"heat map: {png}, {svg}", soft_wrap=True)
@@ -128,10 +129,11 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole job on an embedded model and data: forgetting and its cure in one picture. About 5 minutes on a CPU."""
-    from hlora import embedded, pipeline
-    from hlora.config import parse_config
+    from hlora import pipeline
+    from hlora.config.reading import parse_config
+    from hlora.data import demo
 
-    settings = parse_config(embedded.demo_config(output), "demo", overrides)
+    settings = parse_config(demo.demo_config(output), "demo", overrides)
     _show(pipeline.run(settings, _command()))
 
 
@@ -161,8 +163,9 @@ def compare(
     CONFIG is a comparison's, such as configs/compare-smollm2.yaml. Finished cells are kept: after an interruption, give
     the same command again. Several processes, one for each GPU, may share one output directory.
     """
-    from hlora import comparison, planning, ray_engine
-    from hlora.config import load_comparison
+    from hlora.comparison import planning, ray_engine
+    from hlora.comparison.compare import compare, summary
+    from hlora.config.reading import load_comparison
 
     settings = load_comparison(config, overrides)
     if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
@@ -174,10 +177,10 @@ def compare(
         return
     if engine is Engine.ray:
         with ray_engine.engine(ray_address, gpus_per_cell, 1 if cpus_per_cell is None else cpus_per_cell) as compute:
-            found = comparison.compare(settings, _command(), retry, compute)
+            found = compare(settings, _command(), retry, compute)
     else:
-        found = comparison.compare(settings, _command(), retry)
-    for line in comparison.summary(found):
+        found = compare(settings, _command(), retry)
+    for line in summary(found):
         console.print(line, markup=False, highlight=False)
     console.print(f"report: {Path(settings.output) / 'report.html'}", soft_wrap=True)
 
@@ -204,9 +207,9 @@ def cost(
     overrides: Overrides = None,
 ) -> None:
     """Time and bytes of importance, HLoRA against EWC-LoRA (Fig. 5): writes cost.json, cost.png and cost.svg."""
-    from hlora.comparison_figures import cost_bars
-    from hlora.cost import cost_tables, measure_cost
-    from hlora.figures import save
+    from hlora.comparison.cost import cost_tables, measure_cost
+    from hlora.report.comparison.figures import cost_bars
+    from hlora.report.style import save
 
     settings = _load(config, overrides)
     settings.output = str(output or Path(settings.output) / "cost")
@@ -222,7 +225,7 @@ def cost(
 @app.command("config")
 def print_config() -> None:
     """Print a commented configuration to start from."""
-    from hlora.config import starting_yaml
+    from hlora.config.starting import starting_yaml
 
     print(starting_yaml(), end="")
 
@@ -255,7 +258,7 @@ def main() -> None:
         _say(str(error), error)
         sys.exit(2)
     except Exception as error:
-        from hlora.distributed import is_lost
+        from hlora.parallel.group import is_lost
 
         if of_the_disk(error):  # full, no permission, a mount that is gone
             place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
@@ -293,7 +296,7 @@ def _say(message: str, error: Exception) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
-    from hlora.config import load_config
+    from hlora.config.reading import load_config
 
     return load_config(path, overrides)
 
@@ -303,7 +306,8 @@ def _command() -> str:
 
 
 def _show(results: dict[str, Any]) -> None:
-    from hlora.report import summary_table, verdict
+    from hlora.report.run.summary import summary_table
+    from hlora.report.run.verdict import verdict
 
     console.print(summary_table(results))
     found = verdict(results)

@@ -45,7 +45,10 @@ import torch.utils.tensorboard
 import yaml
 from trl import SFTTrainer  # noqa: F401  # all that a fork would import by itself
 
-from hlora import checkpoint, cli, comparison, comparison_figures, figures, pipeline, table_formats  # noqa: F401
+from hlora import cli, pipeline  # noqa: F401
+from hlora.comparison import compare  # noqa: F401
+from hlora.report.comparison import figures, page, table_formats, tables  # noqa: F401
+from hlora.training import checkpoint
 
 torch.set_num_threads(1)
 _WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")

@@ -17,14 +17,18 @@ from test_corpus import HOSTILE, leaves
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hlora import files, pipeline
-from hlora.comparison import compare
-from hlora.config import CompareConfig, ModelConfig, parse_config
-from hlora.errors import ArtifactError, ConfigError, HloraError
-from hlora.importance import Importance
-from hlora.locks import lock_directory, try_lock
-from hlora.models import check_lengths, load_base, pick_device
-from hlora.saved_adapter import load_adapter
+from hlora import pipeline
+from hlora.comparison.compare import compare
+from hlora.config.comparison import CompareConfig
+from hlora.config.reading import parse_config
+from hlora.config.sections import ModelConfig
+from hlora.importance.artefact import Importance
+from hlora.model.base import check_lengths, load_base, pick_device
+from hlora.model.saved_adapter import load_adapter
+from hlora.run.job import Job, lengths
+from hlora.system import files
+from hlora.system.errors import ArtifactError, ConfigError, HloraError
+from hlora.system.locks import lock_directory, try_lock
 
 
 @pytest.fixture
@@ -212,10 +216,10 @@ def test_a_length_above_the_models_context_is_refused_by_its_field(
     for length, fits in ((256, True), (257, False)):
         config = parse_config(job_fields, overrides=[f"{field}={length}"])
         if fits:
-            check_lengths(base, pipeline.lengths(config))
+            check_lengths(base, lengths(config))
             continue
         with pytest.raises(ConfigError, match=rf"^{field}: 257 tokens, but the model's context is 256"):
-            pipeline.Job.open(config)
+            Job.open(config)
 
 
 def test_a_comparison_refuses_a_length_above_the_models_context(comparison_config: CompareConfig) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Visit, visit
 from made_comparison import COST, SMALL, make_comparison, undone
-from test_report import evaluation, results
+from made_results import evaluation, results
 
-from hlora.comparison_figures import all_figures
-from hlora.figures import importance_heatmap, save
-from hlora.report import write_report
-from hlora.report.comparison import write_comparison_report
-from hlora.tables import all_tables
+from hlora.report.comparison.figures import all_figures
+from hlora.report.comparison.page import write_comparison_report
+from hlora.report.comparison.tables import all_tables
+from hlora.report.heatmap import importance_heatmap
+from hlora.report.run.page import write_report
+from hlora.report.style import save
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH: apt install chromium")
 

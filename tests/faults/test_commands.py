@@ -31,7 +31,7 @@ from test_corpus import WRONG, changed, leaves, meant
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hlora.cli import main
-from hlora.files import sha256
+from hlora.system.files import sha256
 
 TWICE = '{"question": "a", "question": "b", "choices": ["1", "2"], "label": 0}'
 LENGTHS, FLIPS = 64, 24
@@ -215,7 +215,7 @@ def drawn(value: Any, count: int, wrong: Sequence[Any] = tuple(WRONG)) -> Iterat
 
 
 def test_wrong_configurations(sample: Sample, tally: Any) -> None:
-    from hlora.config import parse_config
+    from hlora.config.reading import parse_config
 
     full = parse_config(copy.deepcopy(sample.fields)).model_dump()
     absent = str(sample.directory / "nowhere")  # tune ends there, once the configuration is read

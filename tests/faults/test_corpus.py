@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
-from hlora import data
-from hlora.config import DomainConfig, load_config, parse_config
-from hlora.errors import ArtifactError, ConfigError, DataError, HloraError
-from hlora.importance import Importance
+from hlora.config.reading import load_config, parse_config
+from hlora.config.sections import DomainConfig
+from hlora.data.domain import DomainRows, domain_rows
+from hlora.importance.artefact import Importance
+from hlora.system.errors import ArtifactError, ConfigError, DataError, HloraError
 
 DEEP = 20_000
 
@@ -156,8 +157,8 @@ def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
 ROW = {"question": "What is 1 plus one?", "choices": ["2", "3", "1"], "label": 0}
 
 
-def read_rows(path: Path, task: str = "multiple_choice") -> data.DomainRows:
-    return data.domain_rows(DomainConfig(task=task, train=str(path), test=str(path.with_name("test.jsonl"))), None, 0)
+def read_rows(path: Path, task: str = "multiple_choice") -> DomainRows:
+    return domain_rows(DomainConfig(task=task, train=str(path), test=str(path.with_name("test.jsonl"))), None, 0)
 
 
 def test_every_wrong_cell_of_a_row_is_refused_with_its_file_and_row(tmp_path: Path, tally: Any) -> None:

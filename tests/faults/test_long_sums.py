@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hlora import encodings, equations, ops
-from hlora.encodings import Encoded, Factored
+from hlora.numerics import encodings, equations, ops
+from hlora.numerics.encodings import Encoded, Factored
 
 STEPS, LR, SCALE, XI = 10_000, 1e-3, 2.0, 1e-3
 

@@ -1,6 +1,6 @@
 """Numbers that are not finite, too large or all zero: skipped and counted, refused, or stopped with what to change.
 
-What test_recorder.py, test_penalty.py, test_trainer.py and test_importance.py have of it is not repeated here.
+What test_recorder.py, test_penalty.py, test_callbacks.py and test_artefact.py have of it is not repeated here.
 SECURITY.md has the table of faults, outcomes and tests.
 """
 
@@ -24,15 +24,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from hlora import checkpoint, encodings, equations, pipeline
-from hlora.config import EvaluationConfig, parse_config
-from hlora.encodings import ENCODINGS, Factored
-from hlora.errors import ArtifactError, ConfigError, HloraError, TrainingError
-from hlora.evaluation import text_likelihood
-from hlora.importance import Importance
-from hlora.penalty import ImportancePenalty
-from hlora.recorder import ImportanceRecorder
-from hlora.trainer import train
+from hlora import pipeline
+from hlora.config.reading import parse_config
+from hlora.config.sections import EvaluationConfig
+from hlora.evaluation.likelihood import text_likelihood
+from hlora.importance.artefact import Importance
+from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.numerics import encodings, equations
+from hlora.numerics.encodings import ENCODINGS, Factored
+from hlora.system.errors import ArtifactError, ConfigError, HloraError, TrainingError
+from hlora.training import checkpoint
+from hlora.training.checkpoint_files import latest_checkpoint
+from hlora.training.train import train
 
 Tally = Callable[..., None]
 NAN, INF = float("nan"), float("inf")
@@ -162,7 +166,7 @@ def test_what_is_lost_between_two_logs_or_in_the_last_step_is_not_saved(
     with warnings.catch_warnings(), pytest.raises(error, match=message):
         warnings.simplefilter("ignore", UserWarning)  # the recorder's
         train(peft_model, tokenizer, TEXT, output, settings, 0, callbacks, resumable=True)
-    kept = checkpoint.latest(output)
+    kept = latest_checkpoint(output)
     assert kept == output / f"checkpoint-{step - 1}"
     assert saved_numbers_are_finite(kept)
 
@@ -296,7 +300,7 @@ def test_a_phi_too_large_stops_the_training_and_nothing_is_saved(
     tokenizer, output = AutoTokenizer.from_pretrained(model_dir), tmp_path / "phase"
     with pytest.raises(TrainingError, match=r"step \d: the penalty is (inf|nan) at phi 1e\+30.*lower penalty\.phi"):
         train(peft_model, tokenizer, TEXT, output, settings, 0, [penalty.callback()], resumable=True)
-    kept = checkpoint.latest(output)
+    kept = latest_checkpoint(output)
     assert kept is None or saved_numbers_are_finite(kept)
 
 

@@ -18,13 +18,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from hlora import checkpoint, data, pipeline
-from hlora.config import DomainConfig, ModelConfig, parse_config
-from hlora.errors import ArtifactError, ConfigError, DataError
-from hlora.importance import Importance
-from hlora.models import load_base
-from hlora.recorder import ImportanceRecorder
-from hlora.saved_adapter import check_adapter, load_adapter
+from hlora import pipeline
+from hlora.config.reading import parse_config
+from hlora.config.sections import DomainConfig, ModelConfig
+from hlora.data.domain import domain_rows
+from hlora.data.rows import read_documents
+from hlora.importance.artefact import Importance
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.model.base import load_base
+from hlora.model.saved_adapter import check_adapter, load_adapter
+from hlora.system.errors import ArtifactError, ConfigError, DataError
+from hlora.training.checkpoint_files import latest_checkpoint
 
 
 class Canary:
@@ -134,11 +138,11 @@ def test_pickled_rows_and_text_are_refused(name: str, mark: Path, tmp_path: Path
     path = tmp_path / "data" / name
     plant(path, mark)
     with pytest.raises(DataError, match=rf"{name}: expected a \.jsonl, \.parquet or \.csv file"):
-        data.domain_rows(DomainConfig(task="rows", train=str(path), test=str(path)), None, 0)
+        domain_rows(DomainConfig(task="rows", train=str(path), test=str(path)), None, 0)
     with pytest.raises(DataError, match=rf"{name}: expected a"):
-        data.read_documents(str(path))
+        read_documents(str(path))
     with pytest.raises(DataError, match=r"not a file here, nor a data set"):  # a directory, read by datasets
-        data.domain_rows(DomainConfig(task="rows", train=str(path.parent), test="train"), None, 0)
+        domain_rows(DomainConfig(task="rows", train=str(path.parent), test="train"), None, 0)
 
 
 def test_a_checkpoint_with_a_pickle_is_not_gone_on_from(
@@ -150,10 +154,10 @@ def test_a_checkpoint_with_a_pickle_is_not_gone_on_from(
         with pytest.raises(ZeroDivisionError):
             pipeline.record(parse_config(smallest(job_fields)))
     kept = tmp_path / "out" / "logs" / "record" / "checkpoint-2"
-    assert checkpoint.latest(kept.parent) == kept
+    assert latest_checkpoint(kept.parent) == kept
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin", "pytorch_model.bin"):
         plant(kept / name, mark)
-    assert checkpoint.latest(kept.parent) is None
+    assert latest_checkpoint(kept.parent) is None
     assert "holds" in caplog.text and "a pickle, as none of hlora's does" in caplog.text
     pipeline.record(parse_config(smallest(job_fields)))
 

@@ -46,8 +46,8 @@ def soak(model_dir: str, output: str) -> dict[int, int]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from hlora.penalty import ImportancePenalty
-    from hlora.recorder import ImportanceRecorder
+    from hlora.importance.penalty import ImportancePenalty
+    from hlora.importance.recorder import ImportanceRecorder
 
     sizes: dict[int, int] = {}
 

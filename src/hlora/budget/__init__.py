@@ -1,0 +1,1 @@
+"""A forgetting budget in place of φ."""

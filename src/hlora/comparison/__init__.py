@@ -1,0 +1,1 @@
+"""`hlora compare`: arms × tasks × seeds × strengths, each cell computed once."""

@@ -1,0 +1,71 @@
+"""One cell of a grid: a model to tune and measure, and the settings of its run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from hlora.config.comparison import CellConfig, CompareConfig
+from hlora.config.reading import parse_config
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to tune and measure."""
+
+    arm: str
+    task: str
+    seed: int | None
+    """None for the base model, which has none."""
+    strength: float | None
+    config: CellConfig
+    key: str
+
+    @property
+    def name(self) -> str:
+        return ", ".join(str(part) for part in (self.arm, self.task, f"seed {self.seed}", self.strength))
+
+
+def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, strength: float | None) -> CellConfig:
+    """Settings of one cell: the comparison's, with what its arm changes. Raises ConfigError that names the arm."""
+    settings = common.arms[arm]
+    shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
+    described = {
+        "output": common.output,
+        "seed": seed,
+        **{name: getattr(common, name).model_dump() for name in shared},
+        "training": {**common.training.model_dump(), "common": {"report_to": [], **common.training.common}},
+        "domain": common.tasks[task].model_dump(),
+        "method": settings.method,
+        "strength": strength,
+        "held_out_rows": common.selection.rows,
+    }
+    changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
+    return parse_config(described, f"arms.{arm}", changes, CellConfig)
+
+
+NOT_COMPUTED: dict[str, Any] = {
+    "status": "missing",
+    "error": None,
+    "test": None,
+    "validation": None,
+    "history": [],
+    "importance": None,
+    "seconds": {},
+    "peak_memory_bytes": None,
+}
+"""What comparison.json holds of a cell that was not measured."""
+
+
+def names_of(cell: Cell) -> dict[str, Any]:
+    """What a cell is called in comparison.json, and its settings."""
+    return {
+        "key": cell.key,
+        "arm": cell.arm,
+        "method": cell.config.method,
+        "task": cell.task,
+        "seed": cell.seed,
+        "strength": cell.strength,
+        "config": cell.config.model_dump(),
+    }

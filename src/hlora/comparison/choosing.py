@@ -1,0 +1,41 @@
+"""The strength of each arm, chosen on held-out rows and texts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hlora.config.comparison import CompareConfig
+
+
+def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Strength of each arm and task, chosen on the held-out rows and texts of the first seeds.
+
+    Of the strengths that keep `selection.kept_learning` of what unprotected LoRA learned (fall of the answers' NLL
+    against the base), the one with the lowest mean loss over the held-out general texts; if none keeps that much, the
+    one that learned most. An arm without results yet keeps its first strength.
+    """
+    measured: dict[tuple[str, str, float | None], list[tuple[float, float]]] = {}
+    for result in results:
+        if result["status"] == "done" and result["validation"]:
+            held_out = result["validation"]
+            general = statistics.fmean(text["nll"] for text in held_out["texts"].values())
+            place = (result["arm"], result["task"], result["strength"])
+            measured.setdefault(place, []).append((held_out["domain"]["answer_nll"], general))
+    means = {place: tuple(map(statistics.fmean, zip(*values, strict=True))) for place, values in measured.items()}
+    base = next(name for name, arm in config.arms.items() if arm.method == "base")
+    chosen: dict[str, dict[str, float | None]] = {}
+    for name, arm in config.arms.items():
+        chosen[name] = {}
+        for task in arm.tasks or config.tasks:
+            tried = {s: means[name, task, s] for s in arm.strengths if (name, task, s) in means}
+            before, learned = means.get((base, task, None)), means.get((config.unprotected, task, None))
+            if not tried or before is None or learned is None:
+                chosen[name][task] = arm.strengths[0] if arm.strengths else None
+                continue
+            allowed = before[0] - config.selection.kept_learning * (before[0] - learned[0])
+            enough = {s: general for s, (answers, general) in tried.items() if answers <= allowed}
+            scores = enough or {s: answers for s, (answers, _) in tried.items()}
+            chosen[name][task] = min(scores, key=scores.__getitem__)
+    return chosen

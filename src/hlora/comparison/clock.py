@@ -1,0 +1,58 @@
+"""How long a training takes, and the calls inside it that are timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Span(NamedTuple):
+    """Seconds on the clock, and of this process's processor time."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Span) -> Span:  # type: ignore[override]
+        return Span(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: Span) -> Span:
+        return Span(self.wall - other.wall, self.cpu - other.cpu)
+
+
+class Clock(TrainerCallback):
+    """Time from the beginning to the end of `train()`, without its preparations, and time inside the timed calls."""
+
+    def __init__(self) -> None:
+        self.training = self.recording = Span(0.0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = now()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training = now() - self._started
+
+    def inside(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = now()
+            result = call(*arguments, **options)
+            self.recording = self.recording + (now() - started)
+            return result
+
+        return timed
+
+
+def now() -> Span:
+    """The clocks as they are, once an accelerator has done what it was asked."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return Span(time.perf_counter(), time.process_time())

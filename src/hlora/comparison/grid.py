@@ -1,0 +1,304 @@
+"""A grid of cells, its model, its data and its directory: which cells there are, and computing them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hlora.comparison.cells import NOT_COMPUTED, Cell, cell_config, names_of
+from hlora.comparison.methods import ALTERS_BASE, METHODS, fisher
+from hlora.comparison.shared import Busy, importance
+from hlora.config.comparison import ArmConfig, CellConfig, CompareConfig
+from hlora.config.sections import GeneralConfig
+from hlora.data.domain import DomainRows, Space, domain_rows, hold_out
+from hlora.data.general import GeneralText, general_text, hold_out_documents, measured_text, without_lines_of
+from hlora.data.tasks import Example
+from hlora.evaluation.evaluate import evaluate
+from hlora.model.base import check_lengths, load_base
+from hlora.run.job import Job, lengths
+from hlora.run.results import describe
+from hlora.system.digest import digest
+from hlora.system.errors import CannotRun, DataError, HloraError, first_line
+from hlora.system.files import check_directory, make_directory, refuse_links, write_text
+from hlora.system.locks import try_lock
+from hlora.system.redaction import redacted, without_secret_fields
+from hlora.training.train import sft_arguments
+
+logger = logging.getLogger("hlora")
+
+_LOSSES = ("step", "loss", "regularisation_loss", "weighted_regularisation_loss", "total_loss")
+_BUDGET = ("phi", "probe_rise", "probe_stderr", "budget", "alpha")
+
+
+@dataclass
+class Grid:
+    """A comparison, its model and its directory."""
+
+    config: CompareConfig
+    output: Path
+    base: Any
+    tokenizer: Any
+    base_is_spoilt: bool = False
+    """A method has changed the model's weights, or failed while they were in its hands."""
+    dry_run: bool = False
+    """Nothing is written."""
+    _read: dict[str, Any] = field(default_factory=dict)
+    """Data and held-out parts by the digest of their settings."""
+
+    @classmethod
+    def open(cls, config: CompareConfig, dry_run: bool = False) -> Grid:
+        """Check what can be checked before hours of training, load the model, read the data.
+
+        dry_run: write nothing. Else make the output directory and keep the configuration in it.
+        """
+        output = Path(config.output)
+        if dry_run:
+            check_directory(output)
+        else:
+            make_directory(output)
+            refuse_links(output)
+        for name in config.arms:  # before the model is there
+            cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
+        for arguments in (config.training.of_record(), config.training.of_tune()):
+            sft_arguments(output, arguments, config.seeds[0])
+        base, tokenizer = load_base(config.model)
+        check_lengths(base, lengths(config))
+        grid = cls(config, output, base, tokenizer, dry_run=dry_run)
+        grid.first_cells()  # a wrong arm or row is reported now
+        if not dry_run:
+            shown = redacted(config.model_dump())
+            write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+        return grid
+
+    def first_cells(self) -> list[Cell]:
+        """Every strength of every arm on the first seeds."""
+        return [
+            self.cell(arm, task, seed, strength)
+            for seed in self.config.seeds[: self.config.selection.seeds]
+            for task in self.config.tasks
+            for arm, settings in self._arms_of(task, seed)
+            for strength in (settings.strengths or (None,))
+        ]
+
+    def chosen_cells(self, chosen: Mapping[str, Mapping[str, float | None]]) -> list[Cell]:
+        """The chosen strength of every arm on every seed."""
+        return [
+            self.cell(arm, task, seed, chosen[arm][task])
+            for seed in self.config.seeds
+            for task in self.config.tasks
+            for arm, _ in self._arms_of(task, seed)
+        ]
+
+    def _arms_of(self, task: str, seed: int) -> Iterator[tuple[str, ArmConfig]]:
+        """The arms that run on a task with a seed; the base has no seed and runs with the first."""
+        for name, arm in self.config.arms.items():
+            seeds = self.config.seeds[:1] if arm.method == "base" else arm.seeds or self.config.seeds
+            if task in (arm.tasks or self.config.tasks) and seed in seeds:
+                yield name, arm
+
+    def cell(self, arm: str, task: str, seed: int | None, strength: float | None) -> Cell:
+        """One cell of the grid, with the key of what determines it."""
+        config = cell_config(self.config, arm, task, seed, strength)
+        made_from = {
+            **without_secret_fields(config.model_dump(exclude={"output", "baselines"})),
+            "general_data": self.general(config).facts,
+            "domain_data": self.domain(config)[0].facts,
+            "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
+            "versions": {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
+        }
+        return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
+
+    def general(self, config: CellConfig) -> GeneralText:
+        """General text of a cell without what strengths are chosen on."""
+        key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
+        if key not in self._read:
+            found = self._general_text(config.general, config.seed)
+            if config.general == self.config.general:
+                self._read[key], _ = hold_out_documents(found)
+            else:
+                self._read[key] = without_lines_of(found, self.held_out_texts(config.seed).values())
+        return self._read[key]
+
+    def held_out_texts(self, seed: int | None) -> dict[str, str]:
+        """What strengths of every arm are chosen on: the last tenth of the comparison's own general documents, and the
+        texts of `selection`."""
+        seed = self.config.seeds[0] if seed is None else seed
+        key = f"held out, seed {seed}"
+        if key not in self._read:
+            _, documents = hold_out_documents(self._general_text(self.config.general, seed))
+            others = self.config.selection.texts.items()
+            held_out = {"general (held out)": documents, **{n: measured_text(path) for n, path in others}}
+            self._read[key] = {name: "\n\n".join(parts) for name, parts in held_out.items()}
+        return self._read[key]
+
+    def _general_text(self, general: GeneralConfig, seed: int) -> GeneralText:
+        key = digest({"general": general.model_dump(), "seed": seed})
+        if key not in self._read:
+            settings = (general, self.config.evaluation, self.base, self.tokenizer, seed, self.output)
+            self._read[key] = general_text(*settings, keep=not self.dry_run)
+        return self._read[key]
+
+    def domain(self, config: CellConfig) -> tuple[DomainRows, list[Example]]:
+        """Domain rows without those that strengths are chosen on, and those."""
+        space = Space.of(self.base, self.tokenizer, config.training.of_tune())
+        rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
+        key = digest({"domain": rows, "space": (space.context, space.cut, space.trained)})
+        if key not in self._read:
+            found = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
+            self._read[key] = hold_out(found, config.held_out_rows, config.seed)
+        return self._read[key]
+
+    def validates(self, seed: int | None) -> bool:
+        """Whether cells of this seed are measured on what strengths are chosen on; None is the base's."""
+        return seed is None or seed in self.config.seeds[: self.config.selection.seeds]
+
+    def to_compute(self, cells: Iterable[Cell], retry: bool) -> list[tuple[Cell, bool]]:
+        """The cells that are not there, each once, and with `retry` the failed ones; and whether it is such a one."""
+        found = {cell.key: (cell, self.read(cell)) for cell in cells}
+        return [
+            (cell, known is not None)
+            for cell, known in found.values()
+            if known is None or (retry and known["status"] == "failed")
+        ]
+
+    def compute(self, cells: list[Cell], retry: bool = False) -> None:
+        """Compute the cells that are not there, leaving those that another process has locked to the end."""
+        started = time.perf_counter()
+        todo = self.to_compute(cells, retry)
+        total, done = len(todo), 0
+        while todo:
+            left = []
+            for cell, again in todo:
+                if not self.attempt(cell, again):
+                    left.append((cell, again))
+                    continue
+                done += 1
+                log_progress(done, total, started)
+            if len(left) == len(todo):
+                time.sleep(2)
+            todo = left
+
+    def attempt(self, cell: Cell, again: bool) -> bool:
+        """Whether the cell is there now; False while another process has it, or something that it needs."""
+        path = self._path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with try_lock(path.with_name(f"{path.name}.lock")) as mine:
+            if not mine:
+                return False
+            if path.exists() and not again:
+                return True  # another process made it meanwhile
+            logger.info("%s", cell.name)
+            try:
+                result = self._measure(cell)
+            except Busy:
+                return False
+            except CannotRun as error:
+                result = {"status": "cannot", "error": str(error)}
+            except Exception as error:  # of any library: it is one cell's, and said there
+                text = str(error) if isinstance(error, HloraError) else first_line(error)
+                logger.error("%s failed: %s", cell.name, text)
+                result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
+            self.base_is_spoilt |= result["status"] != "done" or cell.config.method in ALTERS_BASE
+            write_text(path, json.dumps(redacted({**names_of(cell), **NOT_COMPUTED, **result}), ensure_ascii=False))
+            return True
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        job = self.job(cell)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        importance_used = None
+        if cell.config.method == "hlora":
+            importance_used = describe(importance(job), cell.config)
+        elif cell.config.method == "ewc":
+            importance_used = fisher(job).describe()
+        shared = time.perf_counter() - started
+        started = time.perf_counter()
+        model, history = METHODS[cell.config.method](job, cell.strength)
+        train = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        started = time.perf_counter()
+        test = evaluate(model, self.tokenizer, job.general.evaluation, job.domain, cell.config.evaluation)
+        test.pop("samples")
+        validation = None
+        if self.validates(cell.seed):
+            validation = self._validation(cell, model)
+        if model is not job.base:
+            model.unload()
+        del model
+        gc.collect()
+        return {
+            "status": "done",
+            "test": test,
+            "validation": validation,
+            "history": [{key: entry[key] for key in (*_LOSSES, *_BUDGET) if key in entry} for entry in history],
+            "importance": importance_used,
+            "seconds": {"importance": shared, "train": train, "evaluate": time.perf_counter() - started},
+            "peak_memory_bytes": peak,
+        }
+
+    def _validation(self, cell: Cell, model: Any) -> dict[str, Any]:
+        held_out = DomainRows([], self.domain(cell.config)[1], [])
+        settings = cell.config.evaluation.model_copy(update={"accuracy": False, "generate": 0})
+        found = evaluate(model, self.tokenizer, self.held_out_texts(cell.seed), held_out, settings)
+        return {"texts": found["texts"], "domain": found["domain"]}
+
+    def job(self, cell: Cell) -> Job:
+        """What the cell's method works on. Its general phase records what any arm of the grid needs."""
+        if self.base_is_spoilt:
+            self.base = None
+            self.base, self.tokenizer = load_base(self.config.model)
+            self.base_is_spoilt = False
+        recorded = {}
+        for name, arm in self.config.arms.items():
+            if arm.method in ("hlora", "l2"):
+                task = (arm.tasks or list(self.config.tasks))[0]
+                kind = self.cell(name, task, cell.config.seed, None).config.importance
+                if kind.method == "path_integral":
+                    recorded[kind.encoding] = kind
+        config = cell.config.model_copy(deep=True)
+        name = config.training.of_tune().get("run_name", self.output.name)
+        config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
+        job = Job(config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
+        job.general = self.general(cell.config)
+        job.domain = self.domain(cell.config)[0]
+        return job
+
+    def _path(self, cell: Cell) -> Path:
+        return self.output / "cells" / f"{cell.key}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell, under the names that the configuration gives now; None when it is not there."""
+        try:
+            kept = json.loads(self._path(cell).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self._path(cell)}: not readable ({error}). Delete it to compute the cell again."
+            ) from None
+        return {**kept, **names_of(cell)}
+
+    def results(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """What is known of the cells, each once; one that is not there has the status missing."""
+        return [
+            self.read(cell) or {**names_of(cell), **NOT_COMPUTED}
+            for cell in {cell.key: cell for cell in cells}.values()
+        ]
+
+
+def log_progress(done: int, total: int, started: float) -> None:
+    """Say how many cells are done and how long the rest takes. started: of time.perf_counter()."""
+    minutes = (time.perf_counter() - started) / done * (total - done) / 60
+    logger.info("cell %d of %d done, about %.0f min left", done, total, minutes)

@@ -1,0 +1,146 @@
+"""What cells of a comparison share. The general phase, run once a seed and kept: ω, to be consolidated at any ξ.
+
+recording.json           what it was made from, losses, seconds
+adapter.safetensors      θ^ν, the factors of each matrix
+<encoding>.safetensors   state of one recorder, such as factored.safetensors; all watch the same training
+
+Squared gradients, where an arm asks for them in place of a general phase, are kept in the same way as an Importance.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hlora.config.comparison import CellConfig
+from hlora.importance.artefact import Importance
+from hlora.model.adapters import adapted_matrices
+from hlora.model.lora import attach_lora
+from hlora.run.job import Job
+from hlora.run.phases import recorder_for, squared_gradients
+from hlora.system.digest import digest
+from hlora.system.files import building, write_text
+from hlora.system.locks import try_lock
+from hlora.system.redaction import redacted, without_secret_fields
+from hlora.training.train import train
+
+_AFTER_GENERAL = ("after_general", "lora_after_general", "hlora", "l2")
+
+
+class Busy(Exception):
+    """Another process is making what this one needs."""
+
+
+def importance(job: Job) -> Importance:
+    """Ω of the job's general text in its encoding and, of a general phase, at its ξ (Eq. 13). Raises Busy."""
+    config = job.config
+    if config.importance.method == "squared_gradients":
+        return _squared_gradients(job)
+    directory = general_phase(job)
+    model = attach_lora(job.base, config.lora, config.seed)
+    recorder = recorder_for(model, config.importance)
+    recorder.load_state_dict(_read_state(directory / f"{config.importance.encoding}.safetensors"))
+    factors = load_file(directory / "adapter.safetensors")
+    with torch.no_grad():
+        for matrix in recorder.matrices:
+            matrix.A.copy_(factors[f"{matrix.name}.A"])
+            matrix.B.copy_(factors[f"{matrix.name}.B"])
+    found = recorder.consolidate(config.importance.xi, job.general.facts)
+    model.unload()
+    return found
+
+
+def general_phase(job: Job) -> Path:
+    """Directory of the job's general phase; trains it when it is not there. Raises Busy."""
+    config = job.config
+    kinds = sorted({each.encoding: each for each in (*job.recorded, config.importance)}.items())
+
+    def record(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        recorders = {kind: recorder_for(model, each) for kind, each in kinds}
+        logs = job.output / "logs" / f"general phase, seed {config.seed}"
+        callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
+        started = time.perf_counter()
+        history = train(model, job.tokenizer, job.general.dataset(), logs, training, config.seed, callbacks)
+        seconds = time.perf_counter() - started
+        factors: dict[str, torch.Tensor] = {}
+        for matrix in adapted_matrices(model):
+            factors |= {f"{matrix.name}.A": matrix.A.detach(), f"{matrix.name}.B": matrix.B.detach()}
+        save_file({name: t.contiguous().cpu() for name, t in factors.items()}, directory / "adapter.safetensors")
+        for kind, recorder in recorders.items():
+            state = recorder.state_dict()
+            tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
+            save_file(tensors, directory / f"{kind}.safetensors", {"state": json.dumps(state)})
+        facts = {"made_from": made_from, "history": history, "seconds": seconds}
+        write_text(directory / "recording.json", json.dumps(redacted(facts), indent=1))
+        model.unload()
+
+    training = config.training.of_record()
+    made_from = {
+        **config.model_dump(include={"model", "lora", "seed"}),
+        "kinds": [kind for kind, _ in kinds],
+        "training": without_secret_fields(training),
+        "stop_at_move": config.importance.stop_at_move,
+        "text": job.general.facts,
+    }
+    return once(job, "general", made_from, record)
+
+
+def _squared_gradients(job: Job) -> Importance:
+    config = job.config
+
+    def record(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        squared_gradients(job, model).save(directory)
+        model.unload()
+
+    made_from = {**config.model_dump(include={"model", "lora", "importance", "seed"}), "text": job.general.facts}
+    return Importance.load(once(job, "squares", made_from, record))
+
+
+def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The directory of what is determined by `made_from`; `make` fills it if it is not there. Raises Busy."""
+    directory = job.output / name / digest(made_from)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        with try_lock(directory.with_name(f"{directory.name}.lock")) as mine:
+            if not mine:
+                raise Busy(directory)
+            if not directory.is_dir():
+                with building(directory, locked=True) as fresh:
+                    make(fresh)
+    return directory
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    return {**state, "tensors": load_file(path)}
+
+
+def shared_part(config: CellConfig) -> str:
+    """What a cell needs that is made once and kept for others too: fisher, squares, general, or nothing."""
+    if config.method == "ewc":
+        return "fisher"
+    if config.method not in _AFTER_GENERAL:
+        return ""
+    return "squares" if config.importance.method == "squared_gradients" else "general"
+
+
+def shared_key(config: CellConfig) -> str:
+    """The same for cells that share that part: a digest of the settings that it is made from."""
+    shared = shared_part(config)
+    made_from = {"shared": shared, **config.model_dump(include={"seed", "model", "lora", "general", "evaluation"})}
+    if shared == "general":
+        made_from |= {"training": config.training.of_record(), "stop_at_move": config.importance.stop_at_move}
+    else:
+        made_from |= config.model_dump(include={"fisher" if shared == "fisher" else "importance"})
+    return digest(made_from)

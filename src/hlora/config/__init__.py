@@ -1,0 +1,1 @@
+"""The YAML: what it may say, and how it is read."""

@@ -1,0 +1,137 @@
+"""YAML and `--set` overrides into a configuration, or one line for each wrong field."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hlora.config.comparison import CellConfig, CompareConfig
+from hlora.config.run import RunConfig
+from hlora.config.spelling import did_you_mean, nearest
+from hlora.system.errors import ConfigError
+from hlora.system.redaction import redact_argument
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read the YAML of a run, apply `section.field=value` overrides, validate.
+
+    Raises ConfigError with one line per wrong field: its path, what was expected, the nearest name.
+    """
+    return parse_config(read_yaml(path), str(path), overrides)
+
+
+def load_comparison(path: str | Path, overrides: list[str] | None = None) -> CompareConfig:
+    """Read the YAML of a comparison. Raises ConfigError (see load_config)."""
+    return parse_config(read_yaml(path), str(path), overrides, CompareConfig)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError."""
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_without_excerpt(error)}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}. See `hlora config`.")
+    return data
+
+
+Config = TypeVar("Config", RunConfig, CellConfig, CompareConfig)
+
+
+def parse_config(
+    data: dict[str, Any],
+    origin: str = "config",
+    overrides: list[str] | None = None,
+    kind: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> Config:
+    """Apply `section.field=value` overrides to a mapping and validate it. Raises ConfigError (see load_config)."""
+    for override in overrides or []:
+        _set(data, override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item, kind) for item in error.errors())
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    shown = redact_argument(override)
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {shown!r}: expected field=value, such as penalty.phi=9")
+    *sections, name = path.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {shown!r}: {section} is not a section")
+    try:
+        data[name] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {shown!r}: not a YAML value: {_without_excerpt(error)}") from None
+
+
+def _without_excerpt(error: Exception) -> str:
+    """PyYAML's message on one line, without the excerpt of the text, which may hold a token."""
+    for mark in (getattr(error, name, None) for name in ("context_mark", "problem_mark")):
+        if mark is not None:
+            mark.buffer = None
+    return " ".join(str(error).split())
+
+
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text, for it has no dot; everyone means the number. And a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    **yaml.SafeLoader.yaml_implicit_resolvers,
+    **{
+        first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), ("tag:yaml.org,2002:float", _EXPONENT)]
+        for first in "-+0123456789."
+    },
+}
+
+
+_SHORT = reprlib.Repr()  # a few lines of YAML may stand for a list of 10⁸ entries
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+
+
+def _explain(item: Any, kind: type[BaseModel]) -> str:
+    """One line for one of Pydantic's errors: path of the field, what was expected, what came, the nearest name."""
+    if item["type"] == "extra_forbidden":
+        *sections, name = item["loc"]
+        model: Any = kind
+        for section in sections:
+            # tasks and arms are mappings, from a name that the user gives to a section
+            model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[section].annotation
+        return f"{'.'.join(map(str, item['loc']))}: unknown field{nearest(name, set(model.model_fields))}"
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"{path}: required, but missing"
+    if item["type"] == "literal_error":
+        expected = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        near = did_you_mean(item["input"], expected) if isinstance(item["input"], str) else ""
+        return f"{path}: expected one of {', '.join(expected)}; got {_SHORT.repr(item['input'])}{near}"
+    if item["type"] == "model_type":
+        return f"{path}: expected a section of fields; got {_SHORT.repr(item['input'])}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    return f"{path}: {message}" + ("" if isinstance(item["input"], dict) else f"; got {_SHORT.repr(item['input'])}")

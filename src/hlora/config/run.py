@@ -1,0 +1,93 @@
+"""The configuration of a run, and the paper's preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hlora.config.sections import (
+    DomainConfig,
+    EvaluationConfig,
+    GeneralConfig,
+    ImportanceConfig,
+    LoraSettings,
+    ModelConfig,
+    PenaltyConfig,
+    Section,
+)
+from hlora.config.training import TrainingConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
+
+Arm = Literal["lora_mu", "lora_nu_mu"]
+
+PAPER: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "importance": {"method": "path_integral", "encoding": "float32"},
+    "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix", "phi": 9.0},
+    "training": {"general_rate": 1.0},
+}
+"""What `preset: paper` puts in place of our defaults."""
+
+
+class Preset(Section):
+    preset: Literal["paper"] | None = None
+    """paper: the paper's setting wherever the configuration says nothing else. It does not give xi, nor a phi that has
+    a meaning on another model, so those stay ours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_the_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("preset") != "paper":
+            return fields
+        given = {name: fields.get(name) or {} for name in PAPER}
+        if not all(isinstance(section, dict) for section in given.values()):
+            return fields  # not a section; said where it is validated
+        return {**fields, **{name: {**PAPER[name], **section} for name, section in given.items()}}
+
+
+class RunConfig(Preset):
+    output: str
+    """Directory for everything the run writes."""
+    seed: Seed = 0
+    """Seed of adapters, data order and sampling."""
+    model: ModelConfig
+    """The base model."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter."""
+    general: GeneralConfig
+    """The general task: what the model should not forget."""
+    domain: DomainConfig
+    """The domain task: what the model should learn."""
+    importance: ImportanceConfig = ImportanceConfig()
+    """How importance is recorded."""
+    penalty: PenaltyConfig = PenaltyConfig()
+    """How it protects."""
+    training: TrainingConfig = TrainingConfig()
+    """Arguments handed to TRL."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured, before and after."""
+    baselines: list[Arm] = []
+    """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
+
+    @model_validator(mode="after")
+    def _probe_is_not_evaluated(self) -> RunConfig:
+        for name, path in self.penalty.probe_texts.items():
+            same = [text for text, file in self.evaluation.texts.items() if Path(file) == Path(path)]
+            if same:
+                raise ValueError(
+                    f"penalty.probe_texts: {name!r} is the evaluation text {same[0]!r}; a budget steered on what it is "
+                    "measured by says nothing of other text. Name another file"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _importance_has_its_anchor(self) -> RunConfig:
+        if self.importance.method == "squared_gradients" and self.penalty.anchor == "general":
+            raise ValueError(
+                "penalty.anchor: importance.method squared_gradients trains no general adapter to start from; "
+                "set penalty.anchor to base"
+            )
+        return self

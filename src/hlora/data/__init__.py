@@ -1,0 +1,1 @@
+"""Text and rows, to train on and to evaluate on."""

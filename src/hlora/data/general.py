@@ -1,0 +1,219 @@
+"""General text: what the general phase trains on, what forgetting is measured on, and what is held out from both."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hlora.config.sections import EvaluationConfig, GeneralConfig, GeneralSource
+from hlora.data.hub import load_from_hub
+from hlora.data.leaks import without_long_lines_of
+from hlora.data.rows import Rows, read_documents, text_of
+from hlora.data.samples import model_samples
+from hlora.system.digest import sha256_of_texts
+from hlora.system.errors import DataError
+
+logger = logging.getLogger("hlora")
+
+_HELD_OUT = 0.1  # share of the general documents kept for evaluation when no evaluation text is named
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """The general task: documents to train on and texts to evaluate on, with no long line in common."""
+
+    train: list[str]
+    evaluation: dict[str, str]
+    """Text by its name in the report."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Source, sizes, hashes and what was left out, for provenance."""
+
+    def dataset(self) -> Dataset:
+        """As TRL reads it: one column, text."""
+        return Dataset.from_dict({"text": self.train})
+
+
+def general_text(
+    config: GeneralConfig,
+    evaluation: EvaluationConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    directory: Path,
+    keep: bool = True,
+) -> GeneralText:
+    """Read or sample the general text, and the texts to evaluate on.
+
+    Lines of 80 characters or more that stand in an evaluation text are taken out of the training documents. Without
+    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are read from
+    `directory`, and kept there (`keep`).
+
+    Raises DataError when a file cannot be read, more of its rows than `max_unusable` hold no text, or nothing is left
+    to train on.
+    """
+    unusable: dict[str, Any] = {}
+
+    def read(source: GeneralSource) -> list[str]:
+        documents, left_out = _documents(source, model, tokenizer, seed, directory, keep)
+        unusable.update(left_out)
+        return documents
+
+    mixed: list[dict[str, Any]] = []
+    if config.mixture:
+        parts = [read(each) for each in config.mixture]
+        documents, shares = _mixed(parts, [each.weight for each in config.mixture], seed)
+        mixed = [{"source": each.source, "characters": n} for each, n in zip(config.mixture, shares, strict=True)]
+    else:
+        documents = read(config)
+    texts = {name: "\n\n".join(measured_text(path, config.column)) for name, path in evaluation.texts.items()}
+    if not texts:
+        if len(documents) < 2:
+            raise DataError(
+                f"general: {len(documents)} document, which leaves none to hold out for evaluation. "
+                "Name a text in evaluation.texts, or give more general text."
+            )
+        held_out = max(1, round(len(documents) * _HELD_OUT))
+        documents, texts = documents[:-held_out], {"general (held out)": "\n\n".join(documents[-held_out:])}
+    train, dropped = without_long_lines_of(documents, texts.values())
+    if not train:
+        raise DataError(
+            f"general: nothing left to train on; all {len(documents)} documents stand in an evaluation text too. "
+            "Name other files in general.paths or in evaluation.texts."
+        )
+    if dropped:
+        logger.warning("general: left out %d characters that stand in an evaluation text too", dropped)
+    facts = {
+        "source": "mixture" if mixed else config.source,
+        **({"mixture": mixed} if mixed else {}),
+        "documents": len(train),
+        "characters": sum(map(len, train)),
+        "sha256": sha256_of_texts(train),
+        "characters_left_out_as_evaluation_text": dropped,
+        "evaluation_texts": {name: sha256_of_texts([text]) for name, text in texts.items()},
+        **({"unusable": unusable} if unusable else {}),
+    }
+    return GeneralText(train, texts, facts)
+
+
+def _documents(
+    source: GeneralSource,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    directory: Path,
+    keep: bool,
+) -> tuple[list[str], dict[str, Any]]:
+    """The documents of a source, and what was left out of it (see Rows.facts)."""
+    if source.source == "files":
+        parts = [read_documents(path, source.column) for path in source.paths]
+    elif source.source == "hub":
+        parts = [_hub_documents(source)]
+    else:
+        samples = model_samples(source, model, tokenizer, seed, directory, keep)
+        parts = [Rows("samples", dict(enumerate(samples, 1)))]
+    parts = [part.within(source.max_unusable, "general.max_unusable", "Set general.column. ") for part in parts]
+    # Blank documents count as nothing at all: data sets of the hub have one for each blank line of a page.
+    documents = [text for part in parts for text in part.kept.values() if text.strip()][: source.max_documents]
+    if not documents:
+        raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
+    return documents, {name: found for part in parts for name, found in part.facts().items()}
+
+
+def _mixed(parts: list[list[str]], weights: list[float], seed: int) -> tuple[list[str], list[int]]:
+    """Documents of several sources in one seeded order, and the characters taken of each.
+
+    As much as there is without repeating any: the source with the fewest characters for its weight sets the total.
+    """
+    total = min(sum(map(len, part)) / weight for part, weight in zip(parts, weights, strict=True))
+    documents: list[str] = []
+    taken = []
+    for part, weight in zip(parts, weights, strict=True):
+        left = whole = round(total * weight)
+        for document in part:
+            if left <= 0:
+                break
+            documents.append(document[:left])
+            left -= len(document)
+        taken.append(whole)
+    random.Random(seed).shuffle(documents)
+    return documents, taken
+
+
+def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
+    """Set the last tenth of the general documents aside, to choose strengths on. Raises DataError when there is one."""
+    if len(text.train) < 2:
+        raise DataError("general: one document, which leaves none to choose strengths on. Give more general text.")
+    held_out = max(1, round(len(text.train) * _HELD_OUT))
+    train = text.train[:-held_out]
+    facts = {
+        **text.facts,
+        "documents": len(train),
+        "characters": sum(map(len, train)),
+        "sha256": sha256_of_texts(train),
+    }
+    return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+
+
+def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str]:
+    """The texts that a forgetting budget is measured on, without long lines that are also trained or evaluated on.
+
+    Raises DataError for a text of which nothing is left.
+    """
+    found = {}
+    for name, path in paths.items():
+        kept, dropped = without_long_lines_of(measured_text(path), [*general.train, *general.evaluation.values()])
+        if not kept:
+            raise DataError(
+                f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it stands in the general or an "
+                "evaluation text too. Name a text that is held out from both."
+            )
+        if dropped:
+            logger.warning("probe text %r: left out %d characters that are trained or evaluated on too", name, dropped)
+        found[name] = "\n\n".join(kept)
+    return found
+
+
+def measured_text(path: str, column: str = "text") -> list[str]:
+    """All documents of a file that something is measured on. Raises DataError when one of them cannot be used."""
+    found = read_documents(path, column)
+    if found.unusable:
+        raise DataError(f"{path}: {found.first(5)}. Of a text that is measured on no row is left out; mend them.")
+    return list(found.kept.values())
+
+
+def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
+    """Leave out of the general documents what stands in `others`: whole ones, and lines of 80 characters or more.
+
+    Raises DataError when nothing is left.
+    """
+    others = list(others)
+    apart = [document for document in text.train if not any(document.strip() in other for other in others)]
+    train, _ = without_long_lines_of(apart, others)
+    if not train:
+        raise DataError("general: nothing left to train on; all of it stands in a text that strengths are chosen on.")
+    facts = {
+        **text.facts,
+        "documents": len(train),
+        "characters": sum(map(len, train)),
+        "sha256": sha256_of_texts(train),
+    }
+    return replace(
+        text, train=train, facts={**facts, "characters_held_out": sum(map(len, text.train)) - facts["characters"]}
+    )
+
+
+def _hub_documents(config: GeneralSource) -> Rows[str]:
+    assert config.dataset is not None  # validated with the configuration
+    rows: Iterable[dict[str, Any]] = load_from_hub(
+        config.dataset, config.subset, config.split, config.max_documents is not None
+    )
+    found = Rows(config.dataset, dict(enumerate(islice(rows, config.max_documents), 1)))
+    return found.read(lambda row: text_of(row, config.column))

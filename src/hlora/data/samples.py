@@ -1,0 +1,57 @@
+"""Text that the base model writes by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hlora.config.sections import GeneralSource
+from hlora.system.files import write_text
+
+
+@torch.no_grad()
+def model_samples(
+    config: GeneralSource,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    directory: Path,
+    keep: bool = True,
+) -> list[str]:
+    """Text that the base model writes by itself from its first token; seeded.
+
+    It is read from `directory` where it is there, else kept there (`keep`).
+    """
+    shape = f"{config.samples}x{config.sample_tokens}"
+    cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
+    asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]
+    if cache.is_file():
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        if kept["asked"] == asked:
+            return kept["samples"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    samples: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batches = [min(32, config.samples - done) for done in range(0, config.samples, 32)]
+        for size in track(batches, description="sampling general text"):
+            written = model.generate(  # type: ignore[operator]  # nn.Module types its attributes as tensors
+                torch.full((size, 1), start, device=model.device),
+                attention_mask=torch.ones(size, 1, dtype=torch.long, device=model.device),
+                do_sample=True,
+                temperature=config.temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=config.sample_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            samples += tokenizer.batch_decode(written, skip_special_tokens=True)
+    if keep:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(cache, json.dumps({"asked": asked, "samples": samples}))
+    return samples

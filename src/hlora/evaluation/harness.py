@@ -1,0 +1,77 @@
+"""The domain's accuracy, by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hlora.data.domain import DomainRows
+from hlora.data.tasks import write_harness_task
+from hlora.evaluation.answers import mean_with_stderr
+from hlora.system.quiet import quiet
+
+
+def harness_accuracy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, domain: DomainRows, batch_size: int
+) -> dict[str, Any]:
+    """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows.
+
+    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`. Nothing in a
+    process of a launch that is not its machine's first (LOCAL_RANK).
+    """
+    with _harness_unnoticed(), tempfile.TemporaryDirectory() as scratch:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch))
+        outcome = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[task],
+            task_manager=TaskManager(include_path=scratch, include_defaults=False),
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            fewshot_random_seed=None,
+        )
+    if outcome is None:  # in a launch the harness speaks in a machine's first process alone; all of them have run it
+        return {}
+    samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
+    pairs = zip(samples, domain.test, strict=True)
+    answers = [-float(sample["filtered_resps"][e.choices.index(e.answer)][0]) for sample, e in pairs]
+    found: dict[str, Any] = {**mean_with_stderr("answer_nll", answers), "answer_nll_each": answers}
+    for metric in ("acc", "acc_norm"):
+        right = [float(sample[metric]) for sample in samples]
+        found |= {**mean_with_stderr(metric, right), f"{metric}_each": right}
+    return found
+
+
+@contextmanager
+def _harness_unnoticed() -> Iterator[None]:
+    """Without the step reports of lm-evaluation-harness and datasets, nor the random numbers that it names tasks by."""
+    import datasets
+
+    state = random.getstate()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with quiet():
+            yield
+    finally:
+        random.setstate(state)
+        if bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

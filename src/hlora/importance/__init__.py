@@ -1,0 +1,1 @@
+"""Importance: recorded (ω), kept (Ω), and held by a penalty."""

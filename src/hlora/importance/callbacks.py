@@ -1,0 +1,165 @@
+"""Recording and penalty inside Trainer and SFTTrainer."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hlora.importance.layer_weights import diverged
+from hlora.model.adapters import check_trained_by
+from hlora.parallel.group import first_says
+from hlora.system.errors import TrainingError
+from hlora.training.checkpoint_files import checkpoint_directory, load_state, save_state
+from hlora.training.clipping import clip_after_callbacks, clip_as_before, unscale, unwrapped_optimizer
+from hlora.training.trackers import LayerCoefficients
+
+if TYPE_CHECKING:
+    from hlora.importance.penalty import ImportancePenalty
+    from hlora.importance.recorder import ImportanceRecorder
+
+
+class RecordingCallback(TrainerCallback):
+    """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`.
+
+    What the recorder knows is part of every checkpoint that Trainer writes, and restored when it goes on from one in
+    its output directory.
+    """
+
+    def __init__(self, recorder: ImportanceRecorder, stop_at_move: float | None = None) -> None:
+        self.recorder = recorder
+        self.stop_at_move = stop_at_move
+        self._detach: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._detach is not None:
+            self._detach()
+        if state.global_step > 0:
+            self.recorder.load_state_dict(load_state(checkpoint_directory(args, state), self._file()))
+        self._detach = self.recorder.attach(kwargs["optimizer"])
+        clip_after_callbacks(args, kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        unscale(kwargs["optimizer"])
+        self.recorder.capture_from(kwargs["optimizer"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.recorder.discard()  # left over only when a gradient scaler skipped the step
+        if self.stop_at_move is not None and first_says(self.recorder.move() >= self.stop_at_move):
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = self.recorder.state_dict()  # by every process, each of which has a part
+        if args.should_save:
+            save_state(checkpoint_directory(args, state), self._file(), kept)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+        self._detach = None
+        clip_as_before(args, kwargs["optimizer"])
+
+    def _file(self) -> str:
+        return f"recording-{self.recorder.encoding}"
+
+
+class PenaltyCallback(TrainerCallback):
+    """Adds the gradient of φ·L_reg (Eq. 16) once per optimizer step. Made by `penalty.callback()`.
+
+    Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg) and
+    total_loss, means over the same steps as `loss`, which stays the task's, and phi, the next step's. Trackers that run
+    before this callback (all of them, by Trainer's order) see them only if it was put first, as `protect` and `train`
+    do; those also tell trackers the layer coefficients.
+    """
+
+    def __init__(self, penalty: ImportancePenalty) -> None:
+        self.penalty = penalty
+        self._handle: Any = None
+        self._sum: torch.Tensor | float = 0.0
+        self._weighted: torch.Tensor | float = 0.0
+        self._count = 0
+        self._step = 0
+
+    def after_trackers(self, trainer: Trainer) -> TrainerCallback:
+        """Sends the layer coefficients; `add_callback_first` puts it behind the trackers."""
+        return LayerCoefficients(trainer, self.penalty.coefficients)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        optimizer = unwrapped_optimizer(kwargs["optimizer"])
+        check_trained_by(optimizer, self.penalty.matrices)
+        self._sum, self._weighted, self._count = 0.0, 0.0, 0
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        clip_after_callbacks(args, optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.penalty.begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        unscale(kwargs["optimizer"])
+        self._step = state.global_step + 1
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        try:
+            value = self.penalty.add_gradients_()
+        except TrainingError as error:
+            raise TrainingError(f"step {self._step}: {error}") from None
+        self._sum = self._sum + value
+        self._weighted = self._weighted + self.penalty.phi * value  # a budget changes φ from step to step
+        self._count += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self._count == 0:
+            return
+        value, weighted = float(self._sum) / self._count, self._checked(state) / self._count
+        self._sum, self._weighted, self._count = 0.0, 0.0, 0
+        losses = {
+            "regularisation_loss": value,
+            "weighted_regularisation_loss": weighted,
+            "total_loss": logs["loss"] + weighted,
+            "phi": self.penalty.phi,
+        }
+        logs.update(losses)
+        state.log_history[-1].update(losses)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._checked(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._handle.remove()
+        self._handle = None
+        clip_as_before(args, kwargs["optimizer"])
+        self._checked(state)
+
+    def _checked(self, state: TrainerState) -> float:
+        """Sum of the weighted penalties since the last log. Waits for the device, so not at each step."""
+        weighted = float(self._weighted)
+        if not math.isfinite(weighted):
+            raise TrainingError(f"step {state.global_step}: {diverged(weighted, self.penalty.phi)}")
+        return weighted

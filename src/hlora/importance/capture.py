@@ -1,0 +1,44 @@
+"""What the recorder keeps of a step: copies of factors and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hlora.model.adapters import AdaptedMatrix
+from hlora.parallel.dtensor import whole
+
+Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]  # A, B, gradients, learning rates
+
+
+def factor_copies(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
+    """Whole A and B of a matrix, apart from what trains on."""
+    return whole(matrix.A.detach()).clone(), whole(matrix.B.detach()).clone()
+
+
+def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
+    """Copies of tensors, in other precisions where `dtypes` names them."""
+    copies = [
+        torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
+    ]
+    if copies:
+        torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
+    return copies
+
+
+def gradient_copies(parameters: list[nn.Parameter], pieces: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    return copies_of(pieces([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]), wide)
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 or wider."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def on_device(device: torch.device, number: float | Tensor) -> float | Tensor:
+    """A factor where it is needed; a plain number is needed nowhere."""
+    return number.to(device) if isinstance(number, Tensor) else number

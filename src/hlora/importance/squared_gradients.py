@@ -1,0 +1,193 @@
+"""Squared gradients at the base point: the diagonal Fisher information of the adapted matrices, without training.
+
+It is EWC-LoRA's importance (Kirkpatrick et al. 2017; Xiang et al. 2023, *Language Models Meet World Models*), dense and
+with labels drawn from the model: λ Σ_i F_i (sBA)_i², here `ImportancePenalty(model, importance, phi=λ,
+layer_weights="sum", phi_scale="paper", anchor="base")`. And it is HLoRA's path integral when nothing moves: under SGD
+ω = Σ η g̃² (Eq. 12), so that of a few hundred sequences, factored from the first one, serves as importance that costs
+one pass. On the model's own samples the text is itself a draw from the model, and needs no other labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from hlora.data.packing import pack
+from hlora.importance.artefact import Importance, ImportanceMatrix
+from hlora.model.adapters import AdaptedMatrix, adapted_matrices
+from hlora.model.layer_gradients import layer_gradients
+from hlora.numerics import encodings
+from hlora.numerics.encodings import Encoded, Factored
+from hlora.system.errors import AdapterError
+
+
+def fisher_information(
+    model: PeftModel,
+    tokenizer: Any,
+    documents: list[str],
+    examples: int,
+    max_length: int,
+    seed: int,
+    at_most: bool = False,
+    **options: Any,
+) -> Importance:
+    """Squared gradients of the adapted matrices on general text: `pack`, then `fisher_of_sequences` with `options`.
+
+    Raises DataError when the text is too short for so many examples, AdapterError as `fisher_of_sequences` does.
+    """
+    return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length, at_most), seed, **options)
+
+
+def fisher_of_sequences(
+    model: PeftModel,
+    sequences: Tensor,  # (examples, length) token ids
+    seed: int,
+    batch_size: int = 8,
+    encoding: str = "float32",
+    labels: Literal["sampled", "text"] = "sampled",
+    gradient: Literal["exact", "effective"] = "exact",
+) -> Importance:
+    """F = E_b[(∂ Σ_t log p(y_bt | x_b,<t) / ∂W)²] / T at the pretrained weights W, T = length − 1 tokens predicted.
+
+    labels: y drawn from the model itself (EWC), or the text's own next tokens, which are such a draw where the model
+    wrote the text. Given the true prefix the scores of two drawn positions do not correlate, so the squared sum over a
+    sequence is an unbiased estimate of the sum of squares, and ½ Σ F δ² is the second-order KL divergence that a change
+    δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
+    gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
+    seed: of the sampled labels; they do not depend on `batch_size`.
+    encoding: float32 forms each example's dense gradient, factored never does (`add_squares_`). The sums are kept in
+    float32 or wider; memory beyond them is two matrices of a layer and one batch's activations.
+
+    The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
+    for A to the effective gradient.
+
+    Raises AdapterError without LoRA, or where a layer's input keeps no example apart (experts of a mixture).
+    """
+    matrices = {matrix.name: matrix for matrix in adapted_matrices(model, unprotected="warn")}
+    wide = {name: _wide(matrix.A) for name, matrix in matrices.items()}
+    encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
+    sums: dict[str, Encoded] = {}
+    for name, m in matrices.items():
+        sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], m.A.device, wide[name])
+    examples, predicted = sequences.shape[0], sequences.shape[1] - 1
+    uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    seen: set[str] = set()
+
+    def add(matrix: AdaptedMatrix, x: Tensor, output_gradient: Tensor) -> None:
+        name, dtype = matrix.name, wide[matrix.name]
+        if x.dim() != 3 or len(x) != len(batch) or name in seen:
+            raise AdapterError(
+                f"{name}: expected one input of shape ({len(batch)}, tokens, d_in) a forward pass, got "
+                f"{'a second one' if name in seen else tuple(x.shape)}, so the gradients of the examples cannot be "
+                "told apart. Leave it out of lora.target_modules."
+            )
+        seen.add(name)
+        x, output_gradient = x.to(dtype), output_gradient.to(dtype)
+        if gradient == "effective":
+            A = matrix.A.detach().to(dtype)
+            x = matrix.scale**2 * (x @ A.T) @ A
+        add_squares_(sums[name], x, output_gradient)
+
+    batches = range(0, examples, batch_size)
+    steps = track(batches, description="squared gradients", transient=True, console=Console(stderr=True))
+    watched = layer_gradients(list(matrices.values()), add, adapter=False)
+    with _at_pretrained_weights(model), watched, torch.enable_grad():
+        for start in steps:
+            batch = sequences[start : start + batch_size].to(model.device)
+            seen.clear()
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = logits.to(_wide(logits))
+            targets = batch[:, 1:].flatten()
+            if labels == "sampled":
+                targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
+            nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    for total in sums.values():
+        for part in encodings.parts(total).values():
+            part.div_(examples * predicted)
+    return Importance(
+        matrices={
+            name: ImportanceMatrix(
+                omega=sums.pop(name),
+                A=m.A.detach().clone(),
+                B=torch.zeros_like(m.B),
+                scale=m.scale,
+                undo_cost=0.0,  # nothing moved
+                base_sample=m.base_sample(),
+            )
+            for name, m in matrices.items()
+        },
+        encoding=encoding,
+        lora_config=model.peft_config[next(iter(matrices.values())).adapter_name].to_dict(),
+        provenance={
+            "method": "squared_gradients",
+            "labels": labels,
+            "gradient": gradient,
+            "examples": examples,
+            "max_length": predicted + 1,
+            "tokens": examples * predicted,
+            "seed": seed,
+            "base_model": str(getattr(model.config, "_name_or_path", "")),
+        },
+    )
+
+
+def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
+    """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
+
+    Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
+    d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
+    """
+    if isinstance(total, Factored):
+        total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
+        total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
+        return
+    for x_b, gradient_b in zip(x, gradient, strict=True):
+        of_example = gradient_b.T @ x_b
+        total.addcmul_(of_example, of_example)
+
+
+def whole_model_bytes(model: nn.Module) -> int:
+    """Bytes of a float32 Fisher of every base parameter, as the paper counts EWC's storage (Fig. 5)."""
+    return 4 * sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
+
+
+def _sample(logits: Tensor, uniform: Tensor) -> Tensor:  # (n, vocabulary), (n,) in [0, 1) → (n,)
+    """One label a row from its distribution, by the inverse of its cumulative sum."""
+    cumulated = logits.softmax(-1).cumsum(-1)
+    # The last sum is 1 up to rounding; scaled by it, no draw falls beyond.
+    drawn = uniform.to(cumulated)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, drawn, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+@contextmanager
+def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
+    """Adapter off, evaluation mode, nothing trained, a graph from the embeddings on; all as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            model.eval()
+            model.requires_grad_(False)
+            embedded = model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+            try:
+                yield
+            finally:
+                embedded.remove()
+    finally:
+        model.requires_grad_(False)  # leaving disable_adapter makes the active adapter trained, also a frozen one
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,253 @@
+"""The one reader of PEFT's internals: every LoRA-adapted matrix of a model, or a named refusal."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from hlora.parallel.dtensor import whole as full_tensor
+from hlora.system.errors import AdapterError
+
+_BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again
+# Distance of a quantised base's values from the true ones over their norm, 16 values of each matrix of SmolLM2-135M:
+# at most 0.02 in 8 bits, 0.17 in nf4, 0.26 in fp4, 0.33 between the last two. Of another layer: at least 0.71.
+_ROUGHLY = 0.5
+_WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # of torch.compile, of checkpoint_wrapper
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedMatrix:
+    """θ = W₀ + scale·B·A of one linear layer. A and B are read from the module each time, as PEFT may replace them."""
+
+    name: str
+    """Module name in the base model, such as model.layers.3.self_attn.q_proj."""
+    module: Any
+    """PEFT's LoRA layer."""
+    adapter_name: str
+
+    @property
+    def A(self) -> nn.Parameter:  # (r, d_in)
+        return self.module.lora_A[self.adapter_name].weight
+
+    @property
+    def B(self) -> nn.Parameter:  # (d_out, r)
+        return self.module.lora_B[self.adapter_name].weight
+
+    @property
+    def scale(self) -> float:
+        """PEFT's scaling: alpha/r, or alpha/√r for rsLoRA."""
+        return float(self.module.scaling[self.adapter_name])
+
+    def base_sample(self) -> Tensor:
+        """Up to 16 evenly spaced values of W₀ on the CPU: float32, or bfloat16 where a quantised base has them roughly.
+
+        Empty where W₀ cannot be read.
+        """
+        weight, quantised = self._base_weight()
+        if weight is None:
+            return torch.empty(0)
+        flat = weight.detach().reshape(-1)
+        # float64: in float32 the last index of a matrix above 2²⁴ elements rounds to one past the end.
+        index = torch.linspace(0, flat.numel() - 1, min(_BASE_SAMPLE, flat.numel()), dtype=torch.float64).long()
+        return flat[index.to(flat.device)].to(torch.bfloat16 if quantised else torch.float32).cpu()
+
+    def is_on_base_of(self, kept: Tensor) -> bool:
+        """Whether W₀ is the matrix that `kept`, a `base_sample`, is of; True where one of the two is unknown.
+
+        The same base may be loaded in another precision, or quantised.
+        """
+        sample = self.base_sample()
+        if len(sample) != len(kept) or len(sample) == 0:
+            return True
+        if sample.dtype == kept.dtype == torch.float32:
+            return torch.allclose(sample, kept, rtol=0.01, atol=1e-5)  # one rounding to bfloat16
+        sample, kept = sample.float(), kept.float()
+        distance, length = (sample - kept).norm(), torch.maximum(sample.norm(), kept.norm())
+        return bool(distance <= _ROUGHLY * length)
+
+    def base_square(self) -> float:
+        """‖W₀‖², the sum of all squared values; a quantised base is dequantised for it.
+
+        Raises AdapterError where W₀ cannot be read.
+        """
+        weight, _ = self._base_weight()
+        if weight is None:
+            layer = type(self.module.get_base_layer()).__name__
+            raise AdapterError(
+                f"{self.name}: the weight of a {layer} cannot be read, so there is no norm to take a share of. "
+                "Record without stop_at_move."
+            )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return float(torch.linalg.vector_norm(weight.detach(), dtype=wide)) ** 2
+
+    def _base_weight(self) -> tuple[Tensor | None, bool]:
+        """W₀, None where it is not here or nothing here can dequantise it; and whether it is quantised."""
+        layer = self.module.get_base_layer()
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            return None, False
+        if isinstance(weight, DTensor):
+            return full_tensor(weight), False
+        if isinstance(weight, nn.Parameter) and get_bnb_param_type(weight):
+            # Not dequantize_module_weight: on a CPU it loses the scales of an 8-bit layer that has run forward.
+            state = getattr(layer, "state", None)
+            return (None if _is_packed(layer) else dequantize_bnb_weight(weight, state=state)), True
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            whole = dequantize_module_weight(layer)  # torchao's; of a plain layer the weight itself
+            return whole, whole is not weight
+        return (dequantize_module_weight(layer) if hasattr(layer, "W_q") else None), True  # HQQ; GPTQ, AWQ and others
+
+
+def adapted_matrices(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    unprotected: Literal["refuse", "warn"] = "refuse",
+) -> list[AdaptedMatrix]:
+    """Every matrix that LoRA adapts in `model`, in module order.
+
+    adapter_name: the adapter to read; by default the one active adapter.
+    unprotected: what to do about trained parts that importance cannot cover (DoRA, LoRA on embeddings,
+    convolutions or bare parameters, biases, modules_to_save, a second trained adapter): refuse with their
+    names, or warn with their names.
+
+    Raises AdapterError without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would
+    be lost (see base.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
+    """
+    _check_whole(model)
+    model = unwrapped(model)
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layers. Wrap it first: "
+            "model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[...]))"
+        )
+    adapter = adapter_name or _active_adapter(layers)
+    known = sorted({name for module in layers.values() for name in _adapters_of(module)})
+    if adapter not in known:
+        raise AdapterError(f"no adapter {adapter!r} in this model; it has {', '.join(map(repr, known))}")
+
+    found, refused, covered = [], [], set()
+    for name, module in layers.items():
+        if adapter not in _adapters_of(module):
+            continue
+        reason = _why_not(module, adapter)
+        if reason:
+            refused.append(f"{_base_name(name)} ({reason})")
+            covered |= {id(parameter) for parameter in module.parameters()}
+        else:
+            found.append(AdaptedMatrix(_base_name(name), module, adapter))
+            _check_gradients_pass(found[-1])
+            covered |= {id(found[-1].A), id(found[-1].B)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in covered:
+            refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix of adapter {adapter!r})")
+    if refused:
+        shown = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
+        message = (
+            f"importance covers one adapter, LoRA on linear layers; it cannot protect {shown}. "
+            "Leave them out of the LoraConfig or freeze them, or pass unprotected='warn' to train them unprotected."
+        )
+        if unprotected == "refuse" or not found:
+            raise AdapterError(message)
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and their like, whose wrapping renames its modules."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
+    """Raises AdapterError when `optimizer` trains none of `matrices`: it belongs to another model or adapter."""
+    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
+        raise AdapterError(_instead_of("DeepSpeed"))
+    _check_whole(*(matrix.module for matrix in matrices))
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
+        raise AdapterError(
+            f"this optimizer does not train {matrices[0].name} or any other matrix of adapter "
+            f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
+            "built on (trainer.model, if the trainer made the adapter from a peft_config)."
+        )
+
+
+def _check_whole(*models: nn.Module) -> None:
+    """Raises AdapterError where FSDP1 or DeepSpeed has taken parameters apart."""
+    for model in models:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise AdapterError(_instead_of("FSDP1 (FullyShardedDataParallel)"))
+        engine = type(model).__name__ == "DeepSpeedEngine"
+        if engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise AdapterError(_instead_of("DeepSpeed"))
+
+
+def _instead_of(name: str) -> str:
+    return (
+        f"{name} takes the factors of the adapter apart, so that neither they nor their gradients can be read here. "
+        "Train under DDP, or under FSDP2 (accelerate launch --use_fsdp --fsdp_version 2, or fully_shard); see "
+        "docs/guides/distributed.md."
+    )
+
+
+def _adapters_of(module: Any) -> set[str]:
+    return set(module.lora_A) | set(module.lora_embedding_A)
+
+
+def _active_adapter(layers: dict[str, Any]) -> str:
+    active = sorted({name for module in layers.values() for name in module.active_adapters})
+    if len(active) != 1:
+        raise AdapterError(
+            f"expected one active adapter, found {active or 'none'}. Name the one to use: adapter_name='...'"
+        )
+    return active[0]
+
+
+def _why_not(module: Any, adapter: str) -> str | None:
+    if adapter not in module.lora_A:
+        return "LoRA on an embedding"
+    if isinstance(module, ParamWrapper):
+        return f"LoRA on the parameter {module.parameter_name}"
+    A = module.lora_A[adapter]
+    if not isinstance(A, nn.Linear):
+        return f"LoRA on a {type(A).__name__}"
+    if adapter in module.lora_magnitude_vector:
+        return "DoRA magnitude"
+    if module.lora_variant.get(adapter) is not None:
+        return f"LoRA variant {type(module.lora_variant[adapter]).__name__}"
+    if module.lora_bias.get(adapter):
+        return "lora_bias"
+    base = module.get_base_layer()
+    weight = getattr(base, "weight", None)  # quantised layers may have none
+    other_shape = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() != 2
+    if other_shape or isinstance(base, nn.MultiheadAttention):
+        return f"LoRA on a {type(base).__name__}"
+    return None
+
+
+def _check_gradients_pass(matrix: AdaptedMatrix) -> None:
+    """Raises AdapterError for a 4-bit layer that evaluation packs, or has packed (see base.keep_trainable)."""
+    layer = matrix.module.get_base_layer()
+    if _is_packed(layer) or (getattr(layer, "support_avx512bf16_for_cpu", False) and matrix.A.device.type == "cpu"):
+        raise AdapterError(
+            f"{matrix.name}: on this CPU bitsandbytes packs a 4-bit weight at its first evaluation and then passes no "
+            "gradient through it. Load the model again and call hlora.keep_trainable(model) before all else."
+        )
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return bool(getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _base_name(name: str) -> str:
+    return _WRAPPER.sub("", name).removeprefix("base_model.model.")

@@ -1,0 +1,175 @@
+"""Base model (quantised if asked) and tokenizer: from a directory, the hub, a GGUF file or embedded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
+
+from hlora.config.sections import ModelConfig
+from hlora.model import embedded
+from hlora.parallel.launch import sharding
+from hlora.system.errors import ConfigError, first_line, how_to_install
+from hlora.system.files import PICKLES, how_to_convert
+from hlora.system.quiet import quiet
+
+logger = logging.getLogger("hlora")
+
+
+def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, frozen in evaluation mode on its device, and its tokenizer with a pad token.
+
+    In a launch that shards (FSDP2) it is in host memory.
+
+    Raises ConfigError that names the field when the model cannot be found or loaded.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    name = str(embedded.model_directory()) if config.name == embedded.MODEL_NAME else config.name
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file:
+        options["gguf_file"] = config.gguf_file
+    quantised = _quantisation(config, dtype, device)
+    if (Path(name) / "adapter_config.json").exists():  # Transformers would load the base that it names, and its pickles
+        raise ConfigError(f"model.name: {config.name} is an adapter, or has one in it. Name the base model alone.")
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **quantised
+            )
+        model, found = loaded
+        if found["missing_keys"]:  # Transformers makes them up at random and says so in a report
+            raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(_why_not_loaded(config, name, error)) from None
+    _check_tokenizer(config, tokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to("cpu" if sharding() else device)
+    model.requires_grad_(False).eval()
+    keep_trainable(model)
+    precision = config.quantization or model.dtype
+    logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", precision, model.device)
+    return model, tokenizer
+
+
+def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> None:
+    """Raises ConfigError that names the first field of `lengths` (field → tokens) above the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    for field, length in lengths.items():
+        if context and length and length > context:
+            raise ConfigError(
+                f"{field}: {length} tokens, but the model's context is {context}. Set it to at most that."
+            )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has neither a pad nor an end token, and rows are padded with "
+            "one. Set pad_token in its tokenizer_config.json to a token that it has."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    # Transformers gives some tokenizers, those of GGUF files, a special token of its own that no text has.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    unused = special - {*tokenizer.all_special_tokens}
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in unused}
+    token, number = max(vocabulary.items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary ends at "
+            f"{rows - 1}. Use the model's own tokenizer, or resize the embeddings and save it."
+        )
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call it before the first forward pass.
+
+    On a CPU with AVX512-BF16 it packs them at the first evaluation, and the packed product has no backward pass: layers
+    below it get no gradient, or zeros, after one warning of PyTorch's (bitsandbytes 0.50). Any other model stays as is.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name, or the best here for "auto". Raises ConfigError when it is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"model.device: {name!r} cannot be used here ({first_line(error)}). Try auto.") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of that name; for "auto" bfloat16 on an accelerator that has it, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # CPU, SmolLM2-135M, LoRA step of 8×128 tokens: float32 4.8 s, bfloat16 4.7 s. Nothing to gain.
+    return torch.float32
+
+
+def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a base in few bits, or a GGUF file in full; nothing for a plain base."""
+    if config.gguf_file:  # else Trainer takes the model for one in few bits, and refuses it
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    if config.quantization is None:
+        return {}
+    if not is_bitsandbytes_available():
+        raise ConfigError(
+            f"model.quantization: {config.quantization} needs bitsandbytes, {BITSANDBYTES_MIN_VERSION} or newer. "
+            f"{how_to_install('quantised')}"
+        )
+    # It says for each layer and forward pass that 8-bit products are taken in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if config.quantization == "8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:  # as QLoRA (Dettmers et al. 2023)
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    # With its index: Accelerate takes cuda for another device than cuda:0.
+    return {"quantization_config": how, "device_map": {"": str(torch.empty(0, device=device).device)}}
+
+
+def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
+    if "custom code" in str(error):
+        remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
+    elif Path(name).is_dir():
+        remedy = f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
+        if not config.gguf_file and list(Path(name).glob("*.gguf")):
+            remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
+    elif Path(name).suffix in PICKLES:
+        remedy = "A pickle can hold code and is not read; name a directory with config.json and safetensors weights"
+    else:
+        remedy = "It is no directory here; as a hub name it needs the network, and a login if the model is gated"
+    end = "" if remedy.endswith('"') else "."
+    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}{end}"

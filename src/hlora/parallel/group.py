@@ -1,0 +1,129 @@
+"""What the processes of a training have to agree on: decisions, errors, and who goes first.
+
+Tensors travel through the training's own group (importance/shares.py); decisions and errors through one of gloo beside
+it, where waiting costs nothing and may take long. Without a process group, or in one of a single process, nothing here
+communicates.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hlora.system import errors, locks
+from hlora.system.errors import HloraError
+
+Work = TypeVar("Work")
+
+_PATIENCE = timedelta(days=7)  # the others wait while the first evaluates; a process that dies ends the wait at once
+
+_control: dict[Any, Any] = {}  # a gloo group beside each default group
+
+
+def world() -> int:
+    """Number of processes in the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process of the group has ended."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def exchange(text: str) -> list[str]:
+    """The text of every process, in their order. All have to call it."""
+    if world() == 1:
+        return [text]
+    if dist.group.WORLD not in _control:
+        _control[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group, mine = _control[dist.group.WORLD], torch.tensor(list(text.encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(lengths, torch.tensor([len(mine)]), group=group)
+    longest = max(int(length) for length in lengths)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=group)
+    return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer, where another's rounding might give another one."""
+    return bool(exchange("yes" if answer else "")[0])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What the processes do side by side: an error in one is raised in all of them when the rest are through.
+
+    Nothing inside may wait for another process.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (HloraError, OSError) as raised:
+        error = raised
+    said = {} if error is None else {"kind": type(error).__name__, "text": str(error)}
+    everyone = [json.loads(text) for text in exchange(json.dumps(said))]
+    if error is not None:
+        error.__dict__["told"] = any(everyone[: rank()])  # an earlier process says it
+        raise error
+    for number, other in enumerate(everyone):
+        if other:
+            again = getattr(errors, other["kind"], HloraError)(f"process {number}: {other['text']}")
+            again.__dict__["told"] = True
+            raise again
+
+
+@contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """locks.lock_directory, by the first process for all of them. Raises ConfigError at every one when refused."""
+    with ExitStack() as held:
+        with together():
+            if is_first():
+                held.enter_context(locks.lock_directory(directory))
+        yield
+
+
+def first_does(work: Callable[[], Work], in_step: bool = False) -> Work:
+    """What the first process makes of `work`, at every one; a value that JSON can hold. Its error is everyone's.
+
+    in_step: all do it, as a sharded model needs them to, and the first one's result counts.
+    """
+    if world() == 1:
+        return work()
+    result: Any = None
+    with together():
+        if is_first():
+            result = work()
+        elif in_step:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one shows its progress
+                work()
+    text = exchange(json.dumps(result) if is_first() else "")[0]
+    return result if is_first() else json.loads(text)
+
+
+def first_goes_first(work: Callable[[], Work]) -> Work:
+    """`work` at every process, at the first one before the others: it fills a cache that they read."""
+    result: list[Work] = []
+    for turn in (True, False):
+        with together():
+            if is_first() is turn:
+                result.append(work())
+    return result[0]

@@ -1,0 +1,50 @@
+"""How this process was launched: alone, or by torchrun or accelerate as one of several; for DDP or for FSDP2."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from hlora.system.errors import ConfigError
+
+
+def only_alone(command: str, instead: str) -> None:
+    """Raises ConfigError in a launch of several processes, for a command that does not divide its work."""
+    if _launched():
+        raise ConfigError(f"`{command}` works in one process, and this is one of {os.environ['WORLD_SIZE']}. {instead}")
+
+
+def join_launch(device: str) -> None:
+    """Join the group of torchrun or accelerate launch, if one of them started this process. device: of the model."""
+    if not _launched() or dist.is_initialized():
+        return
+    old = _asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
+    if old or _asked("DEEPSPEED"):
+        raise ConfigError(
+            f"this launch asks for {'FSDP1' if old else 'DeepSpeed'}, under which the adapter cannot be read. For DDP "
+            "launch with torchrun; for a model too large for that, `accelerate launch --use_fsdp --fsdp_version 2` "
+            "(docs/guides/distributed.md)."
+        )
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # Trainer writes no adapter alone from the other kind
+    os.environ["FSDP_SYNC_MODULE_STATES"] = "false"  # of FSDP1; Accelerate would look for a GPU here
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # else all blocks are gathered at once
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def sharding() -> bool:
+    """Whether this launch asks for FSDP2: a model is then in host memory, whole, until it is sharded."""
+    return _launched() and _asked("FSDP")
+
+
+def _launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _asked(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

@@ -1,0 +1,219 @@
+"""Perplexity at equal domain NLL: what each arm forgets for the same learning, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hlora.report.comparison.cells import base_arm, cells_of, measure, values_of
+from hlora.report.comparison.significance import Interval, mean_sd
+from hlora.system.errors import DataError
+
+Point = tuple[float, float]
+"""(domain NLL, general NLL) of one strength of a method, both better when lower."""
+
+_NO_INTERVAL = Interval(math.nan, math.nan, math.nan)
+_TAIL = 0.025  # of the resamples, outside each end of a 95 % interval
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both, by rising domain NLL. Points that are not finite are left out."""
+    front: list[Point] = []
+    for domain, general in sorted(point for point in points if all(map(math.isfinite, point))):
+        if not front or general < front[-1][1]:
+            front.append((domain, general))
+    return front
+
+
+def nll_at(points: Iterable[Point], target: float) -> float:
+    """General NLL that a method attains at a domain NLL of at most `target`; NaN when none of its points gets there.
+
+    Straight between neighbours of the Pareto front, as the strength between two strengths would give about that;
+    beyond the front's last point that point's value, which already meets the target.
+    """
+    front = pareto_front(points)
+    above = bisect_right(front, (target, math.inf))
+    if above == 0 or math.isnan(target):
+        return math.nan
+    if above == len(front):
+        return front[-1][1]
+    (x_0, y_0), (x_1, y_1) = front[above - 1], front[above]
+    return y_0 + (y_1 - y_0) * (target - x_0) / (x_1 - x_0)
+
+
+def equal_domain_target(comparison: Mapping[str, Any], task: str, share: float = 0.9) -> float:
+    """Domain NLL at which `share` of the unprotected arm's improvement over Base is kept, mean over seeds.
+
+    nats/answer. NaN where one of the two was not measured, or the unprotected arm improved nothing.
+    """
+    base = mean_sd(values_of(comparison, base_arm(comparison), task, "answer_nll").values())[0]
+    unprotected = mean_sd(values_of(comparison, comparison["unprotected"], task, "answer_nll").values())[0]
+    return base - share * (base - unprotected) if unprotected < base else math.nan
+
+
+def equal_domain(
+    comparison: Mapping[str, Any], arm: str, task: str, text: str, target: float, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """Perplexity of a text that an arm attains at a domain NLL of at most `target`, with a 95 % bootstrap interval.
+
+    Each resample draws anew, with replacement, the seeds (those with the fullest curve), the text's blocks
+    (`nll_each`) and the domain's rows (`answer_nll_each`): the same for every strength, as the strengths are paired.
+    The target moves with the rows drawn, being a mixture of what Base and the unprotected arm reach on them: easy
+    rows must not pass for a good method. The value is NaN when the target is not reached; the upper bound is
+    infinite when more than 2.5 % of the resamples do not reach it. Few seeds understate their own spread, and one
+    seed adds none.
+
+    Raises DataError when the cells of the arm were scored on different rows or blocks.
+    """
+    curve = _curve(comparison, arm, task, text)
+    return _percentile(*_draws(comparison, curve, task, target, seed, resamples))
+
+
+def equal_domain_ratio(
+    comparison: Mapping[str, Any],
+    arm: str,
+    other: str,
+    task: str,
+    text: str,
+    target: float,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[Interval, float]:
+    """Perplexity of `arm` over that of `other`, as in `equal_domain` but on the same seeds, blocks and rows drawn.
+
+    The spread that both share (a hard text, a lucky seed) cancels, so this tells two arms apart where their intervals
+    overlap. Where one has its curve for fewer seeds, both are taken on the seeds that they share; NaN if they share
+    none. The second value is the share of the resamples in which `other` misses the target. Nothing bounds the ratio
+    from below there, so that from 2.5 % on its bounds are NaN.
+    """
+    one, two = (_curve(comparison, name, task, text) for name in (arm, other))
+    shared = [each for each in one.seeds if each in two.seeds] if one and two else []
+    if not (one and two and shared):
+        return _NO_INTERVAL, math.nan
+    value, draws = _draws(comparison, one.of(shared), task, target, seed, resamples)
+    beside, others = _draws(comparison, two.of(shared), task, target, seed, resamples)
+    with np.errstate(invalid="ignore"):  # both miss the target: ∞ − ∞, a resample that says nothing
+        found = _percentile(value - beside, draws - others)
+    missed = float(np.isinf(others).mean())
+    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
+
+
+class _Curve(NamedTuple):
+    """K strengths by S seeds, with the b blocks and m rows of each cell."""
+
+    general: np.ndarray  # (K, S) nats/token
+    domain: np.ndarray  # (K, S) nats/answer
+    blocks: np.ndarray  # (K, S, b)
+    rows: np.ndarray  # (K, S, m)
+    seeds: list[int | None]
+
+    def of(self, seeds: list[int | None]) -> _Curve:
+        chosen = [self.seeds.index(seed) for seed in seeds]
+        general, domain = self.general[:, chosen], self.domain[:, chosen]
+        return _Curve(general, domain, self.blocks[:, chosen], self.rows[:, chosen], seeds)
+
+    def points(self) -> list[Point]:
+        means = zip(self.domain.mean(1), self.general.mean(1), strict=True)
+        return [(float(domain), float(general)) for domain, general in means]
+
+
+def _curve(comparison: Mapping[str, Any], arm: str, task: str, text: str) -> _Curve | None:
+    found: dict[int | None, dict[float | None, Mapping[str, Any]]] = {}
+    for cell in cells_of(comparison, arm, task, "all"):
+        ends = measure(cell, "answer_nll"), measure(cell, "nll", text)
+        if all(end is not None and math.isfinite(end) for end in ends):
+            found.setdefault(cell["seed"], {})[cell["strength"]] = cell["test"]
+    if not found:
+        return None
+    strengths = max(found.values(), key=len)
+    seeds = sorted((s for s in found if strengths.keys() <= found[s].keys()), key=str)  # one order for all arms: paired
+    grid = [[found[seed][strength] for seed in seeds] for strength in strengths]
+    return _Curve(
+        np.array([[test["texts"][text]["nll"] for test in tests] for tests in grid]),
+        np.array([[test["domain"]["answer_nll"] for test in tests] for tests in grid]),
+        _stacked([[test["texts"][text].get("nll_each") for test in tests] for tests in grid], arm, task, text),
+        _stacked(
+            [[test["domain"].get("answer_nll_each") for test in tests] for tests in grid], arm, task, "the domain"
+        ),
+        seeds,
+    )
+
+
+def _stacked(parts: list[list[Any]], arm: str, task: str, what: str) -> np.ndarray:
+    """(K, S, n); a single 0, which resamples to itself, where a cell does not list its parts."""
+    if not all(part for tests in parts for part in tests):
+        return np.zeros((len(parts), len(parts[0]), 1))
+    lengths = sorted({len(part) for tests in parts for part in tests})
+    if len(lengths) > 1:
+        raise DataError(
+            f"{arm} on {task}: every cell must score the same parts of {what}, but they list "
+            f"{', '.join(map(str, lengths))} of them. Run the comparison again in a fresh directory."
+        )
+    return np.array(parts, dtype=float)
+
+
+def _draws(
+    comparison: Mapping[str, Any], curve: _Curve | None, task: str, target: float, seed: int, resamples: int
+) -> tuple[float, np.ndarray]:
+    """General NLL at the target, NaN if missed, and of each resample, (resamples,), ∞ if missed."""
+    if curve is None:
+        return math.nan, np.full(resamples, math.inf)
+    rows = _weights(seed, "rows", curve.rows.shape[-1], resamples)
+    blocks = _weights(seed, "blocks", curve.blocks.shape[-1], resamples)
+    seeds = _weights(seed, "seeds", curve.general.shape[1], resamples)
+    general = _resampled(curve.general, curve.blocks, blocks, seeds)
+    domain = _resampled(curve.domain, curve.rows, rows, seeds)
+    reference = _reference_rows(comparison, task, target)
+    moved = np.zeros(resamples) if len(reference) != rows.shape[1] else rows @ reference - reference.mean()
+    value = nll_at(curve.points(), target)
+    drawn = [nll_at(zip(x, y, strict=True), target + move) for x, y, move in zip(domain, general, moved, strict=True)]
+    return value, np.nan_to_num(np.array(drawn), nan=math.inf)
+
+
+def _resampled(values: np.ndarray, parts: np.ndarray, drawn: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """(K, S), (K, S, n), (resamples, n), (resamples, S) → (resamples, K).
+
+    Parts only say how far a draw is from the value: the mean over blocks is not quite the mean over tokens.
+    """
+    moved = values + np.tensordot(drawn, parts, axes=(1, 2)) - parts.mean(-1)  # (resamples, K, S)
+    return np.einsum("rks,rs->rk", moved, seeds)
+
+
+def _reference_rows(comparison: Mapping[str, Any], task: str, target: float) -> np.ndarray:  # (m,) or (0,)
+    """NLL by row of the mixture of Base and the unprotected arm whose mean is the target."""
+
+    def mean_rows(arm: str) -> np.ndarray:
+        cells = [cell for cell in cells_of(comparison, arm, task) if cell["status"] == "done"]
+        rows = [cell["test"]["domain"].get("answer_nll_each") or [] for cell in cells]
+        return np.mean(rows, axis=0) if len({len(each) for each in rows}) == 1 else np.zeros(0)
+
+    base, unprotected = mean_rows(base_arm(comparison)), mean_rows(comparison["unprotected"])
+    if not base.size or base.shape != unprotected.shape:
+        return np.zeros(0)
+    distance = float(base.mean() - unprotected.mean())
+    if not distance or not math.isfinite(distance):
+        return np.zeros(0)
+    share = (float(base.mean()) - target) / distance
+    return (1 - share) * base + share * unprotected
+
+
+@lru_cache(maxsize=8)
+def _weights(seed: int, what: str, count: int, resamples: int) -> np.ndarray:  # (resamples, count), rows sum to 1
+    """How often each of `count` is drawn, as shares. The same for all arms, so that arms are paired too."""
+    generator = np.random.default_rng([seed, ("blocks", "rows", "seeds").index(what)])
+    return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+
+
+def _percentile(log_value: float, log_draws: np.ndarray) -> Interval:
+    """exp of a value with the 95 % of its resamples; those that are NaN say nothing and are left out."""
+    known = log_draws[~np.isnan(log_draws)]
+    if math.isnan(log_value) or not len(known):
+        return _NO_INTERVAL
+    low, high = np.quantile(known, [_TAIL, 1 - _TAIL], method="inverted_cdf")  # takes observed values, ∞ among them
+    with np.errstate(over="ignore"):
+        return Interval(*(float(np.exp(x)) for x in (log_value, low, high)))

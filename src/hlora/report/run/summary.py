@@ -1,0 +1,101 @@
+"""The summary of a run: the main arm beside the base, for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from hlora.report.format import number, percent
+from hlora.report.run.measures import DOMAIN_MEASURES, optional_value, rise_spread, shown_difference, shown_value
+from hlora.report.run.verdict import improved, main_arm, verdict
+from hlora.report.style import arm_label
+
+
+class Row(NamedTuple):
+    """One measure of the summary, ready to print."""
+
+    measure: str
+    base: str
+    before: str | None
+    """After the general phase, where the domain phase starts; None where it was not measured."""
+    after: str
+    change: str
+    better: bool | None
+    """Whether the change is an improvement beyond noise; None within it."""
+
+
+def summary_rows(results: Mapping[str, Any]) -> list[Row]:
+    """The measures of the main arm (HLoRA where it ran) beside the base and the model after the general phase."""
+    arms = results.get("arms") or {}
+    base, general = arms.get("base") or {}, arms.get("after_general") or {}
+    main = main_arm(arms)
+    tuned = arms.get(main) or {} if main else {}
+    rows = []
+    for text in base.get("texts") or tuned.get("texts") or {}:
+        one, middle, other = ((each.get("texts") or {}).get(text) or {} for each in (base, general, tuned))
+        better = improved(one, other, "nll", lower_is_better=True)
+        for key, label in (("perplexity", f"perplexity, {text}"), ("bits_per_byte", f"bits per byte, {text}")):
+            relative = (
+                percent(number(other.get(key)) / (number(one.get(key)) or math.nan) - 1)
+                if key in one and key in other
+                else ""
+            )
+            rows.append(
+                Row(
+                    label, shown_value(one, key), optional_value(middle, key), shown_value(other, key), relative, better
+                )
+            )
+        if "forgetting" in other:
+            values = (
+                shown_value(one, "forgetting"),
+                optional_value(middle, "forgetting"),
+                shown_value(other, "forgetting"),
+            )
+            rows.append(Row(f"forgetting, {text}", *values, f"{rise_spread(one, other)} nats".lstrip(), better))
+    rows += _overall_forgetting(base, general, tuned)
+    one, middle, other = (each.get("domain") or {} for each in (base, general, tuned))
+    for key, (label, lower_is_better) in DOMAIN_MEASURES.items():
+        if key in one or key in other:
+            better = improved(one, other, key, lower_is_better)
+            rows.append(
+                Row(
+                    label,
+                    shown_value(one, key),
+                    optional_value(middle, key),
+                    shown_value(other, key),
+                    shown_difference(one, other, key),
+                    better,
+                )
+            )
+    return rows
+
+
+def _overall_forgetting(base: Mapping[str, Any], general: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[Row]:
+    """Mean and worst forgetting over several texts; they have no noise of their own here, so no judgement either."""
+    one, middle, other = (each.get("forgetting") or {} for each in (base, general, tuned))
+    if not other or len(tuned["texts"]) < 2:
+        return []
+    return [
+        Row(label, shown_value(one, key), optional_value(middle, key), shown_value(other, key), "nats", None)
+        for key, label in (("mean", "forgetting, mean of texts"), ("worst", f"forgetting, worst text: {other['text']}"))
+    ]
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """The summary for the terminal: base, before, after, change; green and red only beyond noise."""
+    rows = summary_rows(results)
+    main = main_arm(results.get("arms") or {})
+    general = any(row.before is not None for row in rows)
+    table = Table(title=Text(verdict(results).headline), title_justify="left")
+    table.add_column("measure")
+    for heading in ("base", *(["after general phase"] if general else []), f"after {arm_label(main or '')}", "change"):
+        table.add_column(Text(heading.strip()), justify="right")
+    for row in rows:
+        style = {True: "green", False: "red", None: "dim"}[row.better]
+        middle = [row.before or "–"] if general else []
+        table.add_row(*(Text(cell) for cell in (row.measure, row.base, *middle, row.after)), Text(row.change, style))
+    return table

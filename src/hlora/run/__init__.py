@@ -1,0 +1,1 @@
+"""What pipeline.py is made of: a job, its phases, how it resumes, its results."""

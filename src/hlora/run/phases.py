@@ -1,0 +1,157 @@
+"""The phases of a run: the general one, which records importance, and the domain one, with and without a penalty."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from hlora.budget.budget import ForgettingBudget
+from hlora.budget.probes import SampleProbe, TextProbe
+from hlora.config.sections import GeneralSource, ImportanceConfig
+from hlora.config.units import parse_budget
+from hlora.data.general import probe_texts
+from hlora.data.packing import pack
+from hlora.data.samples import model_samples
+from hlora.importance.artefact import Importance
+from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.importance.squared_gradients import fisher_information
+from hlora.model.lora import attach_lora
+from hlora.parallel.dtensor import whole
+from hlora.parallel.fsdp import is_sharded
+from hlora.parallel.group import first_goes_first, is_first, together
+from hlora.run.job import Job
+from hlora.system.files import building
+from hlora.training.train import train
+
+_PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
+
+History = list[dict[str, Any]]
+
+
+def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
+    """Record importance on general text; returns the model at θ^ν, Ω and the losses.
+
+    The path integral of LoRA training (Eqs. 7–13), or the squared gradients at the base model, where θ^ν is θ₀.
+    """
+    config, options = job.config, job.config.importance
+    model = attach_lora(job.base, config.lora, config.seed)
+    if options.method == "squared_gradients":
+        return model, squared_gradients(job, model), []
+    recorder = recorder_for(model, options)
+    arguments = config.training.of_record()
+    logs = job.output / "logs" / "record"
+    callbacks = [recorder.callback(options.stop_at_move)]
+    dataset = job.general.dataset()
+    history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
+    return model, recorder.consolidate(options.xi, job.general.facts), history
+
+
+def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
+    """The model at θ^ν."""
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    importance.load_adapter_into(model)
+    return model
+
+
+def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
+    """The recorder of a path integral, as configured."""
+    return ImportanceRecorder(model, options.encoding)
+
+
+def squared_gradients(job: Job, model: PeftModel) -> Importance:
+    """Ω of the job's general text without a general phase: its squared gradients at the base model."""
+    options = job.config.importance
+    importance = fisher_information(
+        model,
+        job.tokenizer,
+        job.general.train,
+        options.sequences,
+        options.sequence_length,
+        job.config.seed,
+        at_most=True,
+        encoding=options.encoding,
+        labels="text",
+        gradient=options.gradient or "exact",
+    )
+    importance.provenance["data"] = job.general.facts
+    return importance
+
+
+def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
+    """LoRA on the domain under the penalty (Eqs. 14–16); returns the tuned model and the losses."""
+    options = job.config.penalty
+    model, penalty = protected(job, importance, options.phi, options.layer_weights)
+    return model, train_on_domain(job, model, "tune", penalty)
+
+
+def protected(job: Job, importance: Importance, phi: float, layer_weights: str) -> tuple[PeftModel, ImportancePenalty]:
+    """The model where its domain phase starts, θ^ν or the base model by `penalty.anchor`, and the penalty."""
+    options = job.config.penalty
+    if options.anchor == "general":
+        model = at_general_adapter(job, importance)
+    else:
+        model = attach_lora(job.base, job.config.lora, job.config.seed)
+    scale, group, anchor = options.phi_scale, options.group, options.anchor
+    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor)
+
+
+def check_fits(job: Job, importance: Importance) -> None:
+    """Raises ArtifactError or AdapterError where the domain phase could not be held by `importance`."""
+    model, _ = protected(job, importance, job.config.penalty.phi, job.config.penalty.layer_weights)
+    model.unload()
+
+
+def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:
+    """The same domain phase without a penalty: from a fresh adapter, LoRA(μ), or from θ^ν, LoRA(ν+μ)."""
+    model = attach_lora(job.base, job.config.lora, job.config.seed)
+    if start is not None:
+        start.load_adapter_into(model)
+    return model, train_on_domain(job, model, "lora_nu_mu" if start else "lora_mu", None)
+
+
+def train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None = None) -> History:
+    """The domain phase of any method: the same arguments, seed and data order, with or without a penalty.
+
+    A forgetting budget, where the configuration has one, steers the penalty.
+    """
+    arguments = job.config.training.of_tune()
+    logs = job.output / "logs" / phase
+    callbacks: list[TrainerCallback] = []
+    if penalty is not None:
+        callbacks.append(penalty.callback())
+        if job.config.penalty.budget is not None:
+            callbacks.append(forgetting_budget(job, model, penalty).callback())
+    dataset, seed = job.domain.dataset(), job.config.seed
+    return train(model, job.tokenizer, dataset, logs, arguments, seed, callbacks, resumable=job.resumable)
+
+
+def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:
+    """The configured budget on its probe: the worst of the probe texts, or the base model's own samples."""
+    options, seed = job.config.penalty, job.config.seed
+    assert options.budget is not None
+    if options.probe_texts:
+        texts = probe_texts(options.probe_texts, job.general)
+        probe: TextProbe | SampleProbe = TextProbe(model, job.tokenizer, texts, window=job.config.evaluation.window)
+    else:
+        source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
+        with model.disable_adapter():
+            samples = first_goes_first(partial(model_samples, source, model, job.tokenizer, seed, job.output))
+        probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
+    return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
+
+
+def save_adapter(model: PeftModel, directory: Path) -> Path:
+    """Save the adapter as PEFT does, whole or not at all; in a group of processes the first does."""
+    gathered = None
+    if is_sharded(model):
+        gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    with together():
+        if is_first():
+            with building(directory) as fresh:
+                model.save_pretrained(str(fresh), state_dict=gathered)
+    return directory

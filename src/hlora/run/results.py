@@ -1,0 +1,93 @@
+"""What results.json holds: measures, provenance, a description of the importance."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hlora.config.run import RunConfig
+from hlora.evaluation.evaluate import evaluate
+from hlora.importance.artefact import Importance
+from hlora.importance.layer_weights import layer_coefficients
+from hlora.parallel.fsdp import device_for
+from hlora.report.run.page import write_report
+from hlora.run.job import Job
+from hlora.system.errors import DataError
+from hlora.system.files import write_text
+from hlora.system.redaction import redacted
+
+
+def measure(job: Job, model: Any) -> dict[str, Any]:
+    """Every measure of one model on the job's evaluation texts and test rows (see evaluation.evaluate)."""
+    return evaluate(model, job.tokenizer, job.general.evaluation, job.domain, job.config.evaluation)
+
+
+def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
+    """The `importance` part of results.json: what the artefact says of itself and the coefficients c_l used."""
+    options = config.penalty
+    weights = layer_coefficients(importance, options.layer_weights, options.group)
+    return {**importance.describe(), "layer_weights": weights}
+
+
+def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json and report.html."""
+    results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    results = redacted(results)
+    write_text(job.output / "results.json", json.dumps(results, indent=1))
+    write_report(results, job.output / "report.html")
+    return results
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """results.json of a run. Raises DataError when it is absent or damaged."""
+    try:
+        return redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{output}: no readable results.json ({error}). Make it with `hlora run` or `hlora evaluate`."
+        ) from None
+
+
+def starting_results(job: Job, command: str) -> dict[str, Any]:
+    """What results.json will hold, before anything is measured."""
+    facts = {"general": job.general.facts, "domain": job.domain.facts}
+    return {
+        "arms": {},
+        "seconds": {},
+        "history": {},
+        "importance": {},
+        "provenance": {"seed": job.config.seed, **provenance(job.base, facts)},
+        "config": job.config.model_dump(),
+        "command": command,
+    }
+
+
+def provenance(base: PreTrainedModel, data_facts: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware, model size and data, for a results file."""
+    device = device_for(base)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    packages = ("hlora", "torch", "transformers", "peft", "trl", "datasets", "lm_eval")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "hardware": f"{hardware}, {os.cpu_count()} cores, {device.type}, {str(base.dtype).removeprefix('torch.')}",
+        "parameters": base.num_parameters(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data": data_facts,
+    }
+
+
+def _processor() -> str:
+    """Name of the CPU; Linux keeps it in a file that `platform` does not read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

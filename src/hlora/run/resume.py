@@ -1,0 +1,116 @@
+"""An interrupted run resumes from what it had finished: kept after each phase in unfinished.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from hlora.evaluation.evaluate import add_forgetting
+from hlora.parallel.fsdp import shard
+from hlora.parallel.group import first_does, is_first, together, world
+from hlora.parallel.launch import sharding
+from hlora.run.job import Job
+from hlora.run.results import measure, starting_results
+from hlora.system.errors import first_line
+from hlora.system.files import write_text
+from hlora.system.redaction import redacted, without_secret_fields
+from hlora.training.checkpoint_files import remove_checkpoints
+
+logger = logging.getLogger("hlora")
+
+UNFINISHED = "unfinished.json"  # what a run has finished so far; absent once it is done
+
+
+@contextmanager
+def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
+    """Seconds of a phase; when it ends, what is finished so far goes to the disk."""
+    started = time.perf_counter()
+    yield
+    before = results["seconds"].get(phase, 0.0)  # trained, but not measured, when the run was interrupted
+    results["seconds"][phase] = before + time.perf_counter() - started
+    if job.resumable:
+        with together():
+            if is_first():
+                document = {**_made_from(job), "results": redacted(results)}
+                write_text(job.output / UNFINISHED, json.dumps(document))
+
+
+def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any]) -> None:
+    """Measure the model that `make` gives, unless this run has done so before."""
+    if arm in results["arms"]:
+        return
+    model = make()
+    logger.info("evaluating: %s", arm)
+    with timed(job, results, f"evaluate {arm}"):
+        if sharding():
+            shard(model)
+        results["arms"][arm] = first_does(lambda: measure(job, model), in_step=sharding())
+        add_forgetting(results["arms"][arm], results["arms"]["base"])
+    job.release(model)
+
+
+def resumed_results(job: Job, command: str) -> dict[str, Any]:
+    """What an interrupted run of the same configuration and data had finished, or the start of a new one."""
+    return first_does(lambda: _unfinished_here(job, command))
+
+
+def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
+    try:
+        kept = json.loads((job.output / UNFINISHED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        kept = {}
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
+        kept = {}
+    kept = kept if isinstance(kept, dict) else {}  # changed by hand
+    mine = _made_from(job)
+    another_number = kept.get("processes", mine["processes"]) != mine["processes"]
+    if kept.get("made_from") == mine["made_from"] or (another_number and kept.get("by_rows") == mine["by_rows"]):
+        logger.info("going on with the run of %s", kept["results"]["provenance"]["started"])
+        return dict(kept["results"])
+    if kept:
+        logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
+    forget_unfinished(job)
+    job.keep_config()
+    results = starting_results(job, command)
+    write_text(job.output / UNFINISHED, json.dumps({**mine, "results": redacted(results)}))
+    return results
+
+
+def _made_from(job: Job) -> dict[str, Any]:
+    """Digests of what determines a run's results: as it is written, and with the rows of a step in place of the batch.
+
+    By the second, a run goes on in another number of processes with batches that keep the rows of a step. Another
+    token is no other run.
+    """
+    config = without_secret_fields(job.config.model_dump(exclude={"output"}))
+    facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
+    facts |= {"general": job.general.facts, "domain": job.domain.facts}
+    written = _digest(facts)
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
+    phases = []
+    for arguments in (job.config.training.of_record(), job.config.training.of_tune()):
+        rows = world() * math.prod(arguments.get(name, default) for name, default in sizes.items())
+        phases.append({k: v for k, v in arguments.items() if k not in sizes} | {"rows": rows})
+    facts["config"]["training"] = phases
+    return {"made_from": written, "by_rows": _digest(facts), "processes": world()}
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def forget_unfinished(job: Job) -> None:
+    """Remove what an interrupted run would go on from."""
+    if not is_first():
+        return
+    (job.output / UNFINISHED).unlink(missing_ok=True)
+    for phase in (job.output / "logs").glob("*"):
+        remove_checkpoints(phase)

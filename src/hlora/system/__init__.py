@@ -1,0 +1,1 @@
+"""The ground: errors, files, locks, redaction. Imports nothing else of hlora."""

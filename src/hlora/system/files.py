@@ -1,0 +1,174 @@
+"""Outputs are whole or absent: written beside their place, flushed to the disk, renamed into it."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from safetensors import SafetensorError
+
+from hlora.system.errors import ConfigError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Suffixes of files that PyTorch and others unpickle."""
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory for output. Raises ConfigError when it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(None, "no permission")
+    except OSError as error:
+        raise ConfigError(
+            f"output: {directory} cannot be written ({error.strerror}). Name another directory."
+        ) from None
+
+
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError where a directory for output is no directory, or has none to stand in. Writes nothing."""
+    try:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(None, f"{there} is a file")
+    except OSError as error:
+        raise ConfigError(f"output: {directory} cannot be used ({error.strerror}). Name another directory.") from None
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises ConfigError for a symbolic link in an output directory where a write or a removal would follow it.
+
+    The directory itself may be one. A linked file or artefact below it is replaced, and what it points to stays.
+    """
+    for path in (directory / ".lock", directory / "logs", *directory.glob("logs/*"), *directory.glob("logs/*/*")):
+        if path.is_symlink():
+            raise ConfigError(
+                f"output: {path} is a link to {path.readlink()}, and what is written there would be too. Remove the "
+                "link, or name another directory."
+            )
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether an error says that a file could not be read or written.
+
+    The libraries below us have their own ways to say so: safetensors an error of its own, tokenizers "(os error 28)" in
+    a bare Exception, torch.save a RuntimeError of its stream writer.
+    """
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    return bool(re.search(r"\(os error \d+\)|PytorchStreamWriter|inline_container", str(error)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    building = beside(path, "tmp")
+    try:
+        with building.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def how_to_convert(directory: Path) -> str:
+    """A hint, with a space before it, where a directory holds pickled weights; empty where it holds none."""
+    found = (path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    pickles = sorted(name for name in found if not name.startswith(("training_args", "optimizer", "scheduler", "rng")))
+    if not pickles:
+        return ""
+    code = (
+        "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+        f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{Path(pickles[0]).stem}.safetensors')"
+    )
+    return f' {pickles[0]} is a pickle, which can hold code and is not read. If you trust it: python -c "{code}"'
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as stream:  # Windows flushes only what is open for writing
+        os.fsync(stream.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A name beside `path` that no other process, of this machine or another, and no other thread has.
+
+    kind: tmp for what will take its place, old for what had it.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}-{_machine()}.{kind}")
+
+
+@contextmanager
+def building(directory: Path, locked: bool = False) -> Iterator[Path]:
+    """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception.
+
+    What an interrupted process left of the same directory is cleared away (`locked`: see clear).
+    """
+    clear(directory, locked)
+    fresh = beside(directory, "tmp")
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                flush(file)
+        previous = beside(directory, "old")
+        if directory.exists():
+            directory.rename(previous)
+        try:
+            fresh.rename(directory)
+        except BaseException:
+            if previous.exists():
+                previous.rename(directory)
+            raise
+        _remove(previous)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def clear(path: Path, locked: bool = False) -> None:
+    """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away.
+
+    What a living process of this machine is about to finish stays. Of another machine's process nobody here knows
+    whether it lives: what it left goes only if the caller has the lock of `path` (locked), so no other works on it.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        owner, kind = left.name.rsplit(".", 2)[1:]
+        pid, _, rest = owner.partition("-")
+        if kind not in ("old", "tmp") or not pid.isdecimal():
+            continue
+        here = rest.partition("-")[2] == _machine()
+        if (here and int(pid) != os.getpid() and psutil.pid_exists(int(pid))) or not (here or locked):
+            continue
+        if kind == "old" and not path.exists():
+            left.rename(path)
+        else:
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """A file, a directory, or a link to one, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return socket.gethostname().replace(".", "_")

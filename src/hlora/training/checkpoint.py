@@ -1,0 +1,169 @@
+"""Checkpoints of a training phase, to go on from as if nothing had happened: bit by bit on a CPU.
+
+Trainer's own hold pickles (optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin). With `save_only_model` it
+leaves all but the last out and writes the adapter and trainer_state.json. Added to each checkpoint-N are
+
+    resume.safetensors, resume.json              optimizer, learning-rate schedule, gradient scaler, random numbers
+                                                 (of each process)
+    recording-<kind>.safetensors, … .json        what a recorder knows; RecordingCallback adds them in any Trainer
+    complete.json                                SHA-256 of every file, last: a directory without it is not complete
+
+Nothing of it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hlora.parallel.dtensor import laid_out_like, whole
+from hlora.parallel.group import exchange, is_first, rank, together
+from hlora.training.checkpoint_files import (
+    checkpoint_directory,
+    complete_checkpoint,
+    join_tensors,
+    load_state,
+    save_state,
+    split_tensors,
+)
+
+_EVERY = 300.0  # seconds between checkpoints
+
+
+class Checkpoints(TrainerCallback):
+    """Saves a checkpoint every five minutes, and restores one when Trainer resumes.
+
+    In a group of processes the first one's clock counts, and it writes. Any number of them may go on: one that was not
+    there before takes the first one's random numbers.
+
+    Has to be the last callback, since it completes the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+        self._epoch: dict[str, Any] = {}  # random numbers where the epoch began: they order its batches
+        self._epoch_number = -1
+        self._resumed: dict[str, Any] | None = None  # until its random numbers are restored
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saved = time.monotonic()
+        if state.global_step == 0:
+            return
+        kept = load_state(checkpoint_directory(args, state), "resume")
+        _load_into(kwargs["optimizer"], kept["optimizer"])
+        kwargs["lr_scheduler"].load_state_dict(kept["schedule"])
+        if kept["scaler"]:
+            kwargs["optimizer"].scaler.load_state_dict(kept["scaler"])
+        others = kept.get("others", [])
+        self._resumed = kept | (others[rank() - 1] if 0 < rank() <= len(others) else {})
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        number = int(state.epoch or 0)
+        if self._resumed is not None and self._resumed["epoch_number"] == number:
+            set_random_state(self._resumed["epoch"])  # orders the batches as before; the rest is set at the first step
+        elif self._resumed is not None:  # the checkpoint was the last of its epoch
+            set_random_state(self._resumed["random"])
+            self._resumed = None
+        self._epoch, self._epoch_number = random_state(), number
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._resumed is not None:
+            set_random_state(self._resumed["random"])
+            self._resumed = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ends = state.global_step >= state.max_steps or control.should_training_stop
+        if not ends and exchange("due" if time.monotonic() - self._saved >= _EVERY else "")[0]:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        state_now = {
+            "optimizer": _gathered(kwargs["optimizer"].state_dict()),
+            "schedule": kwargs["lr_scheduler"].state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch_number": self._epoch_number,
+        }
+        first, *others = [
+            _from_text(text) for text in exchange(_to_text({"random": random_state(), "epoch": self._epoch}))
+        ]
+        with together():
+            if is_first():
+                save_state(
+                    checkpoint_directory(args, state),
+                    "resume",
+                    state_now | first | ({"others": others} if others else {}),
+                )
+                complete_checkpoint(checkpoint_directory(args, state))
+        self._saved = time.monotonic()
+
+
+def _gathered(value: Any) -> Any:
+    """An optimizer's state with what FSDP2 has sharded brought together; every process calls it."""
+    if isinstance(value, Mapping):
+        return {key: _gathered(each) for key, each in value.items()}
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
+    """`load_state_dict`, with the sums of a sharded parameter laid out as it is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, sums in kept["state"].items():
+        of = parameters[number]
+        kept["state"][number] = {
+            name: laid_out_like(of, each.to(of.device)) if isinstance(each, Tensor) and each.shape == of.shape else each
+            for name, each in sums.items()
+        }
+    optimizer.load_state_dict(kept)
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, NumPy, PyTorch and each of its accelerators."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    python = random.getstate()
+    return {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": list(devices),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _to_text(state: Mapping[str, Any]) -> str:
+    tensors: dict[str, Tensor] = {}
+    document = split_tensors(state, "", tensors)
+    numbers = {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in tensors.items()}
+    return json.dumps([document, numbers])
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    document, numbers = json.loads(text)
+    found: dict[str, Any] = join_tensors(
+        document, {n: torch.tensor(v, dtype=getattr(torch, d)) for n, (d, v) in numbers.items()}
+    )
+    return found

@@ -1,0 +1,469 @@
+"""General text and domain rows: what is read, what is refused by name, and that nothing evaluated is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GENERAL_TEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralConfig
+from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.data.general import GeneralText, general_text, probe_texts
+from hlora.system.errors import DataError
+
+LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]], **options: Any) -> str:
+    path.write_text("".join(json.dumps(row, **options) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_general(general: GeneralConfig, texts: dict[str, str] | None = None) -> GeneralText:
+    """From files or the hub, where neither model nor cache is touched."""
+    return general_text(general, EvaluationConfig(texts=texts or {}), None, None, 0, Path("unused"))  # type: ignore[arg-type]
+
+
+def read_domain(train: Any, test: Any, seed: int = 0, max_test_rows: int | None = None, **config: Any) -> DomainRows:
+    settings = {"task": "rows", "train": str(train), "test": str(test), **config}
+    return domain_rows(DomainConfig.model_validate(settings), max_test_rows, seed)
+
+
+def pairs(start: int, count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{n} plus one is", "completion": str(n + 1)} for n in range(start, start + count)]
+
+
+# General text
+
+
+def test_long_lines_of_an_evaluation_text_never_reach_training(tmp_path: Path) -> None:
+    train = write_jsonl(
+        tmp_path / "train.jsonl",
+        [{"text": f"before\n  {LINE}\nafter"}, {"text": LINE}, {"text": "short\nlines"}],
+    )
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text(f"Title\n{LINE}  \nshort\nThe end\n", encoding="utf-8")
+    text = read_general(GeneralConfig(paths=[train]), {"held out": str(heldout)})
+    assert text.train == ["before\nafter", "short\nlines"]
+    assert text.facts["characters_left_out_as_evaluation_text"] == len(f"  {LINE}\n") + len(LINE)
+    assert LINE in text.evaluation["held out"]
+
+
+def test_no_long_line_is_shared_whatever_wikitext_files_are_named(shared_data: Path) -> None:
+    both = [str(shared_data / "wikitext2" / name) for name in ("valid.txt", "test.txt")]
+    text = read_general(GeneralConfig(paths=both), {"wikitext": both[1]})
+    long = {line.strip() for line in text.evaluation["wikitext"].splitlines() if len(line.strip()) >= 80}
+    assert len(long) > 1000
+    assert not long & {line.strip() for document in text.train for line in document.splitlines()}
+    assert len("".join(text.train)) > 900_000
+
+
+def test_the_last_tenth_is_held_out_when_no_evaluation_text_is_named(tmp_path: Path) -> None:
+    documents = [f"document {n}" for n in range(30)]
+    text = read_general(GeneralConfig(paths=[write_jsonl(tmp_path / "a.jsonl", [{"text": d} for d in documents])]))
+    assert text.train == documents[:27]
+    assert text.evaluation == {"general (held out)": "\n\n".join(documents[27:])}
+
+
+def test_one_document_leaves_none_to_hold_out(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "alone"}, {"text": " \n"}])
+    with pytest.raises(DataError, match=r"1 document, which leaves none to hold out .* evaluation.texts"):
+        read_general(GeneralConfig(paths=[file]))
+
+
+def test_the_same_file_for_training_and_evaluation_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": LINE}, {"text": f"{LINE}!"}])
+    with pytest.raises(DataError, match="nothing left to train on; all 2 documents stand in an evaluation text"):
+        read_general(GeneralConfig(paths=[file]), {"same": file})
+
+
+def test_empty_files_are_refused_as_holding_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="no text in what source 'files' names"):
+        read_general(GeneralConfig(paths=[str(tmp_path / "a.txt")]), {"same": str(tmp_path / "a.txt")})
+
+
+def test_column_and_limit_apply_to_all_files_and_the_column_to_evaluation_texts_too(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", [{"body": f"{n}{m}"} for m in "ab"]) for n in (1, 2)]
+    test = write_jsonl(tmp_path / "test.jsonl", [{"body": "c"}])
+    text = read_general(GeneralConfig(paths=files, column="body", max_documents=3), {"test": test})
+    assert text.train == ["1a", "1b", "2a"]
+    assert text.evaluation == {"test": "c"}
+
+
+def test_general_facts_change_when_and_only_when_the_text_does(tmp_path: Path) -> None:
+    evaluation = write_jsonl(tmp_path / "test.jsonl", [{"text": "x"}])
+
+    def facts(*documents: str) -> dict[str, Any]:
+        train = write_jsonl(tmp_path / "train.jsonl", [{"text": d} for d in documents])
+        return read_general(GeneralConfig(paths=[train]), {"test": evaluation}).facts
+
+    first = facts("ab", "c")
+    assert first == facts("ab", "c")
+    assert first["documents"] == 2 and first["characters"] == 3
+    assert len({first["sha256"], facts("a", "bc")["sha256"], facts("c", "ab")["sha256"]}) == 3
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "y"}])
+    assert facts("ab", "c")["evaluation_texts"] != first["evaluation_texts"]
+
+
+def test_the_general_data_set_has_one_column_of_text_as_trl_packs_it() -> None:
+    data = GeneralText(["a", "b"], {}).dataset()
+    assert data.column_names == ["text"] and list(data["text"]) == ["a", "b"]
+
+
+# Hub
+
+
+@pytest.fixture
+def hub_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set as a hub repository has it, here as a directory, which datasets loads in the same way."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "qa"
+    directory.mkdir()
+    write_jsonl(directory / "train.jsonl", pairs(0, 12))
+    write_jsonl(directory / "test.jsonl", pairs(10, 4))
+    return str(directory)
+
+
+def test_domain_rows_are_read_from_the_splits_of_a_hub_data_set(hub_directory: str) -> None:
+    rows = read_domain(hub_directory, "test")
+    assert [example.answer for example in rows.test] == ["11", "12", "13", "14"]
+    assert rows.facts["train_rows_left_out_as_test_prompts"] == 2
+    assert [example.answer for example in rows.train] == [str(n) for n in range(1, 11)]
+
+
+def test_the_training_split_of_a_hub_data_set_can_be_named(hub_directory: str, tmp_path: Path) -> None:
+    test = write_jsonl(tmp_path / "mine.jsonl", pairs(0, 1))
+    rows = read_domain(hub_directory, test, train_split="test")
+    assert [example.answer for example in rows.train] == ["11", "12", "13", "14"]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_general_text_is_read_from_a_hub_data_set_streamed_up_to_its_limit(
+    limit: int | None, hub_directory: str
+) -> None:
+    config = GeneralConfig(source="hub", dataset=hub_directory, column="prompt", max_documents=limit)
+    text = read_general(config)
+    count = limit or 12
+    assert len(text.train) == count - 1
+    assert text.train[0] == "0 plus one is"
+    assert text.evaluation == {"general (held out)": f"{count - 1} plus one is"}
+
+
+def test_a_hub_data_set_without_the_column_says_which_it_has(hub_directory: str) -> None:
+    with pytest.raises(DataError, match=r"qa: 12 of 12 rows cannot be used.*: 'text', it has prompt, completion"):
+        read_general(GeneralConfig(source="hub", dataset=hub_directory))
+
+
+def test_a_split_that_a_hub_data_set_lacks_is_an_error_that_names_it(hub_directory: str) -> None:
+    with pytest.raises(DataError, match=r"validation.*Check the name, its subset and split"):
+        read_domain(hub_directory, "validation")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_data_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"acme/absent: not a file here, nor a data set .* the network, or give a local"
+    ):
+        read_general(GeneralConfig(source="hub", dataset="acme/absent"))
+    with pytest.raises(DataError, match="acme/absent: not a file here"):
+        read_domain("acme/absent", "test")
+
+
+# Samples of the model
+
+
+@pytest.fixture
+def sample(model_dir: str, tmp_path: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+
+    def text(seed: int, directory: str = "samples", **settings: Any) -> list[str]:
+        config = GeneralConfig.model_validate({"source": "model", "samples": 40, "sample_tokens": 8, **settings})
+        got = general_text(config, EvaluationConfig(), model, tokenizer, seed, tmp_path / directory)
+        return [*got.train, *got.evaluation.values()]
+
+    return text
+
+
+def test_samples_of_the_model_are_the_same_for_the_same_seed_only(sample: Any) -> None:
+    first = sample(0, "a")
+    assert len(set(first)) > 30
+    assert sample(0, "b") == first
+    assert sample(1, "c") != first
+
+
+def test_sampling_leaves_the_random_state_as_it_was(sample: Any) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    sample(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_kept_samples_are_used_the_second_time(sample: Any, tmp_path: Path) -> None:
+    sample(0)
+    file = next((tmp_path / "samples").iterdir())
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept["samples"] = ["kept one", "kept two"]
+    file.write_text(json.dumps(kept), encoding="utf-8")
+    assert sample(0) == ["kept one", "kept two"]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"samples": 41}, {"sample_tokens": 9}, {"temperature": 0.5}])
+def test_kept_samples_are_made_anew_when_a_setting_changes(sample: Any, change: dict[str, Any]) -> None:
+    first = sample(0)
+    changed = sample(**{"seed": 0, **change})
+    assert changed != first
+    assert sample(**{"seed": 0, "directory": "fresh", **change}) == changed
+
+
+def test_a_low_temperature_makes_samples_alike(sample: Any) -> None:
+    assert len(set(sample(0, temperature=1e-4))) == 2  # nearly greedy: one text, and the joined held-out ones
+    assert len(set(sample(0, temperature=1.0))) > 30
+
+
+# Domain rows
+
+
+def test_train_rows_whose_prompt_is_in_the_test_are_left_out_and_counted(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [*pairs(0, 6), {"prompt": "4 plus one is", "completion": "five"}])
+    test = write_jsonl(tmp_path / "test.jsonl", pairs(4, 4))
+    rows = read_domain(train, test)
+    assert [example.prompt for example in rows.train] == [f"{n} plus one is" for n in range(4)]
+    assert rows.facts["train_rows_left_out_as_test_prompts"] == 3
+    assert (rows.facts["train_rows"], rows.facts["test_rows"]) == (4, 4)
+
+
+def test_messages_with_the_same_turns_before_the_answer_count_as_the_same_prompt(tmp_path: Path) -> None:
+    def dialogue(question: str, answer: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    train = write_jsonl(tmp_path / "train.jsonl", [dialogue("a", "1"), dialogue("b", "2")])
+    test = write_jsonl(tmp_path / "test.jsonl", [dialogue("a", "other")])
+    assert [example.answer for example in read_domain(train, test).train] == ["2"]
+
+
+@pytest.mark.parametrize(("task", "folder"), [("piqa", "piqa"), ("medmcqa", "medmcqa"), ("multiple_choice", "qasc")])
+def test_real_tasks_have_no_prompt_in_both_sets(task: str, folder: str, shared_data: Path) -> None:
+    rows = read_domain(shared_data / folder / "train.jsonl", shared_data / folder / "test.jsonl", task=task)
+    assert not {str(example.prompt) for example in rows.train} & {str(example.prompt) for example in rows.test}
+    assert len(rows.train) > 1200 and len(rows.test) == len(rows.test_rows) >= 600
+
+
+def test_the_training_choice_is_seeded_and_the_test_choice_is_the_first_rows(tmp_path: Path) -> None:
+    train, test = write_jsonl(tmp_path / "a.jsonl", pairs(0, 50)), write_jsonl(tmp_path / "b.jsonl", pairs(90, 9))
+    chosen = [read_domain(train, test, seed, max_test_rows=4, max_train_rows=10) for seed in (0, 0, 1)]
+    prompts = [[example.prompt for example in rows.train] for rows in chosen]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert all(len(set(map(str, some))) == 10 for some in prompts)
+    assert [example.answer for example in chosen[0].test] == ["91", "92", "93", "94"]
+    assert chosen[0].test_rows == pairs(90, 4)
+
+
+def test_domain_facts_change_when_and_only_when_the_rows_do(tmp_path: Path) -> None:
+    test = write_jsonl(tmp_path / "test.jsonl", pairs(90, 2))
+
+    def facts(start: int) -> dict[str, Any]:
+        return read_domain(write_jsonl(tmp_path / "train.jsonl", pairs(start, 5)), test).facts
+
+    assert facts(0) == facts(0)
+    assert facts(0)["train_sha256"] != facts(1)["train_sha256"]
+    assert facts(0)["test_sha256"] == facts(1)["test_sha256"]
+
+
+def test_the_domain_data_set_has_prompts_and_completions_as_trl_reads_them(questions: tuple[str, str]) -> None:
+    data = read_domain(*questions, task="multiple_choice").dataset()
+    assert data[0] == {"prompt": "Question: What is 0 plus one?\nAnswer:", "completion": " 1"}
+    assert len(data) == 24
+
+
+def test_a_wrong_row_is_named_by_file_and_number(questions: tuple[str, str], tmp_path: Path) -> None:
+    rows = [{"question": "x", "choices": ["a", "b"], "label": n} for n in (0, 1, 2)]
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
+    for train, test in ((wrong, questions[1]), (questions[0], wrong)):
+        with pytest.raises(DataError) as caught:
+            read_domain(train, test, task="multiple_choice")
+        assert str(caught.value) == (
+            f"{wrong}: 1 of 3 rows cannot be used, and domain.max_unusable (1%) lets 0 be left out. "
+            "Row 3: wrong label: 2, expected 0 to 1. Task 'multiple_choice' needs question, choices (a list), label "
+            "(index of the right choice). Mend them, or raise domain.max_unusable."
+        )
+
+
+def test_unusable_rows_within_the_limit_are_left_out_counted_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = [*pairs(0, 10), {"prompt": "x", "completion": " "}, *pairs(10, 10), {"prompt": "y"}]
+    test = [{"prompt": 1, "completion": 2}, *pairs(90, 4)]
+    files = write_jsonl(tmp_path / "train.jsonl", train), write_jsonl(tmp_path / "test.jsonl", test)
+    with caplog.at_level("WARNING", "hlora"):
+        rows = read_domain(*files, max_unusable=2, max_test_rows=3)
+    assert len(rows.train) == 20 and rows.test_rows == pairs(90, 3)
+    assert [example.answer for example in rows.test] == ["91", "92", "93"]
+    assert rows.facts["unusable"] == {
+        files[0]: {
+            "rows": 2,
+            "of": 22,
+            "reasons": {"empty cell": 1, "missing column": 1},
+            "first": {
+                "row 11": "empty cell: completion is ' '",
+                "row 22": "missing column: 'completion', it has prompt",
+            },
+        },
+        files[1]: {
+            "rows": 1,
+            "of": 5,
+            "reasons": {"wrong cell": 1},
+            "first": {"row 1": "wrong cell: completion is 2, expected text"},
+        },
+    }
+    assert [record.message.split(". ")[0] for record in caplog.records] == [
+        f"{files[0]}: left out 2 of 22 rows that cannot be used",
+        f"{files[1]}: left out 1 of 5 rows that cannot be used",
+    ]
+    for limit in (1, 0, "5%"):
+        with pytest.raises(DataError, match=r"train.jsonl: 2 of 22 rows"):
+            read_domain(*files, max_unusable=limit)
+
+
+def test_general_documents_without_text_are_left_out_within_the_limit(tmp_path: Path) -> None:
+    rows = [{"text": f"document {n}"} for n in range(200)]
+    rows[7], rows[8], rows[9] = {"text": None}, {"other": "x"}, {"text": " "}
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    text = read_general(GeneralConfig(paths=[file]))
+    assert text.facts["documents"] + 20 == 197  # blank ones count as nothing
+    assert text.facts["unusable"] == {
+        file: {
+            "rows": 2,
+            "of": 200,
+            "reasons": {"no text": 1, "missing column": 1},
+            "first": {"row 8": "no text: 'text' holds NoneType", "row 9": "missing column: 'text', it has other"},
+        }
+    }
+    with pytest.raises(
+        DataError, match=r"a.jsonl: 2 of 200 rows .* general.max_unusable \(1\) lets 1 .* Row 8: no text"
+    ):
+        read_general(GeneralConfig(paths=[file], max_unusable=1))
+    with pytest.raises(DataError, match=r"a.jsonl: Row 8: no text.*; Row 9: .* no row is left out"):
+        read_general(GeneralConfig(paths=[file]), {"same": file})
+
+
+@pytest.fixture
+def space(model_dir: str) -> Any:
+    """Of the tiny Llama, whose context is 256 tokens, for arguments of training."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    return lambda **arguments: Space.of(model, tokenizer, arguments)
+
+
+def tokens(space: Space, row: dict[str, str], answer: bool) -> int:
+    text = f"{row['prompt']} {row['completion']}" if answer else row["prompt"]
+    return len(space.tokenizer(text)["input_ids"])
+
+
+def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_less_is_not(
+    space: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": "Where is Orion? " * 5, "completion": "In the sky"}
+    files = write_jsonl(tmp_path / "train.jsonl", [row]), write_jsonl(tmp_path / "test.jsonl", pairs(0, 1))
+    config = DomainConfig(task="rows", train=files[0], test=files[1])
+    length = tokens(space(), row, answer=False)
+    assert len(domain_rows(config, None, 0, space(max_length=length + 1)).train) == 1
+    with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training's max_length"):
+        domain_rows(config, None, 0, space(max_length=length))
+    for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
+        assert len(domain_rows(config, None, 0, space(max_length=length, **kept)).train) == 1
+
+
+def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_cuts_it(
+    space: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": "Where is it? ", "completion": "word"}
+    while tokens(space(), row, answer=True) < 256:
+        row["completion"] += "s" if tokens(space(), row, answer=True) > 250 else " words and more words"
+    assert tokens(space(), row, answer=True) == 256
+    longer = {**row, "completion": row["completion"] + " zz"}
+    some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 2))
+    for file, ok in (
+        (write_jsonl(tmp_path / "fits.jsonl", [row]), True),
+        (write_jsonl(tmp_path / "long.jsonl", [longer]), False),
+    ):
+        for train, test in ((file, some), (some, file)):
+            config = DomainConfig(task="rows", train=train, test=test)
+            if ok:
+                domain_rows(config, None, 0, space(max_length=None))
+            else:
+                with pytest.raises(DataError, match=r"long.jsonl: 1 of 1 .* too long: more than the 256 tokens of"):
+                    domain_rows(config, None, 0, space(max_length=None))
+    cut = DomainConfig(task="rows", train=str(tmp_path / "long.jsonl"), test=some)
+    assert len(domain_rows(cut, None, 0, space(max_length=256)).train) == 1
+
+
+def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 3))
+    with pytest.raises(DataError, match=r"empty.jsonl: no rows to evaluate on"):
+        read_domain(some, empty)
+    with pytest.raises(DataError, match=r"empty.jsonl: no rows to train on \(0 read"):
+        read_domain(empty, some)
+    with pytest.raises(DataError, match=r"some.jsonl: no rows to train on \(3 read, 3 of them in the test set\)"):
+        read_domain(some, some)
+
+
+def test_a_test_split_beside_a_train_file_is_refused_and_not_read_from_it(questions: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match=r"domain.test: 'test' is no .jsonl, .parquet or .csv file"):
+        read_domain(questions[0], "test", task="multiple_choice")
+
+
+def test_general_text_of_the_fixture_is_read_whole(general_file: str) -> None:
+    text = read_general(GeneralConfig(paths=[general_file]))
+    words = " ".join([*text.train, *text.evaluation.values()]).split()
+    assert words == GENERAL_TEXT.split()
+
+
+# Mixtures
+
+
+def test_a_mixture_takes_characters_by_weight_and_repeats_none(tmp_path: Path) -> None:
+    for name, letter, count in (("a", "a", 30), ("b", "b", 100)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{letter}{n:09d}"} for n in range(count)])
+    sources = [{"paths": [str(tmp_path / f"{name}.jsonl")], "weight": w} for name, w in (("a", 3), ("b", 2))]
+    test = tmp_path / "test.txt"
+    test.write_text("evaluated", encoding="utf-8")
+    found = read_general(GeneralConfig.model_validate({"mixture": sources}), {"test": str(test)})
+    text = "".join(found.train)
+    assert (text.count("a"), text.count("b")) == (30, 20)
+    assert len(set(found.train)) == len(found.train) == 50
+    assert found.facts["source"] == "mixture"
+    assert found.facts["mixture"] == [{"source": "files", "characters": n} for n in (300, 200)]
+    first = "".join(document[0] for document in found.train[:25])
+    assert {"a", "b"} == set(first)  # shuffled, not one after the other
+
+
+def test_a_mixture_of_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": " "}])
+    with pytest.raises(DataError, match="no text in what source 'files' names"):
+        read_general(GeneralConfig.model_validate({"mixture": [{"paths": [str(tmp_path / "a.jsonl")]}]}))
+
+
+# Probe texts
+
+
+def test_a_probe_text_has_no_line_that_is_trained_or_evaluated_on(tmp_path: Path) -> None:
+    trained, evaluated, own = (f"{word} " * 20 for word in ("trained", "evaluated", "own"))
+    general = GeneralText([f"a\n{trained}\nb"], {"test": evaluated}, {})
+    (tmp_path / "probe.txt").write_text("\n".join([trained, own, evaluated]), encoding="utf-8")
+    found = probe_texts({"prose": str(tmp_path / "probe.txt")}, general)
+    assert found["prose"].strip() == own.strip()
+
+
+def test_a_probe_text_that_is_trained_on_whole_is_refused(tmp_path: Path) -> None:
+    line = "the same line " * 10
+    (tmp_path / "probe.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match="nothing is left of 'prose'"):
+        probe_texts({"prose": str(tmp_path / "probe.txt")}, GeneralText([line], {}, {}))

@@ -1,0 +1,193 @@
+"""A row's prompt, choices and answer are those that lm-evaluation-harness scores, and a wrong row is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from hlora.data.tasks import Example, read_example, write_harness_task
+from hlora.system.errors import DataError
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "sciq": [
+        {
+            "question": "What do plants make?",
+            "correct_answer": "sugar",
+            "distractor1": "salt",
+            "distractor2": 'sand\'s "grains"',
+            "distractor3": "iron",
+            "support": "  Plants make sugar.\n",
+        },
+        {
+            "question": "{{question}} & <b>?",
+            "correct_answer": "a",
+            "distractor1": "b",
+            "distractor2": "c",
+            "distractor3": "d",
+            "support": "",
+        },
+    ],
+    "piqa": [
+        {"goal": "To cut {paper}", "sol1": "use scissors", "sol2": "use 'soup'", "label": 0},
+        {"goal": "Boil an egg\n", "sol1": "freeze it", "sol2": "heat water ", "label": 1},
+    ],
+    "medmcqa": [
+        {"question": 'Which "vitamin"?', "opa": "A", "opb": "B12", "opc": "C: ascorbic", "opd": "None", "cop": 2},
+        {"question": "Où?", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 0},
+    ],
+    "multiple_choice": [
+        {"question": "Which one?", "choices": ["it's", 'a "b"', "[c]"], "label": 1},
+        {"question": "2 + 2", "choices": ["3", "4"], "label": 1},
+    ],
+}
+
+
+def harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -> Any:
+    name = write_harness_task(task, rows, directory)
+    loaded = TaskManager(include_path=str(directory), include_defaults=False).load(name)["tasks"][name]
+    docs = list(loaded.test_docs())
+    assert len(docs) == len(rows)
+    return loaded, docs
+
+
+def assert_same_as_the_harness(task: str, rows: list[dict[str, Any]], directory: Path) -> None:
+    loaded, docs = harness_task(task, rows, directory)
+    for row, doc in zip(rows, docs, strict=True):
+        example = read_example(task, row)
+        assert loaded.doc_to_text(doc) == example.prompt
+        assert loaded.doc_to_choice(doc) == list(example.choices)
+        target = loaded.doc_to_target(doc)
+        assert isinstance(target, int) and example.choices[target] == example.answer
+        scored = [request.args for request in loaded.construct_requests(doc, example.prompt, metadata=(None, 0, 1))]
+        assert scored[target] == (example.training_row()["prompt"], example.training_row()["completion"])
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_what_is_trained_on_is_exactly_what_the_harness_scores(task: str, tmp_path: Path) -> None:
+    assert_same_as_the_harness(task, ROWS[task], tmp_path)
+
+
+@pytest.mark.parametrize(("task", "folder"), [("piqa", "piqa"), ("medmcqa", "medmcqa"), ("multiple_choice", "qasc")])
+def test_real_rows_are_read_as_the_harness_reads_them(
+    task: str, folder: str, shared_data: Path, tmp_path: Path
+) -> None:
+    lines = (shared_data / folder / "test.jsonl").read_text(encoding="utf-8").split("\n")
+    assert_same_as_the_harness(task, [json.loads(line) for line in lines[:50]], tmp_path)
+
+
+@pytest.mark.parametrize("task", ["sciq", "piqa", "medmcqa"])
+def test_the_harness_uses_its_own_definition_of_a_task_it_knows(task: str, tmp_path: Path) -> None:
+    write_harness_task(task, ROWS[task], tmp_path)
+    included = Path(json.loads((tmp_path / "task.yaml").read_text(encoding="utf-8"))["include"])
+    assert included.is_file() and included.parent.parent.name == "tasks" and "lm_eval" in included.parts
+
+
+def test_a_label_written_as_text_is_the_number_to_the_harness(tmp_path: Path) -> None:
+    row = {"goal": "To cut paper", "sol1": "use soup", "sol2": "use scissors", "label": "1"}
+    loaded, (doc,) = harness_task("piqa", [row], tmp_path)
+    assert loaded.doc_to_target(doc) == 1
+    assert read_example("piqa", row).answer == "use scissors"
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("multiple_choice", {"question": "First on the moon?", "choices": ["1969-07-20", "1972-12-11"], "label": 0}),
+        ("multiple_choice", {"question": "2 + 2", "choices": [3, "4", 5.0], "label": 1}),
+        ("piqa", {"goal": "2001-01-01", "sol1": "2001-01-01T10:00:00Z", "sol2": "1e3", "label": 0}),
+    ],
+)
+def test_dates_and_numbers_reach_the_harness_as_the_text_they_are(
+    task: str, row: dict[str, Any], tmp_path: Path
+) -> None:
+    assert_same_as_the_harness(task, [row], tmp_path)
+
+
+def test_other_columns_of_any_kind_do_not_disturb_the_harness(tmp_path: Path) -> None:
+    row = {**ROWS["multiple_choice"][0], "date": Path("x"), "image": b"\x00"}
+    _, docs = harness_task("multiple_choice", [row], tmp_path)
+    assert docs[0]["question"] == row["question"]
+
+
+def test_rows_without_choices_cannot_be_scored_by_the_harness(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="task 'rows' has no choices to score"):
+        write_harness_task("rows", [{"prompt": "a", "completion": "b"}], tmp_path)
+
+
+def test_prompt_and_completion_are_joined_by_one_space() -> None:
+    example = read_example("rows", {"prompt": "Capital of France:", "completion": "  Paris \n"})
+    assert example == Example("Capital of France:", "Paris")
+    assert example.training_row() == {"prompt": "Capital of France:", "completion": " Paris"}
+
+
+def test_messages_are_split_before_the_last_answer() -> None:
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+    ]
+    example = read_example("rows", {"messages": turns})
+    assert example == Example(turns[:-1], "Paris")
+    assert example.training_row() == {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def test_numbers_among_the_choices_are_read_as_text() -> None:
+    example = read_example("multiple_choice", {"question": "2 + 2", "choices": [3, 4], "label": 1})
+    assert (example.choices, example.answer) == (("3", "4"), "4")
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "problem"),
+    [
+        ("piqa", {**ROWS["piqa"][0], "label": 2}, "wrong label: 2, expected 0 to 1"),
+        ("piqa", {**ROWS["piqa"][0], "label": -1}, "wrong label: -1, expected 0 to 1"),
+        ("medmcqa", {**ROWS["medmcqa"][0], "cop": 4}, "wrong label: 4, expected 0 to 3"),
+        ("medmcqa", {**ROWS["medmcqa"][0], "cop": "b"}, "wrong label: 'b'"),
+        ("piqa", {**ROWS["piqa"][0], "label": None}, "wrong label: None"),
+        ("piqa", {"goal": "x", "sol1": "a", "label": 0}, "missing column: 'sol2', it has goal, sol1, label"),
+        ("piqa", {**ROWS["piqa"][0], "sol2": None}, "wrong cell: sol2 is None, expected text"),
+        ("sciq", {k: v for k, v in ROWS["sciq"][0].items() if k != "support"}, "missing column: 'support'"),
+        ("multiple_choice", {"question": "x", "choices": "a, b", "label": 0}, "wrong choices: 'a, b', expected a list"),
+        (
+            "multiple_choice",
+            {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "label": 0},
+            "expected a list",
+        ),
+        ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "wrong label: 0"),
+        ("rows", {"prompt": "x", "completion": "  "}, "empty cell: completion is '  '"),
+        ("rows", {"prompt": "x", "completion": 4}, "wrong cell: completion is 4"),
+        ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),
+        ("rows", {"prompt": "x"}, "missing column: 'completion'"),
+        ("rows", {"messages": [USER]}, "they must end with an answer of the assistant"),
+        ("rows", {"messages": [{"role": "assistant", "content": "Hi"}]}, "they must end with an answer"),
+        ("rows", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty cell: answer is ''"),
+        ("rows", {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "wrong messages: [{"),
+        ("rows", {"messages": ["Hi", {"role": "assistant", "content": "x"}]}, "wrong messages: ['Hi'"),
+        ("rows", {"prompt": "", "completion": "x"}, "empty cell: prompt is ''"),
+        ("multiple_choice", {"question": None, "choices": ["a"], "label": 0}, "wrong cell: question is None"),
+        ("multiple_choice", {"question": float("nan"), "choices": ["a"], "label": 0}, "wrong cell: question is nan"),
+        ("multiple_choice", {"question": "x", "choices": ["a", " "], "label": 0}, "empty cell: choices is ' '"),
+        ("multiple_choice", {"question": "x", "choices": ["a", True], "label": 0}, "wrong cell: choices is True"),
+        ("piqa", {**ROWS["piqa"][0], "label": float("nan")}, "wrong label: nan"),
+        ("piqa", {**ROWS["piqa"][0], "label": float("inf")}, "wrong label: inf"),
+        ("piqa", {**ROWS["piqa"][0], "label": [1]}, "wrong label: [1]"),
+        ("rows", {"messages": []}, "they must end"),
+        ("rows", {"messages": None}, "wrong messages: None"),
+        ("rows", {}, "missing column: 'prompt', it has nothing"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused_with_the_kind_and_the_particulars(
+    task: str, row: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read_example(task, row)
+    assert problem in str(caught.value) and ": " in str(caught.value)
