@@ -27,9 +27,8 @@ check: .venv/dev ## lint, format, types, imports, declared dependencies
 audit: .venv/dev ## known holes in the dependencies that constraints.txt pins
 	$(BIN)/python .ci/audit.py
 
-bench: .venv/demo ## recording and penalty alone, how they grow, and what they add to a training step: docs/performance.md
+bench: .venv/demo ## recording and penalty alone, and what they add to a training step: docs/performance.md
 	$(BIN)/python benchmarks/core.py
-	$(BIN)/python benchmarks/core.py --growth
 	$(BIN)/python benchmarks/overhead.py
 
 setup: .venv/dev

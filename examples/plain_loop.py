@@ -29,13 +29,14 @@ torch.manual_seed(0)
 lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 model = get_peft_model(base, lora)
 
-# General text: what the model should not forget. Domain: what it should learn, here squares of numbers.
+# General text: what the model should not forget. Domain: what it should learn; here, squares of numbers.
 general = tokenizer("\n\n".join(pydoc_data.topics.topics.values()), return_tensors="pt", verbose=False)["input_ids"][0]
 general = general[: len(general) // 512 * 512].view(-1, 4, 128).to(device)  # batches of 4 rows of 128 tokens
 draw = random.Random(0)
 numbers = [[draw.randrange(10, 100) for _ in range(8)] for _ in range(args.steps)]
 domain = [" ".join(f"The square of {n} is {n * n}." for n in row) for row in numbers]
 
+# The same rate in both phases, which goes with phi 9; docs/quickstart.md advises a quarter of it to record.
 optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
 recorder = hlora.ImportanceRecorder(model)
 for step in range(args.steps):
@@ -46,7 +47,7 @@ for step in range(args.steps):
     optimizer.zero_grad()
 recorder.consolidate(data={"text": "pydoc_data.topics"}).save(f"{args.output}/importance")
 
-importance = hlora.Importance.load(f"{args.output}/importance")  # another day, another script: also load_adapter_into
+importance = hlora.Importance.load(f"{args.output}/importance")  # in another script: load_adapter_into(model) too
 penalty = hlora.ImportancePenalty(model, importance, phi=args.phi)
 optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
 for text in domain:

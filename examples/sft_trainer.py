@@ -1,4 +1,4 @@
-"""HLoRA with TRL's SFTTrainer: an importance made once, then two lines in each script that tunes.
+"""HLoRA with TRL's SFTTrainer: record importance once, then add two lines to each script that tunes.
 
 python examples/sft_trainer.py                 # SmolLM2-135M, fetched once
 python examples/sft_trainer.py --model DIR --steps 100
@@ -29,7 +29,7 @@ options = SFTConfig(
     max_steps=args.steps,
     per_device_train_batch_size=4,
     max_length=128,
-    learning_rate=8e-4,
+    learning_rate=8e-4,  # in both phases, which goes with phi 9; docs/quickstart.md advises a quarter of it to record
     logging_steps=1,
     save_strategy="no",
     report_to=[],
@@ -42,14 +42,14 @@ def fresh_model():
     return get_peft_model(AutoModelForCausalLM.from_pretrained(args.model or model_directory()), lora)
 
 
-# Once for a base model and a LoRA configuration: record on general text, which the model should not forget.
+# Once for each base model and LoRA configuration: record on general text, which the model should not forget.
 general = Dataset.from_dict({"text": list(pydoc_data.topics.topics.values())})
 model = fresh_model()
 recorder = hlora.ImportanceRecorder(model)
 SFTTrainer(model, options, train_dataset=general, processing_class=tokenizer, callbacks=[recorder.callback()]).train()
 recorder.consolidate(data={"text": "pydoc_data.topics"}).save(f"{args.output}/importance")
 
-# For each domain: the script that you have, and `protect` before `train`. Here it learns squares of numbers.
+# For each domain: your own script, with `protect` before `train`. Here the model learns squares of numbers.
 domain = [{"prompt": f"Question: What is {n} squared?\nAnswer:", "completion": f" {n * n}"} for n in range(10, 400)]
 model = fresh_model()
 trainer = SFTTrainer(model, options, train_dataset=Dataset.from_list(domain), processing_class=tokenizer)

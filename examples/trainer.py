@@ -35,7 +35,7 @@ def rows(text: str, length: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": cut, "labels": cut} for cut in cuts]
 
 
-# General text: what the model should not forget. Domain: what it should learn, here squares of numbers.
+# General text: what the model should not forget. Domain: what it should learn; here, squares of numbers.
 general = rows("\n\n".join(pydoc_data.topics.topics.values()), length=128)
 domain = rows(" ".join(f"The square of {n} is {n * n}." for n in range(10, 400)), length=64)
 
@@ -43,7 +43,7 @@ arguments = TrainingArguments(
     output_dir=f"{args.output}/logs",
     max_steps=args.steps,
     per_device_train_batch_size=4,
-    learning_rate=8e-4,
+    learning_rate=8e-4,  # in both phases, which goes with phi 9; docs/quickstart.md advises a quarter of it to record
     logging_steps=1,
     save_strategy="no",
     report_to=[],

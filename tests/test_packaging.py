@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 from conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -49,6 +50,7 @@ def test_every_requirement_is_pinned_in_constraints() -> None:
     assert names(REQUIREMENTS) <= pinned
 
 
+@pytest.mark.slow
 def test_no_extra_is_needed_to_import_hlora_or_to_read_the_printed_configuration() -> None:
     code = f"""
 import sys

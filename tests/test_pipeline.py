@@ -84,6 +84,7 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_used_are_left_out_up_to_the_limit_and_listed_in_results_and_report(
     hlora: Invoke, config: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_rows_that_cannot_be_used_are_left_out_up_to_the_limit_and_listed_in_res
     assert "Rows left out" in report and "wrong label: 2, expected 0 to 1" in report
 
 
+@pytest.mark.slow
 def test_adapter_of_a_run_works_in_plain_peft_and_differs_from_its_start(
     hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
 ) -> None:
@@ -126,6 +128,7 @@ def test_adapter_of_a_run_works_in_plain_peft_and_differs_from_its_start(
     assert plain(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_record_tune_evaluate_alone_equal_run(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     steps, whole = tmp_path / "steps", tmp_path / "out"
     for verb in ("record", "tune", "evaluate"):
@@ -141,6 +144,7 @@ def test_record_tune_evaluate_alone_equal_run(hlora: Invoke, config: Path, tmp_p
     assert mine["domain"]["answer_nll"] == theirs["domain"]["answer_nll"]
 
 
+@pytest.mark.slow
 def test_strong_penalty_keeps_the_adapter_closer_to_the_general_one(
     hlora: Invoke, config: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +165,7 @@ def test_strong_penalty_keeps_the_adapter_closer_to_the_general_one(
     assert distance[1e4] < 0.5 * distance[0]
 
 
+@pytest.mark.slow
 def test_report_is_remade_from_results(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     assert hlora("run", config, "--set", "baselines=[]")[0] == 0
     report = tmp_path / "out" / "report.html"
@@ -205,6 +210,7 @@ def test_the_recorder_is_the_configured_one(peft_model: PeftModel) -> None:
     assert kept.encoding == "float32"
 
 
+@pytest.mark.slow
 def test_general_text_can_be_the_models_own(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     own = ["general.source=model", "general.paths=[]", "general.samples=24", "general.sample_tokens=24"]
     arguments = [part for field in own for part in ("--set", field)]
@@ -214,6 +220,7 @@ def test_general_text_can_be_the_models_own(hlora: Invoke, config: Path, tmp_pat
     assert list(results["arms"]["base"]["texts"]) == ["general (held out)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
 def test_prompt_and_completion_rows_train_without_choices(
     hlora: Invoke, config: Path, tmp_path: Path, suffix: str
@@ -307,6 +314,7 @@ def test_version_is_the_packages(hlora: Invoke) -> None:
     assert hlora("--version")[1].strip() == __version__
 
 
+@pytest.mark.slow
 def test_demo_runs_whole_and_names_the_report(hlora: Invoke, tmp_path: Path, model_dir: str) -> None:
     smaller = [
         f"model.name={model_dir}",
@@ -325,6 +333,7 @@ def test_demo_runs_whole_and_names_the_report(hlora: Invoke, tmp_path: Path, mod
     assert set(results_of(output)["arms"]["hlora"]["texts"]) == {"Python documentation", "other prose"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["texts", "own samples"])
 def test_a_run_on_a_budget_steers_phi_and_reports_what_it_cost(
     hlora: Invoke, config: Path, tmp_path: Path, probe: str
@@ -345,6 +354,7 @@ def test_a_run_on_a_budget_steers_phi_and_reports_what_it_cost(
     assert "The forgetting budget" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_general_phase_records_squared_gradients_and_keeps_to_the_base(
     hlora: Invoke, config: Path, tmp_path: Path
 ) -> None:
@@ -399,6 +409,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "count"),
     [("measure", 1), ("record_phase", 1), ("measure", 2), ("tune_phase", 1), ("measure", 3), ("measure", 4)],
@@ -432,6 +443,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(
     assert not list((tmp_path / "out" / "logs").glob("*/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
     job_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -464,6 +476,7 @@ def test_a_second_run_on_one_output_directory_is_refused_with_the_first_ones_pro
     assert re.search(rf"output: \S+ is in use by process {os.getpid()}, started \d{{4}}-", err), err
 
 
+@pytest.mark.slow
 def test_evaluating_again_keeps_the_curves(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     assert hlora("run", config)[0] == 0
     before = results_of(tmp_path / "out")

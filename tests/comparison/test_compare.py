@@ -40,6 +40,7 @@ def measured(found: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
     comparison_config: CompareConfig,
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
     assert json.loads((Path(comparison_config.output) / "comparison.json").read_text(encoding="utf-8")) == found
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(
     comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_cells_are_told_apart_by_everything_that_determines_them(comparison_file
     assert not keys() & before
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_ends_as_an_uninterrupted_one(
     comparison_file: Path, tmp_path: Path, no_report: None
 ) -> None:
@@ -110,6 +113,7 @@ def test_an_interrupted_grid_ends_as_an_uninterrupted_one(
     assert measured(resumed) == measured(whole)
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_reported_and_computed_again_on_request_only(
     comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +133,7 @@ def test_a_failed_cell_is_reported_and_computed_again_on_request_only(
     assert {c["status"] for c in compare(comparison_config, retry=True)["cells"]} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_run_says_so_in_its_cell(
     comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +149,7 @@ def test_a_method_that_cannot_run_says_so_in_its_cell(
     assert "cannot: LoRA(μ), sums: no MLP in this model" in summary(found)
 
 
+@pytest.mark.slow
 def test_a_method_that_altered_the_base_leaves_the_next_cell_a_fresh_one(
     comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +172,7 @@ def test_a_method_that_altered_the_base_leaves_the_next_cell_a_fresh_one(
     assert {place: cell for place, cell in found.items() if place[0] != "spoiler"} == clean
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_grid(comparison_config: CompareConfig, no_report: None) -> None:
     """While another holds a cell it is left to the end; it is not computed twice."""
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
@@ -251,6 +258,7 @@ def test_a_wrong_setting_of_an_arm_is_named_before_anything_is_computed(comparis
         Grid.open(load_comparison(comparison_file))
 
 
+@pytest.mark.slow
 def test_an_arm_with_another_general_text_is_chosen_on_the_same_texts_and_trains_on_none_of_them(
     comparison_config: CompareConfig, tmp_path: Path, no_report: None
 ) -> None:

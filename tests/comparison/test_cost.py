@@ -72,6 +72,7 @@ def test_rows_say_what_was_measured_and_are_written_and_shown(config: RunConfig)
     assert list(ratios.columns[2].cells) == [f"{time:.3g}" for time in times] and len(times) == 4
 
 
+@pytest.mark.slow
 def test_equal_counting_is_one_pass_over_the_very_sequences_of_ewc(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

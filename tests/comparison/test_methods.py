@@ -65,6 +65,7 @@ def test_rslora_scales_by_the_root_of_the_rank(job: Job) -> None:
     assert {m.scale for m in adapted_matrices(model)} == {8 / 4**0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hlora", "l2"])
 def test_a_strong_penalty_holds_the_adapter_to_the_general_one(job: Job, method: str) -> None:
     model, _ = METHODS["after_general"](job, None)
@@ -93,6 +94,7 @@ def test_uniform_importance_is_the_mean_everywhere_and_costs_the_squared_movemen
         assert matrix.undo_cost == pytest.approx(mean * float(movement.square().sum()), rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_at_the_base_hlora_and_plain_l2_start_from_a_fresh_adapter_and_are_held_to_it(job: Job) -> None:
     job.config.penalty.anchor = "base"
     for method in ("hlora", "l2"):
@@ -112,6 +114,7 @@ def test_squared_gradients_are_taken_once_a_seed_without_a_general_phase(job: Jo
         assert torch.equal(again.matrices[name].omega.row, matrix.omega.row)
 
 
+@pytest.mark.slow
 def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) -> None:
     for xi in (1e-3, 1e-6):
         job.config.importance.xi = xi

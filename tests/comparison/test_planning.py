@@ -27,6 +27,7 @@ def test_the_first_cell_that_needs_a_general_phase_pays_for_it(comparison_config
     assert times["HLoRA", 0, 1] < 2 * times["LoRA(μ)", 0, None]
 
 
+@pytest.mark.slow
 def test_finished_cells_say_what_the_rest_will_take(comparison_config: CompareConfig, monkeypatch) -> None:
     monkeypatch.setattr("hlora.comparison.compare.write_report", lambda *arguments: None)
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
@@ -43,6 +44,7 @@ def everything_in(directory: Path) -> dict[str, str]:
     return {str(path): sha256(path) if path.is_file() else "" for path in directory.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("computed", [False, True])
 @pytest.mark.parametrize("source", ["files", "model"])
 def test_a_plan_writes_nothing_and_reads_finished_cells(

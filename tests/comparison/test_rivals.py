@@ -98,6 +98,7 @@ def tiny_gpt2(job: Job) -> Job:
     return job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_the_same_steps_and_moves_what_it_trains(
     open_job: Open, batches: list[dict[str, Any]], method: str
@@ -121,6 +122,7 @@ def test_every_method_trains_the_same_steps_and_moves_what_it_trains(
     assert (method != "replay") == (call["dataset"].to_list() == job.domain.dataset().to_list())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_repeated_exactly_by_its_seed(open_job: Open, method: str) -> None:
     ends = []
@@ -131,6 +133,7 @@ def test_a_method_is_repeated_exactly_by_its_seed(open_job: Open, method: str) -
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_comes_back_from_unload_unless_the_method_is_said_to_alter_it(open_job: Open, method: str) -> None:
     job = open_job()

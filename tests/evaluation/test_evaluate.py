@@ -436,6 +436,7 @@ def test_evaluation_leaves_mode_padding_side_random_state_and_weights_as_they_we
     assert any(parameter.requires_grad for parameter in peft_model.parameters())
 
 
+@pytest.mark.slow
 def test_an_untouched_adapter_measures_exactly_as_the_base_and_a_moved_one_does_not(
     model: Any, peft_model: Any, tokenizer: Any, domain: DomainRows
 ) -> None:

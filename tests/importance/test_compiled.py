@@ -96,6 +96,7 @@ def assert_same_omega(mine: ImportanceRecorder, other: ImportanceRecorder) -> No
         torch.testing.assert_close(mine.omega[name], omega, rtol=0, atol=5e-5 * float(omega.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "checkpointing"),
     [
@@ -126,6 +127,7 @@ def test_checkpoint_wrapped_blocks_keep_their_names_and_record_the_same(model: P
     assert_same_omega(recorded(wrapped, token_ids), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["distributed alone", "compiled inside", "compiled outside"])
 def test_a_distributed_model_records_the_same_names_and_adapter_settings(
     model: PeftModel, token_ids: Tensor, data_parallel: Wrap, order: str
@@ -196,6 +198,7 @@ def assert_same_sums(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(mine[name], G, rtol=0, atol=5e-5 * float(G.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "checkpointing"),
     [(as_it_is, "reentrant"), (compiled, None), (compiled, "not reentrant"), (compiled_by_block, None)],
@@ -209,6 +212,7 @@ def test_compiled_and_checkpointed_models_show_the_gradients_of_their_layers(
     assert_same_sums(layer_sums(wrap(model), token_ids), layer_sums(plain, token_ids))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_that_ran_before_shows_its_layers_after_a_reset(model: PeftModel, token_ids: Tensor) -> None:
     """Under checkpointing its compiled code does not look for new hooks."""
     plain = copy.deepcopy(model)
@@ -219,6 +223,7 @@ def test_a_compiled_model_that_ran_before_shows_its_layers_after_a_reset(model: 
     assert_same_sums(layer_sums(wrapped, token_ids), layer_sums(plain, token_ids))
 
 
+@pytest.mark.slow
 def test_trainer_with_torch_compile_and_checkpointing_records_and_protects_the_same(
     model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:

@@ -304,6 +304,7 @@ def test_full_precision_is_still_compared_to_one_rounding(wide_dir: str) -> None
 # The whole job, and merging
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "method"), [("4bit", "path_integral"), ("8bit", "path_integral"), ("4bit", "squared_gradients")]
 )

@@ -47,6 +47,10 @@ def sums(matrix: Tensor) -> Factored:
     return Factored(matrix.sum(1), matrix.sum(0))
 
 
+def encode(matrix: Tensor, encoding: str) -> Encoded:
+    return matrix if encoding == "float32" else sums(matrix)
+
+
 def dense(matrix: Encoded) -> Tensor:
     return matrix if isinstance(matrix, Tensor) else matrix.dense()
 
@@ -149,15 +153,12 @@ def test_every_matrix_of_a_model_gets_its_own_step(encoding: str, block: int) ->
     """Different shapes, ranks, scales and learning rates in one list."""
     steps = drawn_steps()
     starts = [positive(d_out, d_in, torch.float32, number) for number, (d_out, d_in, *_) in enumerate(MATRICES)]
-    omegas = [encodings.encode(start.clone(), encoding) for start in starts]
+    omegas = [encode(start.clone(), encoding) for start in starts]
     ops.accumulate_all_(omegas, steps, SCALES, COUNTED)
     for omega, start, mine, scale in zip(omegas, starts, steps, SCALES, strict=True):
         expected = integrated(start.double(), mine, scale)
         for got, wanted in zip(
-            *(
-                encodings.parts(encodings.encode(w, encoding) if isinstance(w, Tensor) else w).values()
-                for w in (omega, expected)
-            ),
+            *(encodings.parts(encode(w, encoding) if isinstance(w, Tensor) else w).values() for w in (omega, expected)),
             strict=True,
         ):
             torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -274,7 +275,7 @@ def test_penalty_of_any_shape_and_dtype_equals_float64_autograd(
     """Factors in `dtype`, importance kept as `kept`; computed in float32 or wider whatever they are."""
     step = draw(d_out, d_in, rank, dtype, seed)
     importance = positive(d_out, d_in, torch.float32, seed)
-    encoded = encodings.encode(importance, kept)
+    encoded = encode(importance, kept)
     value, grad_A, grad_B = ops.penalty_with_gradients(encoded, step.A_next, step.B_next, (step.A, step.B), 1.7)
     assert value.dtype == grad_A.dtype == grad_B.dtype == torch.promote_types(dtype, torch.float32)
     expected = autograd_penalty(dense(encoded).double(), Step(*(t.double() for t in step)), 1.7)
@@ -313,7 +314,7 @@ def test_factored_penalty_equals_the_penalty_of_its_dense_form() -> None:
 def test_the_penalties_of_a_model_are_those_of_each_matrix(encoding: str, anchored: bool, block: int) -> None:
     steps = drawn_steps()
     importances = [
-        encodings.encode(positive(d_out, d_in, torch.float32, number), encoding)
+        encode(positive(d_out, d_in, torch.float32, number), encoding)
         for number, (d_out, d_in, *_) in enumerate(MATRICES)
     ]
     anchors = [(step.A, step.B) if anchored else None for step in steps]
@@ -390,7 +391,7 @@ def memory_cases() -> list[Any]:
     cases = []
     for encoding in ENCODINGS:
         kept = encodings.zeros(encoding, D_OUT, D_IN, torch.device("cpu"))
-        importance = encodings.encode(exact, encoding)
+        importance = encode(exact, encoding)
         made = [*encodings.parts(kept).values(), *encodings.parts(importance).values()]
         for name, operation in {
             "recording": lambda m, _: ops.accumulate_(m, gradient, delta),

@@ -107,6 +107,7 @@ print(len(names))
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_where_there_is_no_fcntl() -> None:
     """Nor another module or name that Windows lacks."""
     done = subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], capture_output=True, text=True, timeout=300)

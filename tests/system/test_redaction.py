@@ -107,6 +107,7 @@ def test_a_run_leaves_no_secret_in_its_files_or_on_the_terminal(
     none_in((output / "report.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
     planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,6 +129,7 @@ def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
     assert "going on with the run of" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_no_secret_in_its_files(
     planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

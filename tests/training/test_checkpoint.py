@@ -109,6 +109,7 @@ def assert_same(mine: Any, theirs: Any) -> None:
     assert losses[0] == losses[1] and losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until", [1, 4, 5, 6, 13])  # 5 and 10 are the ends of epochs
 def test_resumed_recording_equals_uninterrupted(trained: Any, whole: Trained, tmp_path: Path, until: int) -> None:
     trained(tmp_path / "cut", until)
@@ -117,6 +118,7 @@ def test_resumed_recording_equals_uninterrupted(trained: Any, whole: Trained, tm
     assert whole[1].steps == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["float32", "factored"])
 def test_every_encoding_resumes(trained: Any, tmp_path: Path, encoding: str) -> None:
     whole = trained(tmp_path / "whole", encoding=encoding)
@@ -172,6 +174,7 @@ def without_recording(checkpoint_directory: Path) -> None:
     (checkpoint_directory / "recording-factored.safetensors").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut_short, truncated, flipped, without_recording])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     trained: Any, whole: Trained, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture

@@ -49,11 +49,6 @@ def zeros(encoding: str, d_out: int, d_in: int, device: torch.device, dtype: tor
     raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
 
 
-def encode(matrix: Tensor, encoding: str) -> Encoded:
-    """A dense matrix in the encoding. For float32 the matrix itself, in its own precision."""
-    return matrix if encoding == "float32" else Factored(matrix.sum(1), matrix.sum(0))
-
-
 def row_blocks(d_out: int, d_in: int, device: torch.device | None = None) -> Iterator[slice]:
     """Slices of rows, each of at most 2¹⁸ elements or one row; eight times that on an accelerator: fewer launches."""
     elements = _BLOCK if device is None or device.type == "cpu" else 8 * _BLOCK

@@ -1,6 +1,8 @@
-"""The two hot operations and the consolidation, streamed over blocks of rows: no d×d temporary beyond one block.
+"""The two hot operations and the consolidation.
 
-`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model.
+`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Factored ones make
+nothing larger than the low-rank factors. Dense ones are streamed over blocks of rows, with no temporary beyond one
+block; on an accelerator recording and penalty are compiled by PyTorch over the whole matrix instead (`_whole`).
 
 Low-rank products come as a pair (left, right) that stands for left @ right. A difference of two adapters is
 taken as s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32.
@@ -10,7 +12,9 @@ matrices of 576×576 cost more in calls than in arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +22,12 @@ from torch import Tensor
 
 from hlora.numerics.encodings import Encoded, Factored, norm, row_blocks, shape
 from hlora.numerics.types import Consolidated, Factors, Pair, Step
+from hlora.system.errors import first_line
+
+logger = logging.getLogger("hlora")
+
+_STREAMED: tuple[str, ...] = ("cpu", "meta")  # device types whose dense matrices go in blocks; others compile
+_LONGEST = 32  # terms of a compiled sum, 2r; 64 of them took 74 s to compile on a busy CPU core
 
 
 def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
@@ -44,6 +54,8 @@ def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
         row, column = product_sums(gradient, delta)
         omega.row.sub_(row)
         omega.column.sub_(column)
+        return
+    if _whole(_accumulate_whole_, omega, *gradient, *delta) is not None:
         return
     room = _Room()
     for rows in row_blocks(*shape(omega), omega.device):
@@ -203,16 +215,67 @@ def _penalty(
         A, B = factors
         return value, (B.mT @ weighted) @ spread, weighted @ (spread @ A.mT)
     # Σ Ω D² = Σ ((Ω⊙D) Qᵀ) ⊙ P, and (Ω⊙D) Qᵀ begins with (Ω⊙D) Aᵀ: no second copy of D, no pass of its own.
-    products = torch.empty_like(P)  # (d_out, 2r)
-    grad_A = None if factors is None else torch.zeros_like(factors[0])
-    room = _Room()
-    for rows in row_blocks(*shape(importance), importance.device):
-        weighted = room.product(0, delta, rows).mul_(importance[rows])
-        torch.mm(weighted, Q.T, out=products[rows])
-        if grad_A is not None and factors is not None:
-            grad_A.addmm_(factors[1][rows].T, weighted)
+    B = P[:, :0] if factors is None else factors[1]
+    found = None if factors is None else _whole(_products_whole, importance, P, Q, B)
+    products, grad_A = _products_streamed(importance, P, Q, B) if found is None else found
     value = (products * P).sum().clamp(min=0)
-    return value, grad_A, None if grad_A is None else products[:, : len(grad_A)].clone()
+    if factors is None:
+        return value, None, None
+    return value, grad_A, products[:, : len(grad_A)].clone()
+
+
+def _products_streamed(
+    importance: Tensor, P: Tensor, Q: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:  # (d_out, 2r), (r, d_in)
+    """(Ω⊙D) Qᵀ and Bᵀ(Ω⊙D), D = PQ."""
+    products, grad_A, room = torch.empty_like(P), Q.new_zeros(B.shape[1], Q.shape[1]), _Room()
+    for rows in row_blocks(*shape(importance), importance.device):
+        weighted = room.product(0, (P, Q), rows).mul_(importance[rows])
+        torch.mm(weighted, Q.T, out=products[rows])
+        grad_A.addmm_(B[rows].T, weighted)
+    return products, grad_A
+
+
+def _whole(compute: Callable[..., Any], matrix: Tensor, left: Tensor, *factors: Tensor) -> Any:
+    """compute(matrix, left, *factors) compiled over a whole matrix: a few launches, where blocks would be hundreds.
+
+    None where dense matrices are streamed: on a CPU, whose cache holds a block, and once compiling has failed.
+    """
+    global _STREAMED
+    kind = matrix.device.type
+    if kind in _STREAMED or left.shape[1] > _LONGEST:
+        return None
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            return _compiled(compute)(matrix, left, *factors)
+    except Exception as error:  # no compiler, an old driver, no memory: of many kinds; to us all mean the same
+        _STREAMED = (*_STREAMED, kind)
+        logger.warning("dense importance is computed in blocks on %s, with more launches: %s", kind, first_line(error))
+        return None
+
+
+@cache
+def _compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(compute, dynamic=True, fullgraph=True)  # one graph for all shapes of a rank
+
+
+def _accumulate_whole_(omega: Tensor, P: Tensor, Q: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """ω −= (PQ) ⊙ (UV): one read and one write of ω."""
+    return omega.sub_(_short_sums(P, Q) * _short_sums(U, V))
+
+
+def _products_whole(importance: Tensor, P: Tensor, Q: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """`_products_streamed` in one pointwise pass and two products."""
+    weighted = _short_sums(P, Q).mul_(importance)
+    return weighted @ Q.T, B.T @ weighted
+
+
+def _short_sums(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, by sums over k that a compiler takes into the pass around them."""
+    total = left[:, :1] * right[:1]
+    for k in range(1, left.shape[1]):
+        total = total + left[:, k, None] * right[k]
+    return total
 
 
 class _Room:

@@ -79,12 +79,12 @@ def test_cost_bars_are_as_long_as_measured_and_say_so():
     figure = figures.cost_bars(COST)
     time, storage, *_ = figure.axes
     ends = sorted(bar.get_x() + bar.get_width() for bar in time.patches)
-    np.testing.assert_allclose(ends, [0.021, 0.71, 0.9, 39.8, 40.2, 41.0, 93.1])
+    np.testing.assert_allclose(ends, [0.021, 0.71, 39.8, 41.0, 93.1])
     assert {"93.1 s", "0.021 s", "538 MB", "230 kB"} <= set(words(figure))
     assert time.get_yticklabels()[1].get_text() == "HLoRA, float32\n20 sequences × 5 epochs, 12,700 tokens"
     assert time.get_title(loc="left") == "Time, the paper's counting × 1/200"
     assert storage.get_xscale() == "log"
-    assert len(storage.patches) == 5
+    assert len(storage.patches) == 4
 
 
 def test_importance_is_the_mean_over_seeds_of_our_arm(small_comparison):
@@ -111,6 +111,7 @@ def test_without_a_finished_cell_nothing_is_drawn_and_nothing_fails(small_compar
     assert figures.all_figures(small_comparison) == {}
 
 
+@pytest.mark.slow
 def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(small_comparison):
     text = name = "costs $5 and $x_$"
     renamed = copy.deepcopy(small_comparison)

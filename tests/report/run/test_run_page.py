@@ -261,6 +261,7 @@ def test_report_renders_with_almost_everything_missing(content, tmp_path):
     summary_table(content)
 
 
+@pytest.mark.slow
 def test_report_renders_when_any_single_part_is_missing(full, tmp_path, monkeypatch):
     monkeypatch.setattr("hlora.report.run.page.svg", lambda figure: "<svg></svg>")  # drawing takes a second
     for part in full:
