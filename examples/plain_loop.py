@@ -1,7 +1,6 @@
 """HLoRA in a plain PyTorch loop: record on general text, save, load, tune on a domain with the penalty in view.
 
-python examples/plain_loop.py                  # SmolLM2-135M, fetched once
-python examples/plain_loop.py --model DIR --steps 100
+python examples/plain_loop.py [--model DIR] [--steps 100]   # default: SmolLM2-135M, fetched once
 """
 
 import argparse

@@ -31,6 +31,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = ("wikitext2", "piqa", "medmcqa", "qasc", "shakespeare")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/faults are slow: killed runs, failing disks, thousands of malformed inputs, a browser."""
+    for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """With HLORA_NO_SKIPS, as CI has it, a test that is skipped for anything but a GPU has failed."""

@@ -457,6 +457,7 @@ def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
     assert results["provenance"]["seed"] == 1 and results["history"]["record"]
 
 
+@pytest.mark.slow
 def test_a_damaged_note_of_what_was_finished_is_named_and_the_run_starts_anew(
     job_fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,6 +43,7 @@ def rows_of(cost: dict[str, Any], method: str, counting: str) -> list[dict[str, 
     return [row for row in cost["rows"] if (row["method"], row["counting"]) == (method, counting)]
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_measured_and_are_written_and_shown(config: RunConfig) -> None:
     cost = measure_cost(config, scale=0.001, nu_samples=22_000)
     assert json.loads((Path(config.output) / "cost.json").read_text(encoding="utf-8")) == cost
@@ -168,6 +169,7 @@ def test_an_open_sequence_length_is_refused_by_field(fields: dict[str, Any]) -> 
         measure_cost(parse_config(fields), sequences=4)
 
 
+@pytest.mark.slow
 def test_command_writes_the_figure_beside_the_numbers(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

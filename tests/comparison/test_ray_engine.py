@@ -225,6 +225,7 @@ def compute_with(ray: Any, grid: Grid, *ends: Exception) -> None:
     _compute(stub, SimpleNamespace(remote=partial(partial, _work)), grid, grid.first_cells())
 
 
+@pytest.mark.slow
 def test_cells_that_die_with_their_machine_are_not_workers_that_keep_dying(
     ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +240,7 @@ def test_cells_that_die_with_their_machine_are_not_workers_that_keep_dying(
     assert {cell["status"] for cell in grid.results(grid.first_cells())} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_cell_that_the_file_system_shows_late_is_waited_for(
     ray: Any, comparison_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

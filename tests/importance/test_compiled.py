@@ -156,6 +156,7 @@ def test_a_module_that_is_named_module_keeps_its_name(model_dir: str) -> None:
     assert [matrix.name for matrix in adapted_matrices(compiled(held))] == names
 
 
+@pytest.mark.slow
 def test_an_artefact_recorded_compiled_holds_the_plain_model_and_the_other_way_round(
     model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:

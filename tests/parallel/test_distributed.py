@@ -33,6 +33,8 @@ from hlora.system.errors import AdapterError, ConfigError
 from hlora.system.locks import lock_directory
 from hlora.training.train import sft_arguments
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
     *(f"fsdp2: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),

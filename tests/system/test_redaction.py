@@ -82,6 +82,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_secret_in_its_files_or_on_the_terminal(
     planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_every_encoding_resumes(trained: Any, tmp_path: Path, encoding: str) -> 
     assert_same(trained(tmp_path / "cut", encoding=encoding), whole)
 
 
+@pytest.mark.slow
 def test_batches_by_length_which_the_global_numbers_order_resume_in_their_order(trained: Any, tmp_path: Path) -> None:
     options = {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}
     whole = trained(tmp_path / "whole", **options)
