@@ -5,7 +5,7 @@
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
 In each round every version runs once, in random order, and so does a copy of the dense float32 ω. A multiple is that of
 two times of one round; the table has the median over rounds and the quartiles. Dense is streamed on a CPU and compiled
-on an accelerator (hlora.numerics.ops).
+on an accelerator (hlora.ops).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hlora.numerics import encodings, equations, ops, types
+from hlora.numerics import encodings, equations, ops
+from hlora.numerics.types import Factors, Step
 
 SCALE, LR = 4.0, 1e-3
 GEOMETRIES: dict[str, list[tuple[int, int, int]]] = {  # d_out, d_in, how many
@@ -34,8 +35,8 @@ VERSIONS = ("as written", "dense", "factored")
 
 
 class Matrix(NamedTuple):
-    step: types.Step
-    anchor: types.Factors
+    step: Step
+    anchor: Factors
     dense: Tensor  # ω, and Ω
     factored: encodings.Encoded
 
@@ -134,7 +135,7 @@ def drawn(d_out: int, d_in: int, rank: int, device: torch.device) -> Matrix:
 
     A, B = normal(rank, d_in, size=0.05), normal(d_out, rank, size=0.01)
     grad_A, grad_B = normal(rank, d_in, size=1e-3), normal(d_out, rank, size=1e-3)
-    step = types.Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
+    step = Step(A, B, grad_A, grad_B, LR, A - LR * grad_A, B - LR * grad_B)
     anchor = normal(rank, d_in, size=0.05), normal(d_out, rank, size=0.01)
     dense = torch.rand(d_out, d_in, device=device, generator=generator)
     return Matrix(step, anchor, dense, encodings.Factored(dense.sum(1), dense.sum(0)))

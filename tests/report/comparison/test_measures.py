@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from made_comparison import SMALL, make_comparison
 
-from hlora.report.comparison import tables
 from hlora.report.comparison.measures import t_tests
 from hlora.report.comparison.significance import holm, welch
+from hlora.report.comparison.tables import t_test_table
 
 
 def test_t_tests_are_those_of_the_table():
     comparison = make_comparison(SMALL, ["piqa", "qasc"])
-    table = tables.t_test_table(comparison)
+    table = t_test_table(comparison)
     place = table.columns.index("p, Holm")
     shown = [row[place].text for row in table.rows]
     tests = t_tests(comparison)

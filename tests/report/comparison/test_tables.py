@@ -11,9 +11,17 @@ import pytest
 from test_statistics import cell, comparison_of, not_done
 from test_table_formats import assert_compiles
 
-from hlora.report.comparison import tables
+from hlora.report.comparison.published import PAPER
 from hlora.report.comparison.significance import holm, welch
 from hlora.report.comparison.table_formats import Cell, Table
+from hlora.report.comparison.tables import (
+    all_tables,
+    equal_domain_table,
+    forgetting_table,
+    t_test_table,
+    table_1,
+    table_2,
+)
 
 REASON = "CorDA needs a linear layer with a bias-free weight, but transformer.h.0 is a Conv1D & 100 % of them are"
 OURS = {"general": (2.95, 2.94, 2.96), "acc": (0.640, 0.650, 0.645)}
@@ -59,19 +67,19 @@ def looks(table: Table, column: str) -> dict[str, str]:
 
 
 def test_table_1_has_the_mean_and_deviation_of_the_chosen_strength(comparison):
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     ours = row(table, "HLoRA")
     perplexity = [math.exp(nll) for nll in OURS["general"]]  # 19.106, 18.916, 19.298: mean 19.107, deviation 0.191
     assert sum(perplexity) / 3 == pytest.approx(19.107, abs=1e-3)
     assert ours["piqa PPL"].text == "19.11 ± 0.19"
     assert ours["piqa Acc %"].text == "64.50 ± 0.50"
-    assert row(tables.table_1(comparison, "other"), "HLoRA")["piqa PPL"].text == "31.50 ± 0.32"
+    assert row(table_1(comparison, "other"), "HLoRA")["piqa PPL"].text == "31.50 ± 0.32"
     assert table.columns == ["Method", "piqa PPL", "piqa Acc %", "medmcqa PPL", "medmcqa Acc %"]
     assert [cells[0].text for cells in table.rows] == comparison["arms"]
 
 
 def test_one_value_is_shown_without_a_deviation(comparison):
-    base = row(tables.table_1(comparison, "wikitext"), "Base")
+    base = row(table_1(comparison, "wikitext"), "Base")
     assert (base["piqa PPL"].text, base["piqa Acc %"].text) == (f"{math.exp(3.3):.2f}", "57.00")
 
 
@@ -80,7 +88,7 @@ def test_best_and_second_are_tuned_methods_by_low_perplexity_and_high_accuracy(c
         if each["arm"] == "Base":  # would win both
             each["test"]["texts"]["wikitext"]["perplexity"] = 1.0
             each["test"]["domain"]["acc"] = 1.0
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     assert looks(table, "piqa PPL") == {"HLoRA": "best", "HLoRA w/o layer weights": "second"}
     assert looks(table, "piqa Acc %") == {"LoRA(μ)": "best", "EWC-LoRA": "second"}
 
@@ -89,7 +97,7 @@ def test_values_printed_alike_share_their_place(comparison):
     for each in comparison["cells"]:
         if each["status"] == "done" and each["arm"] in ("LoRA(μ)", "LoRA(ν+μ)"):
             each["test"]["domain"]["acc"] = 0.7 + (each["arm"] == "LoRA(μ)") * 1e-6
-    assert looks(tables.table_1(comparison, "wikitext"), "piqa Acc %") == {
+    assert looks(table_1(comparison, "wikitext"), "piqa Acc %") == {
         "LoRA(μ)": "best",
         "LoRA(ν+μ)": "best",
         "EWC-LoRA": "second",
@@ -97,7 +105,7 @@ def test_values_printed_alike_share_their_place(comparison):
 
 
 def test_what_cannot_run_says_why_in_short_and_below_in_full(comparison):
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     corda = row(table, "CorDA")
     assert corda["piqa PPL"].text == "cannot run: CorDA needs a linear layer with a…"
     assert corda["piqa Acc %"].text == "–"
@@ -105,7 +113,7 @@ def test_what_cannot_run_says_why_in_short_and_below_in_full(comparison):
 
 
 def test_a_mean_over_fewer_seeds_says_so(comparison):
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     assert row(table, "EWC-LoRA")["medmcqa PPL"].text == "21.22 ± 0.15"  # exp(3.05) = 21.115, exp(3.06) = 21.328
     assert "EWC-LoRA, medmcqa seed 2: failed: out of memory" in table.notes
 
@@ -118,14 +126,14 @@ def test_an_arm_without_results_says_failed_or_nothing(comparison, status, chose
     for each in comparison["cells"]:
         if (each["arm"], each["task"]) == ("EWC-LoRA", "piqa"):
             each |= {"status": status, "test": None, "error": None}
-    assert row(tables.table_1(comparison, "wikitext"), "EWC-LoRA")["piqa PPL"].text == text
+    assert row(table_1(comparison, "wikitext"), "EWC-LoRA")["piqa PPL"].text == text
 
 
 def test_accuracy_that_was_not_measured_is_a_dash_and_does_not_rank(comparison):
     for each in comparison["cells"]:
         if each["test"]:
             del each["test"]["domain"]["acc"]
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     assert {cells[2].text for cells in table.rows} == {"–"}
     assert looks(table, "piqa Acc %") == {}
 
@@ -133,7 +141,7 @@ def test_accuracy_that_was_not_measured_is_a_dash_and_does_not_rank(comparison):
 def test_a_diverged_seed_is_not_averaged_away_nor_ranked(comparison):
     diverged = next(c for c in comparison["cells"] if c["arm"] == "HLoRA" and c["strength"] == 9.0)
     diverged["test"]["texts"]["wikitext"]["perplexity"] = math.inf
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     assert row(table, "HLoRA")["piqa PPL"] == Cell("∞")
     assert looks(table, "piqa PPL")["HLoRA w/o layer weights"] == "best"
 
@@ -144,7 +152,7 @@ def test_a_diverged_seed_is_not_averaged_away_nor_ranked(comparison):
 def test_the_papers_numbers_stand_beside_ours_on_its_models_and_tasks(comparison, model):
     comparison["model"] = model
     comparison["tasks"] = ["piqa", "qasc"]
-    table = tables.table_1(comparison, "wikitext")
+    table = table_1(comparison, "wikitext")
     ours = row(table, "HLoRA")
     assert (ours["piqa PPL, paper"].text, ours["piqa Acc %, paper"].text) == ("4.90", "51.14")
     assert row(table, "CorDA")["piqa PPL, paper"].text == "–"
@@ -154,12 +162,12 @@ def test_the_papers_numbers_stand_beside_ours_on_its_models_and_tasks(comparison
 @pytest.mark.parametrize("model", ["smollm2-135m", "meta-llama/Llama-3.2-3B-Instruct", "my-gpt-j-6b.v2"])
 def test_another_model_has_no_numbers_of_the_paper(comparison, model):
     comparison["model"] = model
-    assert not [column for column in tables.table_1(comparison, "wikitext").columns if "paper" in column]
+    assert not [column for column in table_1(comparison, "wikitext").columns if "paper" in column]
 
 
 def test_table_2_is_the_ablation_with_the_papers_numbers(comparison):
     comparison["model"] = "EleutherAI/gpt-j-6b"
-    table = tables.table_2(comparison, "wikitext")
+    table = table_2(comparison, "wikitext")
     assert [cells[0].text for cells in table.rows] == comparison["ablation"]
     without = row(table, "HLoRA w/o layer weights")
     assert without["medmcqa PPL, paper"].text == "3.35"
@@ -168,7 +176,7 @@ def test_table_2_is_the_ablation_with_the_papers_numbers(comparison):
 
 
 def test_the_papers_data_is_complete_and_reads_as_in_the_paper():
-    for arms in tables.PAPER.values():
+    for arms in PAPER.values():
         assert len(arms) == 7
         assert all(set(numbers) == {"sciq", "piqa", "medmcqa"} for numbers in arms.values())
         best = min(numbers["sciq"][0] for arm, numbers in arms.items() if arm != "Base" and "w/o" not in arm)
@@ -176,7 +184,7 @@ def test_the_papers_data_is_complete_and_reads_as_in_the_paper():
 
 
 def test_forgetting_table_has_loss_cost_and_strength(comparison):
-    table = tables.forgetting_table(comparison)
+    table = forgetting_table(comparison)
     ours = {heading: cell.text for heading, cell in row(table, "piqa", "HLoRA").items()}
     assert ours == {
         "Task": "piqa",
@@ -200,7 +208,7 @@ def test_forgetting_table_has_loss_cost_and_strength(comparison):
 
 
 def test_equal_domain_table_states_its_target_and_reads_curves_there(comparison):
-    table = tables.equal_domain_table(comparison, resamples=200)
+    table = equal_domain_table(comparison, resamples=200)
     assert "piqa 72.00; medmcqa 72.00" in table.title  # 90 − 0.9 (90 − 70)
     found = row(table, "HLoRA")["piqa, wikitext PPL [95 %]"]
     value, low, high = map(float, re.findall(r"[\d.]+", found.text))
@@ -218,7 +226,7 @@ def test_equal_domain_table_without_any_improvement_has_no_numbers(comparison):
     for each in comparison["cells"]:
         if each["arm"] == "LoRA(μ)":
             each["test"]["domain"]["answer_nll"] = 95.0
-    table = tables.equal_domain_table(comparison, resamples=50)
+    table = equal_domain_table(comparison, resamples=50)
     assert "piqa none: no improvement measured" in table.title
     assert row(table, "HLoRA")["piqa, wikitext PPL [95 %]"] == Cell("–")
 
@@ -227,7 +235,7 @@ def test_where_our_arm_misses_the_domain_nll_the_difference_says_so_in_place_of_
     for each in comparison["cells"]:
         if each["arm"] == "HLoRA" and each["task"] == "piqa":  # learns other rows than LoRA(μ) does
             each["test"]["domain"]["answer_nll_each"].reverse()
-    table = tables.equal_domain_table(comparison, resamples=400)
+    table = equal_domain_table(comparison, resamples=400)
     for arm in ("LoRA(μ)", "HLoRA w/o layer weights"):
         found = row(table, arm)["piqa, wikitext % above HLoRA [95 %]"].text
         assert re.fullmatch(r"\+[\d.]+, HLoRA misses in \d+ %", found)
@@ -237,7 +245,7 @@ def test_where_our_arm_misses_the_domain_nll_the_difference_says_so_in_place_of_
 
 
 def test_t_tests_are_corrected_over_all_panels(comparison):
-    table = tables.t_test_table(comparison)
+    table = t_test_table(comparison)
     assert [(cells[0].text, cells[1].text) for cells in table.rows] == [
         (task, measure) for task in ("piqa", "medmcqa") for measure in ("PPL wikitext", "PPL other", "Acc %")
     ]
@@ -261,7 +269,7 @@ def test_t_tests_are_corrected_over_all_panels(comparison):
 def test_t_test_of_one_seed_has_means_and_no_p(comparison):
     comparison["cells"] = [each for each in comparison["cells"] if each["seed"] in (0, None)]
     comparison["seeds"] = [0]
-    found = row(tables.t_test_table(comparison), "piqa", "PPL wikitext")
+    found = row(t_test_table(comparison), "piqa", "PPL wikitext")
     assert (found["HLoRA"].text, found["EWC-LoRA"].text) == ("19.11", "21.12")
     assert found["Difference [95 %]"].text == "−2.01"
     assert {found[column].text for column in ("t", "df", "p", "p, Holm", "Hedges' g")} == {"–"}
@@ -269,7 +277,7 @@ def test_t_test_of_one_seed_has_means_and_no_p(comparison):
 
 def test_every_table_of_a_comparison_holds_in_every_form(comparison):
     comparison["model"] = "meta-llama/Llama-3.2-3B"
-    made = tables.all_tables(comparison)
+    made = all_tables(comparison)
     assert [table.name for table in made] == [
         "table_1_wikitext", "table_1_other", "table_2_wikitext", "table_2_other", "forgetting", "equal_domain",
         "t_test",
@@ -287,13 +295,13 @@ def test_texts_whose_names_make_one_file_name_keep_their_own_tables(comparison):
         if each["test"]:
             each["test"]["texts"] = {"a/b": each["test"]["texts"]["wikitext"], "a b": each["test"]["texts"]["other"]}
     comparison["texts"] = ["a/b", "a b"]
-    names = [table.name for table in tables.all_tables(comparison)]
+    names = [table.name for table in all_tables(comparison)]
     assert names[:4] == ["table_1_a-b", "table_1_a-b-2", "table_2_a-b", "table_2_a-b-2"]
 
 
 def test_a_comparison_without_any_result_still_has_its_tables(comparison):
     for each in comparison["cells"]:
         each |= {"status": "missing", "test": None, "error": None, "importance": None, "seconds": {}}
-    for table in tables.all_tables(comparison):
+    for table in all_tables(comparison):
         assert {len(cells) for cells in table.rows} == {len(table.columns)}
         assert not any(cell.look for cells in table.rows for cell in cells)

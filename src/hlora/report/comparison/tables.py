@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from textwrap import shorten
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hlora.report.comparison.cells import cells_of, measure, untuned, values_of
+from hlora.report.comparison.columns import best_and_second, column_of, status_of, unfinished
 from hlora.report.comparison.equal_domain import equal_domain, equal_domain_ratio, equal_domain_target
-from hlora.report.comparison.significance import Interval, holm, interval_of_paired, mean_sd, welch
-from hlora.report.comparison.table_formats import Cell, Look, Table, one_line
-
-PAPER: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
-    "llama-3.2-3b": {
-        "Base": {"sciq": (4.94, 95.10), "piqa": (4.94, 48.53), "medmcqa": (4.94, 18.50)},
-        "LoRA(μ)": {"sciq": (5.05, 96.20), "piqa": (5.43, 48.75), "medmcqa": (5.04, 53.69)},
-        "LoRA(ν+μ)": {"sciq": (5.31, 96.10), "piqa": (5.58, 46.91), "medmcqa": (5.15, 53.12)},
-        "rsLoRA": {"sciq": (5.28, 96.50), "piqa": (5.71, 47.50), "medmcqa": (5.24, 51.92)},
-        "EWC-LoRA": {"sciq": (4.88, 96.30), "piqa": (4.98, 48.45), "medmcqa": (4.79, 56.39)},
-        "HLoRA": {"sciq": (4.64, 97.10), "piqa": (4.90, 51.14), "medmcqa": (4.64, 55.80)},
-        "HLoRA w/o layer weights": {"sciq": (4.75, 96.80), "piqa": (4.96, 49.70), "medmcqa": (4.74, 54.41)},
-    },
-    "gpt-j-6b": {
-        "Base": {"sciq": (3.28, 91.60), "piqa": (3.28, 49.13), "medmcqa": (3.28, 21.30)},
-        "LoRA(μ)": {"sciq": (3.43, 96.50), "piqa": (3.54, 50.16), "medmcqa": (3.49, 38.35)},
-        "LoRA(ν+μ)": {"sciq": (3.39, 96.20), "piqa": (3.52, 49.51), "medmcqa": (3.37, 33.66)},
-        "rsLoRA": {"sciq": (3.50, 96.20), "piqa": (3.65, 49.62), "medmcqa": (3.35, 35.69)},
-        "EWC-LoRA": {"sciq": (3.38, 96.10), "piqa": (3.47, 49.40), "medmcqa": (3.38, 36.48)},
-        "HLoRA": {"sciq": (3.35, 96.80), "piqa": (3.40, 50.49), "medmcqa": (3.34, 36.10)},
-        "HLoRA w/o layer weights": {"sciq": (3.36, 96.30), "piqa": (3.41, 49.95), "medmcqa": (3.35, 35.62)},
-    },
-}
-"""The paper's Tables 1 and 2: model → arm → task → (perplexity on the Pile, accuracy in %)."""
-
-_NONE = "–"
-_SHORT = 36  # characters of a reason in a cell; the whole one is in the notes
+from hlora.report.comparison.published import published_numbers
+from hlora.report.comparison.significance import Interval, holm, interval_of_paired, welch
+from hlora.report.comparison.table_formats import Cell, Table
+from hlora.report.comparison.table_numbers import (
+    NONE,
+    largest_of,
+    mean_and_sd,
+    mean_of,
+    p_value,
+    shown_number,
+    with_bounds,
+)
 
 
 def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
@@ -76,7 +61,7 @@ def table_2(comparison: Mapping[str, Any], text: str) -> Table:
 def _perplexity_and_accuracy(
     comparison: Mapping[str, Any], text: str, arms: Sequence[str], name: str, title: str
 ) -> Table:
-    paper = _paper_numbers(comparison["model"])
+    paper = published_numbers(comparison["model"])
     groups: list[tuple[str, list[str]]] = [("", ["Method"])]
     rows = [[Cell(arm)] for arm in arms]
     for task in comparison["tasks"]:
@@ -84,19 +69,19 @@ def _perplexity_and_accuracy(
         beside = (lambda column: [column, f"{column}, paper"]) if known else (lambda column: [column])
         groups.append((task, beside("PPL") + beside("Acc %")))
         columns = (
-            _column(comparison, arms, task, "perplexity", text=text, why=True),
-            _column(comparison, arms, task, "acc", lower=False, scale=100),
+            column_of(comparison, arms, task, "perplexity", text=text, why=True),
+            column_of(comparison, arms, task, "acc", lower=False, scale=100),
         )
         for place, column in enumerate(columns):
             for row, arm, cell in zip(rows, arms, column, strict=True):
                 row.append(cell)
                 if known:
                     published = paper.get(arm, {}).get(task.lower())
-                    row.append(Cell(f"{published[place]:.2f}" if published else _NONE))
+                    row.append(Cell(f"{published[place]:.2f}" if published else NONE))
     notes = [_about_numbers(comparison)]
     if paper and len(rows[0]) > 1 + 2 * len(comparison["tasks"]):
         notes.append("Paper: its perplexity is on the Pile, its accuracy of PIQA and MedMCQA from generated answers.")
-    return Table(name, title, groups, rows, notes + _unfinished(comparison, arms))
+    return Table(name, title, groups, rows, notes + unfinished(comparison, arms))
 
 
 def forgetting_table(comparison: Mapping[str, Any]) -> Table:
@@ -110,11 +95,11 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
     for task in comparison["tasks"]:
         columns = [
             *(
-                _column(comparison, arms, task, "forgetting", text=text, decimals=3, why=text == texts[0])
+                column_of(comparison, arms, task, "forgetting", text=text, decimals=3, why=text == texts[0])
                 for text in texts
             ),
-            _column(comparison, arms, task, "answer_nll"),
-            _column(comparison, arms, task, "acc", lower=False, scale=100),
+            column_of(comparison, arms, task, "answer_nll"),
+            column_of(comparison, arms, task, "acc", lower=False, scale=100),
         ]
         for arm, cells in zip(arms, zip(*columns, strict=True), strict=True):
             done = [cell for cell in cells_of(comparison, arm, task) if cell["status"] == "done"]
@@ -126,11 +111,11 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
                 [
                     Cell(task),
                     Cell(arm),
-                    Cell(_NONE if strength is None else f"{strength:g}"),
+                    Cell(NONE if strength is None else f"{strength:g}"),
                     *cells,
-                    Cell(_mean(seconds, "{:.0f}")),
-                    Cell(_largest(memory, 2**30, "{:.2f}")),
-                    Cell(_largest(stored, 1e6, "{:.2f}")),
+                    Cell(mean_of(seconds, "{:.0f}")),
+                    Cell(largest_of(memory, 2**30, "{:.2f}")),
+                    Cell(largest_of(stored, 1e6, "{:.2f}")),
                 ]
             )
     groups = [
@@ -139,7 +124,7 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
         ("", ["Answer NLL, nats", "Acc %", "Train s", "Peak GiB", "Importance MB"]),
     ]
     title = f"Forgetting (rise of the mean token loss over Base), domain and cost, {_of(comparison)}"
-    notes = [_about_numbers(comparison), *_unfinished(comparison, arms)]
+    notes = [_about_numbers(comparison), *unfinished(comparison, arms)]
     return Table("forgetting", title, groups, rows, notes, labels=2)
 
 
@@ -159,13 +144,14 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
         for text in comparison["texts"]:
             groups.append((f"{task}, {text}", ["PPL [95 %]", f"% above {ours} [95 %]"]))
             found = [equal_domain(comparison, arm, task, text, target, resamples=resamples) for arm in arms]
-            looks = _looks({arm: round(each.value, 2) for arm, each in zip(arms, found, strict=True)}, lower=True)
+            rounded = {arm: round(each.value, 2) for arm, each in zip(arms, found, strict=True)}
+            looks = best_and_second(rounded, lower=True)
             for row, arm, interval in zip(rows, arms, found, strict=True):
-                status = _status(comparison, arm, task)
-                without = _NONE if math.isnan(target) else "not reached"
-                row.append(Cell(status or _bounds(interval, without), looks[arm]))
+                status = status_of(comparison, arm, task)
+                without = NONE if math.isnan(target) else "not reached"
+                row.append(Cell(status or with_bounds(interval, without), looks[arm]))
                 ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
-                row.append(Cell(_NONE if arm == ours else _excess(ratio, missed, ours)))
+                row.append(Cell(NONE if arm == ours else _excess(ratio, missed, ours)))
     at = "; ".join(
         f"{task} {target:.2f}" if math.isfinite(target) else f"{task} none: no improvement measured"
         for task, target in targets.items()
@@ -215,15 +201,15 @@ def t_test_table(comparison: Mapping[str, Any]) -> Table:
             [
                 Cell(task),
                 Cell(label),
-                Cell(_mean_sd(mine.values())),
-                Cell(_mean_sd(theirs.values())),
-                Cell(_bounds(Interval(test.difference, test.low, test.high), _NONE, sign=True)),
-                Cell(_bounds(paired, _NONE, sign=True)),
-                Cell(_number(test.t, "{:.2f}")),
-                Cell(_number(test.df, "{:.1f}")),
-                Cell(_p(test.p)),
-                Cell(_p(p), "best" if p < 0.05 else ""),
-                Cell(_number(test.hedges_g, "{:.2f}")),
+                Cell(mean_and_sd(mine.values())),
+                Cell(mean_and_sd(theirs.values())),
+                Cell(with_bounds(Interval(test.difference, test.low, test.high), NONE, sign=True)),
+                Cell(with_bounds(paired, NONE, sign=True)),
+                Cell(shown_number(test.t, "{:.2f}")),
+                Cell(shown_number(test.df, "{:.1f}")),
+                Cell(p_value(test.p)),
+                Cell(p_value(p), "best" if p < 0.05 else ""),
+                Cell(shown_number(test.hedges_g, "{:.2f}")),
             ]
         )
     columns = [
@@ -234,76 +220,9 @@ def t_test_table(comparison: Mapping[str, Any]) -> Table:
     notes = [
         f"Difference: {ours} less {rival}. p, Holm: corrected over all rows of this table; bold below 0.05. "
         f"{_about_numbers(comparison)}",
-        *_unfinished(comparison, [ours, rival]),
+        *unfinished(comparison, [ours, rival]),
     ]
     return Table("t_test", title, [("", columns)], rows, notes, labels=2)
-
-
-def _column(
-    comparison: Mapping[str, Any],
-    arms: Sequence[str],
-    task: str,
-    name: str,
-    *,
-    text: str | None = None,
-    lower: bool = True,
-    scale: float = 1.0,
-    decimals: int = 2,
-    why: bool = False,
-) -> list[Cell]:
-    """A measure of each arm on a task, mean ± standard deviation, best and second marked; `why`: or why there is none.
-
-    Arms that never see the domain take no part in the ranking.
-    """
-    values = {arm: [scale * v for v in values_of(comparison, arm, task, name, text).values()] for arm in arms}
-    tuned = [arm for arm in arms if arm not in untuned(comparison)]
-    rounded = {arm: round(mean_sd(values[arm])[0], decimals) for arm in tuned}
-    looks = _looks(rounded, lower)
-    status = {arm: _status(comparison, arm, task) if why else "" for arm in arms}
-    return [Cell(status[arm] or _mean_sd(values[arm], decimals), looks.get(arm, "")) for arm in arms]
-
-
-def _looks(values: Mapping[str, float], lower: bool) -> dict[str, Look]:
-    ranked = sorted({value for value in values.values() if math.isfinite(value)}, reverse=not lower)
-    places: dict[float, Look] = dict(zip(ranked, ("best", "second"), strict=False))
-    return {arm: places.get(value, "") for arm, value in values.items()}
-
-
-def _status(comparison: Mapping[str, Any], arm: str, task: str) -> str:
-    """Why an arm has no number on a task, briefly; empty where it has one."""
-    cells = _chosen_or_all(comparison, arm, task)
-    states = {cell["status"]: cell.get("error") for cell in cells}
-    if "done" in states:
-        return ""
-    if "cannot" in states:
-        reason = one_line(states["cannot"])
-        return f"cannot run: {shorten(reason, _SHORT, placeholder='…')}" if reason else "cannot run"
-    return "failed" if "failed" in states else _NONE
-
-
-def _chosen_or_all(comparison: Mapping[str, Any], arm: str, task: str) -> list[dict[str, Any]]:
-    """The cells that a table shows; where no strength could be chosen, those that say why."""
-    chosen = cells_of(comparison, arm, task)
-    return chosen or [cell for cell in cells_of(comparison, arm, task, "all") if cell["status"] != "done"]
-
-
-def _unfinished(comparison: Mapping[str, Any], arms: Iterable[str]) -> list[str]:
-    """A note for each arm and reason: which tasks, or seeds of a task, have no result, and the reason in full."""
-    places: dict[tuple[str, str, str], list[str]] = {}
-    for arm in arms:
-        for task in comparison["tasks"]:
-            cells = _chosen_or_all(comparison, arm, task)
-            partly = any(cell["status"] == "done" for cell in cells)
-            for cell in cells:
-                if cell["status"] != "done":
-                    where = f"{task} seed {cell['seed']}" if partly and cell["seed"] is not None else task
-                    found = places.setdefault((arm, cell["status"], one_line(cell.get("error"))), [])
-                    found += [where] if where not in found else []
-    words = {"cannot": "cannot run", "failed": "failed", "missing": "not run yet"}
-    return [
-        f"{arm}, {', '.join(where)}: {words.get(status, status)}{f': {reason}' if reason else ''}"
-        for (arm, status, reason), where in places.items()
-    ]
 
 
 def _curve_seeds(comparison: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
@@ -322,14 +241,6 @@ def _curve_seeds(comparison: Mapping[str, Any], arms: Sequence[str]) -> list[str
     return [f"Curves of fewer than {all_seeds} seeds: {', '.join(short)}."] if short else []
 
 
-def _paper_numbers(model: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """The paper's numbers for a model, by its name anywhere in a path; a model made from it is another."""
-    for name, numbers in PAPER.items():
-        if re.search(rf"(?<![\w.]){re.escape(name)}(?![-\w.])", model.lower().replace("--", "/")):
-            return numbers
-    return {}
-
-
 def _of(comparison: Mapping[str, Any]) -> str:
     seeds = len(comparison["seeds"])
     return f"{comparison['model']}, {seeds} seed{'s' if seeds != 1 else ''}"
@@ -340,53 +251,11 @@ def _about_numbers(comparison: Mapping[str, Any]) -> str:
     return f"{spread}, on test, at the strength chosen on validation."
 
 
-def _mean_sd(values: Iterable[float], decimals: int = 2) -> str:
-    sample = list(values)
-    mean, sd = mean_sd(sample)
-    if not sample:
-        return _NONE
-    form = f"{{:.{decimals}f}}"
-    return _number(mean, form) + ("" if math.isnan(sd) else f" ± {_number(sd, form)}")
-
-
-def _number(value: float, form: str) -> str:
-    """A number with a real minus sign and without a negative zero; huge ones by three digits."""
-    if math.isnan(value):
-        return _NONE
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = form.format(value) if abs(value) < 1e5 else f"{value:.3g}"
-    if not text.strip("+-0."):
-        text = text.lstrip("+-")
-    return text.replace("-", "−")
-
-
-def _bounds(interval: Interval, missing: str, sign: bool = False) -> str:
-    """value [low, high], or the value alone where it has no interval."""
-    if math.isnan(interval.value):
-        return missing
-    value, low, high = (_number(bound, "{:+.2f}" if sign else "{:.2f}") for bound in interval)
-    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
-
-
 def _excess(ratio: Interval, missed: float, ours: str) -> str:
     """How far a ratio to ours is above 1 in %, with its interval, or why it has none: ours misses the target."""
-    shown = _bounds(Interval(*(100 * (bound - 1) for bound in ratio)), _NONE, sign=True)
+    shown = with_bounds(Interval(*(100 * (bound - 1) for bound in ratio)), NONE, sign=True)
     unbounded = math.isfinite(ratio.value) and math.isnan(ratio.low)
     return f"{shown}, {ours} misses in {100 * missed:.0f} %" if unbounded else shown
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else _number(p, "{:.3f}")
-
-
-def _mean(values: Iterable[float | None], form: str) -> str:
-    return _number(mean_sd(value for value in values if value is not None)[0], form)
-
-
-def _largest(values: Iterable[float | None], unit: float, form: str) -> str:
-    found = [value for value in values if value is not None]
-    return _number(max(found) / unit, form) if found else _NONE
 
 
 def _file_name(text: str) -> str:

@@ -1,7 +1,6 @@
 """What each arm's strength buys: the trade-off curves that single points hide, and the paper's Fig. 6.
 
-As in figures.py, each function returns a Matplotlib Figure; one without axes says that there is nothing to
-draw.
+As in figures.py, each function returns a Matplotlib Figure; one without axes says that there is nothing to draw.
 """
 
 from __future__ import annotations
