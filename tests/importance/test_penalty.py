@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from transformers import LlamaForCausalLM
 from hlora.importance.artefact import Importance
 from hlora.importance.layer_weights import layer_coefficients
 from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.protect import protect
 from hlora.importance.squared_gradients import fisher_of_sequences
 from hlora.numerics import encodings, equations
 from hlora.numerics.encodings import ENCODINGS
-from hlora.system.errors import ArtifactError
+from hlora.system.errors import AdapterError, ArtifactError
 
 
 def dense(omega: encodings.Encoded) -> Tensor:
@@ -405,3 +407,26 @@ def test_the_penalty_follows_a_model_that_is_moved_after_it_was_made(
     peft_model.to("meta")
     assert penalty.add_gradients_().is_meta
     assert all(m.A.grad.is_meta and m.B.grad.is_meta for m in penalty.matrices)
+
+
+def test_a_penalty_takes_a_directory_and_reads_in_one_line(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
+) -> None:
+    importance = record(peft_model, token_ids)
+    importance.save(tmp_path / "importance")
+    assert repr(importance) == f"Importance(4 matrices, float32, {importance.nbytes():,} bytes, path_integral)"
+    penalty = ImportancePenalty(peft_model, tmp_path / "importance", phi=2.0)
+    assert repr(penalty) == "ImportancePenalty(phi=2, 4 matrices, anchor='general')"
+    assert penalty().item() == ImportancePenalty(peft_model, importance, phi=2.0)().item()
+
+
+def test_the_wrong_kind_of_thing_is_named(peft_model: PeftModel, token_ids: Tensor) -> None:
+    importance = record(peft_model, token_ids)
+    with pytest.raises(ArtifactError, match="expected an Importance, a directory or a hub repository, got Tensor"):
+        ImportancePenalty(peft_model, token_ids, phi=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="phi: expected a finite weight of at least 0, got 'strong'"):
+        ImportancePenalty(peft_model, importance, phi="strong")  # type: ignore[arg-type]
+    with pytest.raises(
+        AdapterError, match=r"trainer: expected a transformers.Trainer .* got PeftModel.*ImportancePenalty"
+    ):
+        protect(peft_model, importance, phi=1.0)  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ class ImportanceMatrix:
     """A few values of W₀, to recognise the base model again."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Importance:
     """Consolidated importance of every adapted matrix (Eq. 13) and the adapter it is anchored at."""
 
@@ -59,6 +59,20 @@ class Importance:
     encoding: str
     lora_config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        method = self.provenance.get("method", "path_integral")
+        return f"Importance({len(self.matrices)} matrices, {self.encoding}, {self.nbytes():,} bytes, {method})"
+
+    @classmethod
+    def of(cls, source: Importance | str | Path) -> Importance:
+        """An importance as it is, or that of a directory or a hub repository. Raises ArtifactError for another kind."""
+        if isinstance(source, Importance):
+            return source
+        if not isinstance(source, str | Path):
+            kind = type(source).__name__
+            raise ArtifactError(f"importance: expected an Importance, a directory or a hub repository, got {kind}")
+        return cls.load(source)
 
     def norms(self) -> dict[str, float]:
         """‖Ω_l‖₂ of each matrix (Eq. 15, Fig. 7)."""

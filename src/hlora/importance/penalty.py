@@ -6,6 +6,7 @@ The anchor θ* is the paper's θ^ν, or W₀ (`anchor="base"`), where the penali
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class ImportancePenalty:
     """Holds the adapted weights of `model` to an anchor, each element by its importance.
 
+    importance: an Importance, a directory or a hub repository.
     phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
     Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and
     run length. Of an importance recorded without a move (squared gradients), relative φ is the loss, in nats, of one
@@ -49,7 +51,7 @@ class ImportancePenalty:
     def __init__(
         self,
         model: nn.Module,
-        importance: Importance,
+        importance: Importance | str | Path,
         phi: float,
         layer_weights: str = "softmax",
         phi_scale: str = "relative",
@@ -57,12 +59,13 @@ class ImportancePenalty:
         adapter_name: str | None = None,
         anchor: str = "general",
     ) -> None:
-        if not 0 <= phi < math.inf:
-            raise ValueError(f"phi: expected a finite weight of at least 0, got {phi}")
+        if not isinstance(phi, int | float) or not 0 <= phi < math.inf:
+            raise ValueError(f"phi: expected a finite weight of at least 0, got {phi!r}")
         if phi_scale not in ("relative", "paper"):
             raise ValueError(f"phi_scale: expected relative or paper, got {phi_scale!r}")
         if anchor not in ("general", "base"):
             raise ValueError(f"anchor: expected general or base, got {anchor!r}")
+        importance = Importance.of(importance)
         self.phi = phi
         self.matrices = adapted_matrices(model, adapter_name, unprotected="warn")
         if anchor == "base":
@@ -82,6 +85,10 @@ class ImportancePenalty:
         for matrix in self._shares.mine:
             omega = importance.matrices[matrix.name].omega
             self._omega[matrix.name] = encodings.to_device(omega, matrix.A.device)
+
+    def __repr__(self) -> str:
+        anchor = "base" if None in self._anchor.values() else "general"
+        return f"ImportancePenalty(phi={self.phi:g}, {len(self.matrices)} matrices, anchor={anchor!r})"
 
     def __call__(self) -> Tensor:
         """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B.

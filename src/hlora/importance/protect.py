@@ -33,10 +33,15 @@ def protect(
     zero) is first set to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is
     left as it is, and so is any with the anchor "base". The rest are arguments of ImportancePenalty, which is returned.
 
-    Raises AdapterError when the trainer's model has no LoRA, ArtifactError when the importance does not fit it.
+    Raises AdapterError when `trainer` is no Trainer or its model has no LoRA, ArtifactError when the importance does not
+    fit it.
     """
-    if not isinstance(importance, Importance):
-        importance = Importance.load(importance)
+    if not hasattr(trainer, "callback_handler"):
+        raise AdapterError(
+            f"trainer: expected a transformers.Trainer or a child of it, got {type(trainer).__name__}. In a loop of "
+            "your own, add hlora.ImportancePenalty(model, importance, phi) to the loss."
+        )
+    importance = Importance.of(importance)
     model = trainer.model
     if model is None:
         raise AdapterError("the trainer has no model yet; build it with model=, not model_init=")
