@@ -33,8 +33,8 @@ def protect(
     zero) is first set to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is
     left as it is, and so is any with the anchor "base". The rest are arguments of ImportancePenalty, which is returned.
 
-    Raises AdapterError when `trainer` is no Trainer or its model has no LoRA, ArtifactError when the importance does not
-    fit it.
+    Raises AdapterError when `trainer` is no Trainer or its model has no LoRA, ArtifactError when the importance does
+    not fit it.
     """
     if not hasattr(trainer, "callback_handler"):
         raise AdapterError(
