@@ -5,6 +5,7 @@ The docstring below a field is its help: `hlora config` prints it as the comment
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -35,15 +36,16 @@ class Section(BaseModel):
     def _is_meant(cls, value: Any, read_by: ValidatorFunctionWrapHandler) -> Any:
         """Refuses what Pydantic takes though nobody means it: true as 1, no name at all, a number beyond 64 bits."""
         read = read_by(value)
-        for given, each in zip(values_in(value), values_in(read), strict=False):
+        names = [*("" for _ in value), *(f"{name}: " for name in value)] if isinstance(value, dict) else repeat("")
+        for name, given, each in zip(names, values_in(value), values_in(read), strict=False):
             if isinstance(given, bool) and isinstance(each, int | float) and not isinstance(each, bool):
-                raise ValueError("expected a number, not true or false")
+                raise ValueError(f"{name}expected a number, not true or false")
             if isinstance(each, int) and not -(2**63) <= each < 2**63:
-                raise ValueError("expected a number that 64 bits hold")
+                raise ValueError(f"{name}expected a number that 64 bits hold")
             if isinstance(each, str) and ("\0" in each or any("\ud800" <= letter <= "\udfff" for letter in each)):
-                raise ValueError("expected text without the character NUL and halves of surrogate pairs")
+                raise ValueError(f"{name}expected text without the character NUL and halves of surrogate pairs")
             if each == "":
-                raise ValueError("expected text, not an empty one")
+                raise ValueError(f"{name}expected text, not an empty one")
         return read
 
 
