@@ -36,8 +36,8 @@ setup: .venv/dev
 # A file for each set of packages that .venv holds; each set adds to the one before it.
 .venv/demo: pyproject.toml constraints.txt
 	@echo "Setting up .venv, once. What the demo needs: torch and some 120 packages."
-	@echo "With the CUDA build of torch, which pip takes on Linux: about 3 GB to fetch, 7 GB on disk."
-	@echo "With a CPU build: about 0.5 GB to fetch, 2 GB on disk. Free here: $$(df -h . | awk 'NR == 2 { print $$4 }')."
+	@echo "With the CUDA build of torch, which pip takes on Linux: 3 GB to fetch, 6 GB on disk."
+	@echo "With a CPU build: 0.5 GB to fetch, 2 GB on disk. Free here: $$(df -h . | awk 'NR == 2 { print $$4 }')."
 	$(PYTHON) -m venv .venv
 # torch first and by its pinned version: elsewhere in the resolution pip may take another build.
 	$(PIP) torch
