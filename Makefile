@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo data test test-all test-faults check audit bench setup
+.PHONY: demo data test test-all test-faults check audit bench
 
 demo: .venv/demo ## the whole job on an embedded model and data; ends by naming the report
 	$(BIN)/hlora demo
@@ -31,8 +31,6 @@ bench: .venv/demo ## recording and penalty alone, and what they add to a trainin
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/overhead.py
 
-setup: .venv/dev
-
 # A file for each set of packages that .venv holds; each set adds to the one before it.
 .venv/demo: pyproject.toml constraints.txt
 	@echo "Setting up .venv, once. What the demo needs: torch and some 120 packages."
@@ -50,6 +48,6 @@ setup: .venv/dev
 	touch $@
 
 .venv/all: .venv/dev
-	@echo "Adding what the remaining tests need: Ray, W&B, MLflow, trackio."
+	@echo "Adding what the remaining tests need: Ray, W&B, MLflow, trackio, torchao, HQQ."
 	$(PIP) --editable '.[all]'
 	touch $@

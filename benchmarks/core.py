@@ -5,7 +5,7 @@
 One optimizer step's work for every adapted matrix of a model, on random factors, without the model: no weight is read.
 In each round every version runs once, in random order, and so does a copy of the dense float32 ω. A multiple is that of
 two times of one round; the table has the median over rounds and the quartiles. Dense is streamed on a CPU and compiled
-on an accelerator (hlora.ops).
+on an accelerator (hlora.numerics.ops).
 """
 
 from __future__ import annotations
