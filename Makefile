@@ -1,10 +1,10 @@
-# Few verbs: demo, data, test, test-all, test-faults, check, audit, bench. Each sets up .venv as far as it needs.
+# Few verbs: demo, data, test, test-all, test-faults, check, docs, audit, bench. Each sets up .venv as far as it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo data test test-all test-faults check audit bench
+.PHONY: demo data test test-all test-faults check docs audit bench
 
 demo: .venv/demo ## the whole job on an embedded model and data; ends by naming the report
 	$(BIN)/hlora demo
@@ -24,6 +24,9 @@ test-faults: .venv/dev ## the long version of tests/faults: killed at 400 points
 check: .venv/dev ## lint, format, types, imports, declared dependencies
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/deptry src
 
+docs: .venv/docs ## the documentation as a site, into site/; a link that leads nowhere fails it
+	$(BIN)/mkdocs build --strict --quiet --clean && echo "open site/index.html"
+
 audit: .venv/dev ## known holes in the dependencies that constraints.txt pins
 	$(BIN)/python .ci/audit.py
 
@@ -40,6 +43,10 @@ bench: .venv/demo ## recording and penalty alone, and what they add to a trainin
 # torch first and by its pinned version: elsewhere in the resolution pip may take another build.
 	$(PIP) torch
 	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/docs: .venv/demo
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 .venv/dev: .venv/demo

@@ -223,11 +223,13 @@ def cost(
 
 
 @app.command("config")
-def print_config() -> None:
+def print_config(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a configuration instead.")] = False,
+) -> None:
     """Print a commented configuration to start from."""
-    from hlora.config.starting import starting_yaml
+    from hlora.config.starting import json_schema, starting_yaml
 
-    print(starting_yaml(), end="")
+    print(json_schema() if schema else starting_yaml(), end="")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""The commented YAML that `hlora config` prints."""
+"""What `hlora config` prints: a commented YAML, or the JSON Schema that an editor checks such a YAML with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from pydantic import BaseModel
 
 from hlora.config.run import RunConfig
 
+SCHEMA_FILE = "hlora.schema.json"
+
+
+def json_schema() -> str:
+    """The JSON Schema of a run's configuration."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
 
 def starting_yaml() -> str:
     """A commented configuration to start from: every field with its meaning, at its default."""
-    lines = ["# hlora configuration. Run it with: hlora run THIS_FILE", "# Paths are relative to where you run it."]
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        f"# For completion in an editor: hlora config --schema > {SCHEMA_FILE}, beside this file.",
+        "# hlora configuration. Run it with: hlora run THIS_FILE",
+        "# Paths are relative to where you run it.",
+    ]
     lines += _commented(RunConfig, {"output": "runs/mine", **_STARTING}, 0)
     return "\n".join(lines) + "\n"
 
