@@ -25,7 +25,7 @@ check: .venv/dev ## lint, format, types, imports, declared dependencies
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/deptry src
 
 docs: .venv/docs ## the documentation as a site, into site/; a link that leads nowhere fails it
-	$(BIN)/mkdocs build --strict --quiet --clean && echo "open site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open site/index.html"
 
 audit: .venv/dev ## known holes in the dependencies that constraints.txt pins
 	$(BIN)/python .ci/audit.py

@@ -176,10 +176,11 @@ def test_a_yaml_is_a_part_of_a_configuration(block: Block) -> None:
 @pytest.mark.parametrize("block", in_language("json"), ids=str)
 def test_a_row_is_one_that_hlora_takes(block: Block, tmp_path: Path) -> None:
     """Rows of `domain.task: rows`, one a line."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text(block.text, encoding="utf-8")
-    domain = DomainConfig(task="rows", train=str(file), test=str(file))
-    assert len(domain_rows(domain, None, seed=0).test) == len(block.text.splitlines())
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text('{"prompt": "What is 1 + 1?", "completion": " 2"}', encoding="utf-8")
+    test.write_text(block.text, encoding="utf-8")
+    rows = domain_rows(DomainConfig(task="rows", train=str(train), test=str(test)), None, seed=0)
+    assert len(rows.test) == len(block.text.splitlines())
 
 
 # A run of seconds: few steps, few tokens, few answers.
