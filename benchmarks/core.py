@@ -6,6 +6,9 @@ One optimizer step's work for every adapted matrix of a model, on random factors
 In each round every version runs once, in random order, and so does a copy of the dense float32 ω. A multiple is that of
 two times of one round; the table has the median over rounds and the quartiles. Dense is streamed on a CPU and compiled
 on an accelerator (hlora.numerics.ops).
+
+A second table has what one optimizer step records of one layer, beside that layer's own products: W x and Wᵀ g of every
+token, which are a forward and a backward pass with W frozen.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hlora.numerics import encodings, equations, ops
+from hlora.numerics import encodings, equations, ops, squares
 from hlora.numerics.types import Factors, Step
 
 SCALE, LR = 4.0, 1e-3
@@ -32,6 +35,8 @@ GEOMETRIES: dict[str, list[tuple[int, int, int]]] = {  # d_out, d_in, how many
     "LLaMA-3.2-3B, q and v": [(3072, 3072, 28), (1024, 3072, 28)],
 }
 VERSIONS = ("as written", "dense", "factored")
+LAYERS = [(576, 576), (192, 576), (3072, 3072), (1024, 3072)]  # d_out, d_in: q and v of SmolLM2-135M, LLaMA-3.2-3B
+BATCHES = [(8, 128), (4, 512)]  # rows, tokens
 
 
 class Matrix(NamedTuple):
@@ -61,6 +66,16 @@ def main() -> None:
             cells = [multiple(times[version], times["copy"]) for version in VERSIONS]
             copied = f"{1e3 * statistics.median(times['copy']):.3g}"
             print(f"| {geometry} | {operation} | {copied} | {' | '.join(cells)} |", flush=True)
+    headings = ("layer", "batch", "its products, ms", "path integral, %", "squares, sketch, %", "squares, Gram, %")
+    print(f"\n| {' | '.join(headings)} |")
+    print("|---|---|---|---|---|---|")
+    for shape in LAYERS:
+        for rows, tokens in BATCHES:
+            times = measured(beside_a_layer(*shape, rows, tokens, options.rank, device), options.rounds)
+            products = times.pop("products")
+            cells = [multiple([100 * each for each in own], products) for own in times.values()]
+            size, batch = f"{shape[0]}×{shape[1]}", f"{rows}×{tokens}"
+            print(f"| {size} | {batch} | {1e3 * statistics.median(products):.3g} | {' | '.join(cells)} |", flush=True)
 
 
 Run = Callable[[], object]
@@ -106,6 +121,29 @@ def penalising(matrices: list[Matrix]) -> dict[str, Run]:
         "as written": as_written,
         "dense": partial(ops.penalties_with_gradients, dense, As, Bs, anchors, scales),
         "factored": partial(ops.penalties_with_gradients, factored, As, Bs, anchors, scales),
+    }
+
+
+def beside_a_layer(d_out: int, d_in: int, rows: int, tokens: int, rank: int, device: torch.device) -> dict[str, Run]:
+    """A layer's own products, the path integral of a step, and the sums of squared gradients in two forms."""
+
+    def products() -> None:
+        torch.matmul(x, weight.T)
+        torch.matmul(gradient, weight)
+
+    def sketch() -> None:
+        signs_in, signs_out = squares.random_signs(d_in + d_out, 0).to(device).split([d_in, d_out])
+        squares.sketched_sums(x, gradient, signs_in, signs_out)
+
+    matrix = drawn(d_out, d_in, rank, device)
+    weight, counted = matrix.dense, torch.ones((), dtype=torch.bool, device=device)
+    x = torch.randn(rows, tokens, d_in, device=device)
+    gradient = torch.randn(rows, tokens, d_out, device=device)
+    return {
+        "products": products,
+        "path integral": partial(ops.accumulate_all_, [matrix.factored], [matrix.step], [SCALE], counted),
+        "sketch": sketch,
+        "exact": partial(squares.exact_sums, x, gradient),
     }
 
 

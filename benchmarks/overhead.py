@@ -1,13 +1,14 @@
 """Time and peak memory of recording and of the penalty beside those of plain LoRA training, in one run.
 
-    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--encodings factored float32]
+    python benchmarks/overhead.py [--model DIR] [--rounds 7] [--length 128] [--encodings factored float32 squares]
     python benchmarks/overhead.py --model llama-3.2-3b --batch 20      # of random weights, for a GPU
 
 Each round makes two plain steps, one recorded step per encoding and one protected step per encoding, in random order,
-on the same random tokens. Two figures for each: the median over rounds of the time spent inside hlora's calls
-divided by that round's plain step, and the ratio of whole steps, which carries the noise of the step itself: the second
-plain step shows how much. Then each kind of step runs alone in a process of its own; its peak memory, what PyTorch has
-allocated beyond the model and the tokens, is compared with the plain one's.
+on the same random tokens. "squares" records squared gradients, in the backward pass; the other encodings are of the
+path integral. Two figures for each: the median over rounds of the time spent inside hlora's calls divided by that
+round's plain step, and the ratio of whole steps, which carries the noise of the step itself: the second plain step
+shows how much. Then each kind of step runs alone in a process of its own; its peak memory, what PyTorch has allocated
+beyond the model and the tokens, is compared with the plain one's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -55,20 +58,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--encodings", nargs="+", default=["factored", "float32"])
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--encodings", nargs="+", default=["factored", "float32", "squares"])
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # what the processes of their own are called with
     options = parser.parse_args()
     if options.peak:
-        print(json.dumps(peak(options.model, options.batch, *options.peak)))
+        print(json.dumps(peak(options.model, options.batch, options.length, *options.peak)))
         return
-    model, tokens = prepared(options.model, options.batch)
+    model, tokens = prepared(options.model, options.batch, options.length)
     with tempfile.TemporaryDirectory() as directory:
         times(model, tokens, options, Path(directory))
         del model
         memory(options, Path(directory))
 
 
-def prepared(name: str, batch: int) -> tuple[PeftModel, Tensor]:
+def prepared(name: str, batch: int, length: int) -> tuple[PeftModel, Tensor]:
     base: PreTrainedModel
     if name == "llama-3.2-3b":
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -78,7 +82,7 @@ def prepared(name: str, batch: int) -> tuple[PeftModel, Tensor]:
         base, _ = load_base(ModelConfig(name=name))
     model = attach_lora(base, LoraSettings(), seed=0).train()
     generator = torch.Generator().manual_seed(0)
-    return model, torch.randint(3, model.config.vocab_size, (batch, 128), generator=generator).to(model.device)
+    return model, torch.randint(3, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def adamw(model: PeftModel) -> torch.optim.Optimizer:
@@ -87,6 +91,44 @@ def adamw(model: PeftModel) -> torch.optim.Optimizer:
 
 def backward(model: PeftModel, tokens: Tensor) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def recorder_of(model: PeftModel, name: str) -> ImportanceRecorder:
+    """The recorder of that name; one of squared gradients that does not watch yet."""
+    if name != "squares":
+        return ImportanceRecorder(model, name)
+    recorder = ImportanceRecorder(model, method="squared_gradients")
+    squares: Any = recorder._recording
+    squares.listening.close()
+    squares._add = Timed(squares._add)
+    return recorder
+
+
+class Timed:
+    """A function, and the seconds inside it so far."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments: Any) -> None:
+        started = _now()
+        self.function(*arguments)
+        self.seconds += _now() - started
+
+
+def recording_step(
+    recorder: ImportanceRecorder, optimizer: torch.optim.Optimizer, model: PeftModel, tokens: Tensor
+) -> float:
+    """A whole training step, recorded; seconds inside of the recording."""
+    if recorder.method == "path_integral":
+        backward(model, tokens)
+        return recorded(recorder, optimizer)
+    squares: Any = recorder._recording
+    squares._add.seconds = 0.0
+    squares.listen()
+    backward(model, tokens)
+    squares.listening.close()
+    return float(squares._add.seconds) + recorded(recorder, optimizer)
 
 
 def recorded(recorder: ImportanceRecorder, optimizer: torch.optim.Optimizer) -> float:
@@ -111,15 +153,19 @@ def protected(penalty: ImportancePenalty, optimizer: torch.optim.Optimizer) -> f
 def times(model: PeftModel, tokens: Tensor, arguments: argparse.Namespace, directory: Path) -> None:
     """The table of times; leaves an importance in each encoding in the directory."""
     optimizer = adamw(model)
-    recorders = {name: ImportanceRecorder(model, name) for name in arguments.encodings}
+    recorders = {name: recorder_of(model, name) for name in arguments.encodings}
 
     def plain() -> float:
+        backward(model, tokens)
         optimizer.step()
         return 0.0
 
-    for recorder in recorders.values():  # warm-up, and the steps that the penalties below need
+    def under(penalty: ImportancePenalty) -> float:
         backward(model, tokens)
-        recorded(recorder, optimizer)
+        return protected(penalty, optimizer)
+
+    for recorder in recorders.values():  # warm-up, and the steps that the penalties below need
+        recording_step(recorder, optimizer, model, tokens)
         optimizer.zero_grad()
     importances: dict[str, Importance] = {name: recorder.consolidate() for name, recorder in recorders.items()}
     for name, importance in importances.items():
@@ -128,20 +174,20 @@ def times(model: PeftModel, tokens: Tensor, arguments: argparse.Namespace, direc
 
     steps: dict[tuple[str, str], Callable[[], float]]
     steps = {("plain", ""): plain, ("plain again", ""): plain}  # the second shows what of a ratio is noise
-    steps |= {("recording", name): lambda r=r: recorded(r, optimizer) for name, r in recorders.items()}
-    steps |= {("penalty", name): lambda p=p: protected(p, optimizer) for name, p in penalties.items()}
+    for name, recorder in recorders.items():
+        steps["recording", name] = partial(recording_step, recorder, optimizer, model, tokens)
+    steps |= {("penalty", name): partial(under, p) for name, p in penalties.items()}
     whole: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     inside: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     draw = random.Random(0)
     for _ in range(arguments.rounds):
         for key in draw.sample(list(steps), len(steps)):  # no kind of step always follows the same other
             started = _now()
-            backward(model, tokens)
             inside[key].append(steps[key]())
             whole[key].append(_now() - started)
             optimizer.zero_grad()
 
-    size = f"{arguments.batch}x128 tokens"
+    size = f"{arguments.batch}x{arguments.length} tokens"
     table = Table(title=f"{arguments.model}, {size}, {arguments.rounds} rounds, {model.device}, {model.dtype}")
     for heading in (
         "step",
@@ -177,6 +223,7 @@ def memory(arguments: argparse.Namespace, directory: Path) -> None:
     kinds += [(kind, name) for kind in ("recording", "penalty") for name in arguments.encodings]
     for kind, name in kinds:
         command = [sys.executable, __file__, "--model", arguments.model, "--batch", str(arguments.batch)]
+        command += ["--length", str(arguments.length)]
         argument = name if kind == "recording" else str(directory / name)
         done = subprocess.run([*command, "--peak", kind, argument], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -188,24 +235,25 @@ def memory(arguments: argparse.Namespace, directory: Path) -> None:
     Console(width=120).print(table)
 
 
-def peak(name: str, batch: int, kind: str, argument: str) -> dict[str, int]:
+def peak(name: str, batch: int, length: int, kind: str, argument: str) -> dict[str, int]:
     """Bytes at the peak of a few steps of one kind, and of ω or Ω. argument: an encoding, or where an importance is."""
-    model, tokens = prepared(name, batch)
+    model, tokens = prepared(name, batch, length)
     stored = 0
 
     def steps() -> None:
         nonlocal stored
         optimizer = adamw(model)
-        recorder = ImportanceRecorder(model, argument) if kind == "recording" else None
+        recorder = recorder_of(model, argument) if kind == "recording" else None
         penalty = ImportancePenalty(model, Importance.load(argument), 9.0) if kind == "penalty" else None
         for _ in range(STEPS):
-            backward(model, tokens)
             if recorder is not None:
-                recorded(recorder, optimizer)
-            elif penalty is not None:
-                protected(penalty, optimizer)
+                recording_step(recorder, optimizer, model, tokens)
             else:
-                optimizer.step()
+                backward(model, tokens)
+                if penalty is not None:
+                    protected(penalty, optimizer)
+                else:
+                    optimizer.step()
             optimizer.zero_grad()
         if recorder is not None:
             stored = sum(encodings.nbytes(omega) for omega in recorder.omega.values())

@@ -57,6 +57,8 @@ SCENARIOS = {
     "q only": {"targets": ["q_proj"]},  # two matrices: at four processes two have nothing to do
     "in the loss": {"in_loss": True},
     "accumulated": {"accumulate": 2},
+    "squares": {"method": "squared_gradients", "encoding": "factored"},
+    "squares accumulated": {"method": "squared_gradients", "encoding": "factored", "accumulate": 2},
 }
 BY_TRAINER = {
     "clipped": {"max_grad_norm": 0.02},
@@ -64,7 +66,10 @@ BY_TRAINER = {
     "from the first": {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},  # accelerate's default
     "resumed": {"resumed": True},
     "in bfloat16": {"bf16": True},
+    "squares": {"method": "squared_gradients", "gradient_accumulation_steps": 2},
+    "squares resumed": {"method": "squared_gradients", "resumed": True},
 }
+EXACT = 8  # tokens of a row whose squared gradients are summed exactly; a sketch's signs differ between processes
 
 
 def adapted(directory: str, dtype: torch.dtype, targets: list[str]) -> Any:
@@ -101,6 +106,7 @@ def record_and_tune(
     targets: list[str] | None = None,
     in_loss: bool = False,
     accumulate: int = 1,
+    method: Any = "path_integral",
 ) -> dict[str, Tensor]:
     """Four steps of recording, four under the penalty, eight rows each; kind "alone" is one process without a group.
 
@@ -109,9 +115,11 @@ def record_and_tune(
     model = adapted(directory, torch.float64, targets or ["q_proj", "v_proj"])
     rows = torch.randint(3, 384, (64, 12), generator=torch.Generator().manual_seed(2))
     held_out = torch.randint(3, 384, (8, 12), generator=torch.Generator().manual_seed(3))
+    if method == "squared_gradients":
+        rows = rows[:, :EXACT]
     running = trained_by(kind, model)
     found: dict[str, Tensor] = {}
-    recorder = ImportanceRecorder(running, encoding)
+    recorder = ImportanceRecorder(running, encoding, method=method)
     penalty: ImportancePenalty | None = None
 
     def phase(first: int, optimizer: Any) -> list[float]:
@@ -194,7 +202,9 @@ def accelerate_shards_on_a_cpu() -> None:
     AcceleratorState.__init__ = sharding
 
 
-def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -> dict[str, Tensor]:
+def by_trainer(
+    kind: str, directory: str, resumed: bool = False, method: Any = "path_integral", **given: Any
+) -> dict[str, Tensor]:
     """Four steps of recording and four under `protect`, by Trainer, of eight rows each.
 
     resumed: recording goes on from a checkpoint of its second step.
@@ -206,6 +216,8 @@ def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -
     else:
         given["fsdp"] = True
     batches = torch.randint(3, 384, (32, 12), generator=torch.Generator().manual_seed(2))
+    if method == "squared_gradients":
+        batches = batches[:, :EXACT]
     data = [{"input_ids": row, "labels": row} for row in batches]
     with tempfile.TemporaryDirectory() as directory_of_first:
         output = first_does(lambda: directory_of_first)
@@ -217,7 +229,8 @@ def by_trainer(kind: str, directory: str, resumed: bool = False, **given: Any) -
 
         def recorded(**more: Any) -> tuple[ImportanceRecorder, Trainer]:
             model = adapted(directory, torch.float32 if "bf16" in given else torch.float64, ["q_proj", "v_proj"])
-            recorder = ImportanceRecorder(model, "float32")
+            encoding = "float32" if method == "path_integral" else "factored"
+            recorder = ImportanceRecorder(model, encoding, method=method)
             training = trainer(model, **more)
             add_callback_first(training, Checkpoints())
             add_callback_first(training, recorder.callback())

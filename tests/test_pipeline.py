@@ -368,6 +368,24 @@ def test_a_run_without_a_general_phase_records_squared_gradients_and_keeps_to_th
     assert results["history"]["tune"][-1]["regularisation_loss"] > 0
 
 
+@pytest.mark.slow
+def test_a_run_records_squared_gradients_along_its_general_phase(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    changes = ["importance.method=squared_gradients", "penalty.layer_weights=sum", "baselines=[]"]
+    status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
+    assert status == 0, err
+    results = results_of(tmp_path / "out")
+    assert set(results["arms"]) == {"base", "after_general", "hlora"}
+    told = results["importance"]
+    assert (told["method"], told["recorded"]) == ("squared_gradients", "along the general phase")
+    assert told["unit"] == "token" and told["steps"] == len(results["history"]["record"]) and told["undo_cost"] > 0
+    assert set(told["layer_weights"].values()) == {1.0}
+    assert results["history"]["tune"][-1]["regularisation_loss"] > 0
+    status, out, _ = hlora("inspect", str(tmp_path / "out" / "importance"))
+    assert status == 0 and "squared_gradients" in out and "along the general phase" in out
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "squared gradients" in report and "along the general phase" in report
+
+
 def test_a_budget_that_cannot_be_watched_honestly_is_refused(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words " * 400, encoding="utf-8")
@@ -375,7 +393,14 @@ def test_a_budget_that_cannot_be_watched_honestly_is_refused(hlora: Invoke, conf
     for changes, problem in (
         (same, "'b' is the evaluation text 'a'"),
         (["penalty.budget=much"], "penalty.budget: budget: expected a rise of perplexity"),
-        (["importance.method=squared_gradients"], "set penalty.anchor to base"),
+        (
+            ["importance.method=squared_gradients", "importance.encoding=float32"],
+            "importance.encoding: squared gradients along a general phase are kept as row and column sums",
+        ),
+        (
+            ["importance.method=squared_gradients", "importance.gradient=effective"],
+            "importance.gradient: squared gradients along a general phase are exact",
+        ),
     ):
         status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
         assert status == 2 and problem in " ".join(err.split())

@@ -362,8 +362,9 @@ def test_a_saved_state_does_not_change_with_the_recording(peft_model: PeftModel,
 def test_a_consolidated_recorder_holds_no_second_omega(peft_model: PeftModel, token_ids: Tensor) -> None:
     recorder, _ = recorded(peft_model, token_ids, sgd(peft_model))
     recorder.consolidate()
-    held = [value for value in vars(recorder).values() if isinstance(value, dict)]
-    assert not any(getattr(each, "shape", None) == (32, 32) for values in held for each in values.values())
+    held = [*vars(recorder).values(), *vars(recorder._recording).values()]
+    tensors = [each for value in held if isinstance(value, dict) for each in value.values()]
+    assert not any(getattr(each, "shape", None) == (32, 32) for each in tensors)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -501,4 +502,6 @@ def test_recording_follows_a_model_that_is_moved_after_the_recorder_was_made(
     with recorder.step(LR):
         torch.optim.SGD(adapter_parameters(peft_model), lr=LR).step()
     tensors = [t for omega in recorder.omega.values() for t in encodings.parts(omega).values()]
-    assert {t.device.type for t in (*tensors, *sum(recorder._start.values(), ()), recorder._skipped)} == {"meta"}
+    assert {t.device.type for t in (*tensors, *sum(recorder._movement.start.values(), ()), recorder._skipped)} == {
+        "meta"
+    }

@@ -39,7 +39,11 @@ AT_TWO = [
     *(f"ddp: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
     *(f"fsdp2: {name}" for name in (*ranks.SCENARIOS, "not finite", "changed meanwhile", "mixed precision")),
 ]
-AT_TWO += [f"trainer fsdp2: {name}" for name in ranks.BY_TRAINER] + ["trainer ddp: clipped"]
+AT_TWO += [f"trainer fsdp2: {name}" for name in ranks.BY_TRAINER] + [
+    "trainer ddp: clipped",
+    "trainer ddp: squares",
+    "trainer ddp: squares resumed",
+]
 AT_FOUR = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in ("plain", "q only", "not finite")]
 AT_FOUR += ["hsdp: plain", "trainer fsdp2: resumed"]
 Found = dict[str, Tensor]

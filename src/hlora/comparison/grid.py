@@ -264,9 +264,9 @@ class Grid:
         for name, arm in self.config.arms.items():
             if arm.method in ("hlora", "l2"):
                 task = (arm.tasks or list(self.config.tasks))[0]
-                kind = self.cell(name, task, cell.config.seed, None).config.importance
-                if kind.method == "path_integral":
-                    recorded[kind.encoding] = kind
+                asked = self.cell(name, task, cell.config.seed, None).config
+                if not asked.in_one_pass:
+                    recorded[asked.importance.method, asked.importance.encoding] = asked.importance
         config = cell.config.model_copy(deep=True)
         name = config.training.of_tune().get("run_name", self.output.name)
         config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers

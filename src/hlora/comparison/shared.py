@@ -2,9 +2,9 @@
 
 recording.json           what it was made from, losses, seconds
 adapter.safetensors      θ^ν, the factors of each matrix
-<encoding>.safetensors   state of one recorder, such as factored.safetensors; all watch the same training
+<kind>.safetensors       state of one recorder: factored, float32 or squares; all watch the same training
 
-Squared gradients, where an arm asks for them in place of a general phase, are kept in the same way as an Importance.
+Squared gradients at the base model, in place of a general phase, are kept in the same way as an Importance.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hlora.config.comparison import CellConfig
+from hlora.config.sections import ImportanceConfig
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.model.lora import attach_lora
@@ -40,12 +41,12 @@ class Busy(Exception):
 def importance(job: Job) -> Importance:
     """Ω of the job's general text in its encoding and, of a general phase, at its ξ (Eq. 13). Raises Busy."""
     config = job.config
-    if config.importance.method == "squared_gradients":
+    if config.in_one_pass:
         return _squared_gradients(job)
     directory = general_phase(job)
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = recorder_for(model, config.importance)
-    recorder.load_state_dict(_read_state(directory / f"{config.importance.encoding}.safetensors"))
+    recorder = recorder_for(model, config.importance, config.seed)
+    recorder.load_state_dict(_read_state(directory / f"{recorder.kind}.safetensors"))
     factors = load_file(directory / "adapter.safetensors")
     with torch.no_grad():
         for matrix in recorder.matrices:
@@ -59,11 +60,11 @@ def importance(job: Job) -> Importance:
 def general_phase(job: Job) -> Path:
     """Directory of the job's general phase; trains it when it is not there. Raises Busy."""
     config = job.config
-    kinds = sorted({each.encoding: each for each in (*job.recorded, config.importance)}.items())
+    kinds = sorted({_kind(each): each for each in (*job.recorded, config.importance)}.items())
 
     def record(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
-        recorders = {kind: recorder_for(model, each) for kind, each in kinds}
+        recorders = {kind: recorder_for(model, each, config.seed) for kind, each in kinds}
         logs = job.output / "logs" / f"general phase, seed {config.seed}"
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
@@ -90,6 +91,11 @@ def general_phase(job: Job) -> Path:
         "text": job.general.facts,
     }
     return once(job, "general", made_from, record)
+
+
+def _kind(options: ImportanceConfig) -> str:
+    """The name of a recorder's state, as `ImportanceRecorder.kind` has it."""
+    return options.encoding if options.method == "path_integral" else "squares"
 
 
 def _squared_gradients(job: Job) -> Importance:
@@ -132,7 +138,7 @@ def shared_part(config: CellConfig) -> str:
         return "fisher"
     if config.method not in _AFTER_GENERAL:
         return ""
-    return "squares" if config.importance.method == "squared_gradients" else "general"
+    return "squares" if config.in_one_pass else "general"
 
 
 def shared_key(config: CellConfig) -> str:

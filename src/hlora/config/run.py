@@ -83,11 +83,22 @@ class RunConfig(Preset):
                 )
         return self
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether importance is recorded at the base model, so that there is no general phase."""
+        return self.importance.method == "squared_gradients" and self.penalty.anchor == "base"
+
     @model_validator(mode="after")
-    def _importance_has_its_anchor(self) -> RunConfig:
-        if self.importance.method == "squared_gradients" and self.penalty.anchor == "general":
-            raise ValueError(
-                "penalty.anchor: importance.method squared_gradients trains no general adapter to start from; "
-                "set penalty.anchor to base"
-            )
+    def _squares_are_kept_as_sums(self) -> RunConfig:
+        if self.importance.method == "squared_gradients" and not self.in_one_pass:
+            if self.importance.encoding != "factored":
+                raise ValueError(
+                    "importance.encoding: squared gradients along a general phase are kept as row and column sums; "
+                    "set importance.encoding to factored"
+                )
+            if self.importance.gradient == "effective":
+                raise ValueError(
+                    "importance.gradient: squared gradients along a general phase are exact; leave the field out, or "
+                    "set penalty.anchor to base"
+                )
         return self

@@ -200,22 +200,22 @@ class DomainConfig(Section):
 
 class ImportanceConfig(Section):
     method: Literal["path_integral", "squared_gradients"] = "path_integral"
-    """path_integral: of the general phase's training (Eq. 12, the paper's). squared_gradients: of a few hundred
-    sequences at the base model, without training it; it needs penalty.anchor base."""
+    """path_integral: gradient times movement, along the general phase (Eq. 12, the paper's). squared_gradients: those
+    of each sequence, along the general phase too; or, with penalty.anchor base, in one pass over a few hundred
+    sequences at the base model, without training it."""
     encoding: EncodingName = "factored"
     """How importance is kept: float32 (the paper's, 4 bytes an element), or factored (row sums x column sums)."""
     xi: float = Field(default=1e-3, gt=0)
-    """Damping constant of Eq. 13, unit weight squared. Not given by the paper."""
+    """path_integral: damping constant of Eq. 13, unit weight squared. Not given by the paper."""
     gradient: Literal["effective", "exact"] | None = None
-    """squared_gradients: exact (the default), that of the adapted matrix itself; or effective, Eq. 11, which a path
-    integral takes."""
+    """squared_gradients: exact (the default), that of the adapted matrix itself; or, at the base model, effective,
+    Eq. 11, which a path integral takes."""
     sequences: int = Field(default=256, ge=1)
-    """squared_gradients: sequences of general text to take; fewer where it has fewer."""
+    """squared_gradients at the base model: sequences of general text to take; fewer where it has fewer."""
     sequence_length: int = Field(default=128, ge=2)
-    """squared_gradients: tokens of each."""
+    """squared_gradients at the base model: tokens of each."""
     stop_at_move: float | None = Field(default=None, gt=0)
-    """path_integral: end the general phase early, once it has moved the adapted matrices by this share of their
-    norm."""
+    """End the general phase early, once it has moved the adapted matrices by this share of their norm."""
 
     @model_validator(mode="after")
     def _squares_what_is_exact(self) -> ImportanceConfig:

@@ -85,6 +85,8 @@ class Importance:
     def describe(self) -> dict[str, Any]:
         """Encoding, bytes, norms and provenance as plain values, for results.json and `hlora inspect`."""
         return {
+            "method": "path_integral",  # of artefacts that say nothing
+            "recorded": "in one pass at the base model" if self.without_move else "along the general phase",
             "encoding": self.encoding,
             "bytes": self.nbytes(),
             "anchors": ["base"] if self.without_move else ["general", "base"],  # what it can hold a model to
@@ -118,8 +120,8 @@ class Importance:
 
     @property
     def without_move(self) -> bool:
-        """Whether it was recorded at the base point, without training: then θ^ν is W₀."""
-        return self.provenance.get("method") == "squared_gradients"
+        """Whether it was recorded in one pass at the base model, without training: then θ^ν is W₀."""
+        return self.provenance.get("method") == "squared_gradients" and "steps" not in self.provenance
 
     def covering(self, matrices: list[AdaptedMatrix]) -> Importance:
         """The part of the importance that concerns `matrices`, whatever their rank: all that anchor "base" needs.

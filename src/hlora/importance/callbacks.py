@@ -70,7 +70,7 @@ class RecordingCallback(TrainerCallback):
         clip_as_before(args, kwargs["optimizer"])
 
     def _file(self) -> str:
-        return f"recording-{self.recorder.encoding}"
+        return f"recording-{self.recorder.kind}"
 
 
 class PenaltyCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What the recorder keeps of a step: copies of factors and gradients."""
+"""What a path integral keeps of a step: copies of factors and gradients."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hlora.model.adapters import AdaptedMatrix
-from hlora.parallel.dtensor import whole
-
 Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]  # A, B, gradients, learning rates
-
-
-def factor_copies(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
-    """Whole A and B of a matrix, apart from what trains on."""
-    return whole(matrix.A.detach()).clone(), whole(matrix.B.detach()).clone()
 
 
 def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:

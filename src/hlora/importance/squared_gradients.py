@@ -23,7 +23,7 @@ from hlora.data.packing import pack
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.model.layer_gradients import layer_gradients
-from hlora.numerics import encodings
+from hlora.numerics import encodings, squares
 from hlora.numerics.encodings import Encoded, Factored
 from hlora.system.errors import AdapterError
 
@@ -142,12 +142,12 @@ def fisher_of_sequences(
 def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
     """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
 
-    Factored without any G_b: Σ_j (G_b)_ij² = Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns; T² (d_in +
-    d_out) products in place of T d_in d_out, and no (d_out, d_in) tensor.
+    Factored sums form no (d_out, d_in) tensor (`squares.exact_sums`).
     """
     if isinstance(total, Factored):
-        total.row.add_((gradient * ((x @ x.mT) @ gradient)).sum((0, 1)))
-        total.column.add_((x * ((gradient @ gradient.mT) @ x)).sum((0, 1)))
+        row, column = squares.exact_sums(x, gradient)
+        total.row.add_(row)
+        total.column.add_(column)
         return
     for x_b, gradient_b in zip(x, gradient, strict=True):
         of_example = gradient_b.T @ x_b

@@ -42,6 +42,28 @@ def exact_gradient(
     return torch.einsum("to,ti->oi", grad_y, x)
 
 
+def squared_gradients(
+    x: Tensor,  # (examples, tokens, d_in)
+    grad_y: Tensor,  # (examples, tokens, d_out), ∂L/∂y
+) -> Tensor:  # (d_out, d_in)
+    """Σ_b G_b², with G_b the gradient of example b alone, L summed over its tokens. Divided by the number of tokens it
+    is the diagonal of the empirical Fisher information, per token."""
+    return sum((exact_gradient(*example) ** 2 for example in zip(x, grad_y, strict=True)), start=torch.zeros(()).to(x))
+
+
+def sketched_squares(
+    x: Tensor,  # (examples, tokens, d_in)
+    grad_y: Tensor,  # (examples, tokens, d_out)
+    P: Tensor,  # (d_in, k) random, of mean 0 and variance 1/k
+    Q: Tensor,  # (d_out, k) random, of mean 0 and variance 1/k
+) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
+    """Row and column sums of Σ_b G_b² as a sketch estimates them: Σ_b ‖(G_b P)_i‖² and Σ_b ‖(G_bᵀ Q)_j‖²."""
+    gradients = [exact_gradient(*example) for example in zip(x, grad_y, strict=True)]
+    rows = sum((G @ P).square().sum(1) for G in gradients)
+    columns = sum((G.T @ Q).square().sum(1) for G in gradients)
+    return torch.as_tensor(rows), torch.as_tensor(columns)
+
+
 def path_integral(omega: Tensor, gradient: Tensor, delta: Tensor) -> Tensor:
     """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12), or with G in the place of g̃. All (d_out, d_in)."""
     return omega - gradient * delta

@@ -100,7 +100,7 @@ def check_sharding(config: RunConfig) -> None:
     unsupported = {
         "model.quantization": config.model.quantization is not None,
         "general.source: model": config.general.source == "model",
-        "importance.method: squared_gradients": config.importance.method == "squared_gradients",
+        "importance.method: squared_gradients with penalty.anchor: base": config.in_one_pass,
         "penalty.budget without penalty.probe_texts": config.penalty.budget is not None
         and not config.penalty.probe_texts,
     }
@@ -123,7 +123,7 @@ def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
     found = {f"training.{part}.max_length": getattr(training, part).get("max_length") for part in _PARTS}
     if "window" in evaluation.model_fields_set:
         found["evaluation.window"] = min(evaluation.window, evaluation.max_tokens)
-    if importance.method == "squared_gradients":
+    if importance.method == "squared_gradients" and config.penalty.anchor == "base":
         found["importance.sequence_length"] = importance.sequence_length
     if config.general.source == "model":
         found["general.sample_tokens"] = config.general.sample_tokens

@@ -34,15 +34,15 @@ History = list[dict[str, Any]]
 
 
 def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
-    """Record importance on general text; returns the model at θ^ν, Ω and the losses.
+    """Record importance on general text; returns the model after the general phase, its importance and the losses.
 
-    The path integral of LoRA training (Eqs. 7–13), or the squared gradients at the base model, where θ^ν is θ₀.
+    Where importance is squared gradients in one pass at the base model, that phase trains nothing.
     """
     config, options = job.config, job.config.importance
     model = attach_lora(job.base, config.lora, config.seed)
-    if options.method == "squared_gradients":
+    if config.in_one_pass:
         return model, squared_gradients(job, model), []
-    recorder = recorder_for(model, options)
+    recorder = recorder_for(model, options, config.seed)
     arguments = config.training.of_record()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
@@ -58,13 +58,13 @@ def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
     return model
 
 
-def recorder_for(model: PeftModel, options: ImportanceConfig) -> ImportanceRecorder:
-    """The recorder of a path integral, as configured."""
-    return ImportanceRecorder(model, options.encoding)
+def recorder_for(model: PeftModel, options: ImportanceConfig, seed: int) -> ImportanceRecorder:
+    """The recorder of a general phase, as configured."""
+    return ImportanceRecorder(model, options.encoding, method=options.method, seed=seed)
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:
-    """Ω of the job's general text without a general phase: its squared gradients at the base model."""
+    """Importance of the job's general text without a general phase: its squared gradients at the base model."""
     options = job.config.importance
     importance = fisher_information(
         model,

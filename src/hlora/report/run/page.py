@@ -117,6 +117,9 @@ def _costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (f"Importance, {importance.get('encoding', 'encoding unknown')}", _size(number(importance["bytes"])))
         )
+    for key, label in (("method", "Importance is"), ("recorded", "Recorded")):
+        if key in importance:
+            rows.append((label, str(importance[key]).replace("_", " ")))
     for key, label in (
         ("steps", "Steps recorded"),
         ("skipped_steps", "Steps skipped (gradient not finite)"),

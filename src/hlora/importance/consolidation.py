@@ -1,0 +1,68 @@
+"""From what was recorded of each matrix to an Importance: the same for every method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hlora.importance.artefact import Importance, ImportanceMatrix
+from hlora.model.adapters import AdaptedMatrix
+from hlora.numerics.types import Consolidated
+from hlora.parallel.group import exchange
+from hlora.system.errors import AdapterError
+
+
+def importance_of(
+    model: nn.Module,
+    matrices: Sequence[AdaptedMatrix],
+    found: Mapping[str, Consolidated],
+    *,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    encoding: str,
+    provenance: dict[str, Any],
+) -> Importance:
+    """The importance anchored at the factors `As` and `Bs`, with what the consolidation found of each matrix."""
+    kept, negative, elements = {}, 0.0, 0
+    for matrix, A, B in zip(matrices, As, Bs, strict=True):
+        mine, count = found[matrix.name], B.shape[0] * A.shape[1]
+        negative, elements = negative + mine.negative * count, elements + count
+        kept[matrix.name] = ImportanceMatrix(
+            omega=mine.importance,
+            A=A,
+            B=B,
+            scale=matrix.scale,
+            undo_cost=mine.undo_cost,
+            base_sample=matrix.base_sample(),
+        )
+    if provenance["method"] == "path_integral":
+        provenance["clamped_share"] = negative / elements
+    base_model = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return Importance(
+        matrices=kept,
+        encoding=encoding,
+        lora_config=_lora_config(model, matrices[0].adapter_name),
+        provenance={**provenance, "base_model": base_model},
+    )
+
+
+def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+    """Raises AdapterError where the processes of a group have trained each its own adapter."""
+    norms = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (*As, *Bs)]).cpu()
+    for number, text in enumerate(exchange(json.dumps(norms.tolist()))):
+        if not torch.allclose(norms, torch.tensor(json.loads(text), dtype=torch.float64), rtol=1e-3, equal_nan=True):
+            raise AdapterError(
+                f"process {number} has another adapter than this one, so their gradients were not averaged. Train the "
+                "model in DistributedDataParallel or with fully_shard, from the same adapter everywhere."
+            )
+
+
+def _lora_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    if not isinstance(model, PeftModel) and not hasattr(model, "peft_config"):
+        return {}
+    return model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]

@@ -1,0 +1,44 @@
+"""Where the adapter was when a recording began, and how far it has moved since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hlora.model.adapters import AdaptedMatrix
+from hlora.numerics import ops
+from hlora.numerics.types import Factors
+from hlora.parallel.dtensor import whole
+
+
+class Movement:
+    """The factors of every matrix at the start, as copies; `begin` again for another start."""
+
+    def __init__(self, matrices: Sequence[AdaptedMatrix]) -> None:
+        self.matrices = list(matrices)
+        self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
+        self.begin()
+
+    def begin(self) -> None:
+        """Start from the adapter as it is now."""
+        self.start: dict[str, Factors] = {
+            m.name: (whole(m.A.detach()).clone(), whole(m.B.detach()).clone()) for m in self.matrices
+        }
+
+    def follow(self) -> None:
+        """Follow the matrices to their devices."""
+        for matrix in self.matrices:
+            A, B = self.start[matrix.name]
+            self.start[matrix.name] = A.to(matrix.A.device), B.to(matrix.A.device)
+
+    def share(self) -> float:
+        """Norm of the movement of all matrices, as a share of the norm of their base weights."""
+        moved: Tensor = torch.zeros((), device=self.matrices[0].A.device)
+        for matrix in self.matrices:
+            left, right = ops.difference(whole(matrix.A), whole(matrix.B), self.start[matrix.name], matrix.scale)
+            moved += ((left.T @ left) * (right @ right.T)).sum().to(moved.device)
+            if matrix.name not in self._base_squares:
+                self._base_squares[matrix.name] = matrix.base_square()
+        return (max(float(moved), 0.0) / sum(self._base_squares.values())) ** 0.5

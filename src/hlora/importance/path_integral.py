@@ -1,0 +1,149 @@
+"""The path integral ω of a training, element by element (Eqs. 7–12): the paper's importance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlora.importance.capture import Snapshot, copies_of, gradient_copies, on_device, widened
+from hlora.importance.shares import Shares
+from hlora.model.adapters import AdaptedMatrix
+from hlora.numerics import encodings, ops
+from hlora.numerics.encodings import Encoded
+from hlora.numerics.types import Consolidated, Factors, Step
+from hlora.parallel.group import exchange, world
+
+
+class PathIntegral:
+    """ω of each matrix: gradient times movement, summed over optimizer steps.
+
+    In a group of processes each integrates its share of the matrices alone (shares.py).
+    """
+
+    def __init__(self, matrices: Sequence[AdaptedMatrix], encoding: str) -> None:
+        self.matrices = list(matrices)
+        self.encoding = encoding
+        self._shares = Shares(self.matrices)
+        self._device = self.matrices[0].A.device
+        self._captured: Snapshot | None = None
+        self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything recorded."""
+        self._omega: dict[str, Encoded] = {}  # made when first needed: next to a consolidated one it would be a second
+        self.discard()
+
+    def follow(self, started: bool) -> None:
+        """Follow the model to its device, and into a group of processes that it joined before recording started."""
+        if not started and self._shares.processes == 1 != world():
+            self._shares, self._omega = Shares(self.matrices), {}
+        if self._device == self.matrices[0].A.device:
+            return
+        self._device = self.matrices[0].A.device
+        for matrix in self.matrices:
+            if matrix.name in self._omega:
+                self._omega[matrix.name] = encodings.to_device(self._omega[matrix.name], matrix.A.device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether factors and gradients are kept for the next `integrate`."""
+        return self._captured is not None
+
+    def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
+        """Keep factors and gradients as they are before the optimizer's step (see ImportanceRecorder.capture)."""
+        pieces, here = self._shares.pieces, self._here()
+        As, Bs = [m.A for m in here], [m.B for m in here]
+        gradients = gradient_copies(As, pieces), gradient_copies(Bs, pieces)
+        self._elsewhere = self._gradient_norm_elsewhere()
+        if isinstance(gradient_scale, Tensor) or gradient_scale != 1:
+            for gradient in (*gradients[0], *gradients[1], *self._elsewhere):
+                gradient.mul_(on_device(gradient.device, gradient_scale))
+        if isinstance(lr, Mapping):
+            rates = [(lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 for A, B in zip(As, Bs, strict=True)]
+        else:
+            rates = [lr] * len(As)
+        self._captured = (copies_of(pieces(As)), copies_of(pieces(Bs)), *gradients, rates)
+
+    def _here(self) -> list[AdaptedMatrix]:
+        """Matrices whose factors this process keeps at capture: its share, or of sharded ones a piece of each."""
+        return self.matrices if self._shares.sharded else self._shares.mine
+
+    def _gradient_norm_elsewhere(self) -> list[Tensor]:
+        """One step counts everywhere or nowhere, so each process looks at all gradients before the optimizer does."""
+        held = set(map(id, self._here()))
+        factors = [factor for m in self.matrices if id(m) not in held for factor in (m.A, m.B)]
+        gradients = [factor.grad for factor in factors if factor.grad is not None]
+        return [torch.nn.utils.get_total_norm(widened(gradients))] if gradients else []
+
+    def discard(self) -> None:
+        """Forget what `capture` kept; the optimizer did not step."""
+        self._captured = None
+
+    def integrate(self) -> Tensor:  # bool, a scalar
+        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`, if all of it is finite. Returns whether it is."""
+        assert self._captured is not None
+        captured = self._captured
+        self.discard()
+        here = self._here()
+        As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
+        elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
+        factors = widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
+        seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
+        steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
+        if self._shares.sharded:
+            steps, finite = self._at_owners(steps, finite)
+        scales = [matrix.scale for matrix in self._shares.mine]
+        ops.accumulate_all_(list(self.omega.values()), steps, scales, finite)
+        return finite
+
+    def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
+        """The step of this process's matrices, from the pieces that all processes have of them."""
+        tensors = [(p.A, p.B, p.grad_A, p.grad_B, p.A_next, p.B_next) for p in pieces]
+        found, finite = self._shares.to_owners(tensors, finite)
+        rates = [pieces[i].lr for i in self._shares.indices]
+        steps = [Step(A, B, g, h, lr, a, b) for (A, B, g, h, a, b), lr in zip(found, rates, strict=True)]
+        return steps, finite
+
+    @property
+    def omega(self) -> dict[str, Encoded]:
+        """ω so far by matrix name, in the encoding; in a group of processes that of this one's share."""
+        for matrix in self._shares.mine if not self._omega else ():
+            sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
+            self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device)
+        return self._omega
+
+    def consolidated(
+        self, As: list[Tensor], Bs: list[Tensor], starts: Mapping[str, Factors], *, xi: float
+    ) -> dict[str, Consolidated]:
+        """Ω of each matrix by name (Eq. 13): this process's share, and what the others make of theirs.
+
+        Uses up ω.
+        """
+        mine, indices = self._shares.mine, self._shares.indices
+        factors = [As[i] for i in indices], [Bs[i] for i in indices]
+        own_starts, scales = [starts[m.name] for m in mine], [m.scale for m in mine]
+        found = ops.consolidate_all(list(self.omega.values()), *factors, own_starts, scales, xi)
+        of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
+        if self._shares.processes == 1:
+            return of
+        importance = self._shares.gathered({n: c.importance for n, c in of.items()}, self.encoding, everywhere=True)
+        numbers = {name: [each.negative, each.undo_cost, each.norm] for name, each in of.items()}
+        known = {name: each for text in exchange(json.dumps(numbers)) for name, each in json.loads(text).items()}
+        return {name: Consolidated(omega, *known[name]) for name, omega in importance.items()}
+
+    def gathered(self) -> dict[str, Encoded]:
+        """ω of all matrices at the first process; of this one's share at another."""
+        return self._shares.gathered(self.omega, self.encoding, everywhere=False)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and the importance say of the recording, beside its steps."""
+        return {}
+
+    def go_on(self, steps: int, facts: Mapping[str, Any]) -> None:
+        """Take the rest of a checkpoint, ω being loaded."""

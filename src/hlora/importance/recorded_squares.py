@@ -1,0 +1,222 @@
+"""Squared gradients of each example, summed over the steps that the general phase takes anyway.
+
+A matrix keeps the row sums and the column sums of Σ_b G_b², G_b the gradient of example b's summed loss at its own next
+tokens: d_out + d_in numbers. They come from the backward pass that trains the adapter; there is no second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hlora.importance.capture import on_device, widened
+from hlora.importance.examples import Batch, batches
+from hlora.model.adapters import AdaptedMatrix
+from hlora.model.layer_gradients import layer_gradients
+from hlora.numerics import encodings, ops, squares
+from hlora.numerics.encodings import Encoded, Factored
+from hlora.numerics.types import Consolidated, Factors
+from hlora.parallel.dtensor import local
+from hlora.parallel.group import rank, world
+from hlora.system.errors import AdapterError
+
+
+class RecordedSquares:
+    """Sums of squared gradients of every matrix, in one flat tensor: [rows, columns] of each in turn.
+
+    In a group of processes each adds up the examples that it sees, of all matrices. The sums are added up at
+    `gathered` and `consolidated`, which every process calls.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Sequence[AdaptedMatrix], seed: int) -> None:
+        self.model = model
+        self.matrices = list(matrices)
+        self.seed = seed
+        self.steps = 0  # optimizer steps, of which each has random signs of its own
+        self.listening = ExitStack()
+        self._sizes = [size for m in self.matrices for size in (m.B.shape[0], m.A.shape[1])]
+        self._places = {m.name: 2 * number for number, m in enumerate(self.matrices)}
+        self._batch: Batch | None = None
+        self._signs: list[Tensor] = []
+        self._gradient_norm: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything recorded."""
+        wide, device = torch.float32, self.matrices[0].A.device
+        for matrix in self.matrices:
+            wide = torch.promote_types(wide, matrix.A.dtype)
+        self.total = torch.zeros(sum(self._sizes), dtype=wide, device=device)
+        self._coming = torch.zeros_like(self.total)  # of the step that is under way
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # tokens predicted, examples
+        self._coming_counts = torch.zeros_like(self.counts)
+        self.as_called = False  # whether some loss was not the model's own, so that its unit is not known
+        self.steps = 0
+        self.discard()
+
+    def listen(self) -> None:
+        """Watch the backward passes of the model from now on, until `listening.close()`."""
+        own = set(map(id, self.matrices))
+
+        def add(matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
+            if id(matrix) in own:  # not a matrix of a copy of the model, which has copies of the hooks
+                self._add(matrix, x, gradient)
+
+        self.listening.close()
+        self.listening.enter_context(batches(self.model, lambda batch: self._begin(batch)))
+        self.listening.enter_context(layer_gradients(self.matrices, add))
+
+    def follow(self, started: bool) -> None:
+        """Follow the model to its device."""
+        device = self.matrices[0].A.device
+        if self.total.device != device:
+            self.total, self._coming = self.total.to(device), self._coming.to(device)
+            self.counts, self._coming_counts = self.counts.to(device), self._coming_counts.to(device)
+            self._signs = []
+
+    def _begin(self, batch: Batch) -> None:
+        self.follow(True)
+        self._batch = batch
+
+    def _add(self, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
+        """Add the examples of one batch and matrix to the step's sums."""
+        batch = self._batch
+        if batch is None:
+            raise AdapterError(
+                "the recorder saw a backward pass of a model that was not called itself. Call the model that the "
+                "recorder was made with, not a part of it."
+            )
+        if x.dim() != 3 or matrix.name in batch.seen:
+            what = "a second one" if matrix.name in batch.seen else tuple(x.shape)
+            raise AdapterError(
+                f"{matrix.name}: expected one input of shape (rows, tokens, d_in) a forward pass, got {what}, so the "
+                "gradients of the examples cannot be told apart. Leave it out of lora.target_modules, or record by "
+                "method path_integral."
+            )
+        batch.seen.add(matrix.name)
+        x, gradient = batch.of_examples(x.to(self.total.dtype)), batch.of_examples(gradient.to(self.total.dtype))
+        if len(batch.seen) == 1:
+            self._count(batch, x)
+        if batch.token_weight is not None:
+            # Before squaring: with a gradient scaler's factor the square of a float32 could overflow.
+            gradient = gradient / on_device(gradient.device, batch.token_weight)
+        place = self._places[matrix.name]
+        if squares.is_exact_cheaper(x.shape[1]):
+            sums = squares.exact_sums(x, gradient)
+        else:
+            signs_out, signs_in = (self._signs_of(place + which).to(x) for which in (0, 1))
+            sums = squares.sketched_sums(x, gradient, signs_in, signs_out)
+        for part, mine in zip(self._split(self._coming)[place : place + 2], sums, strict=True):
+            part.add_(mine.to(part.device))
+
+    def _count(self, batch: Batch, x: Tensor) -> None:
+        """The batch's tokens and examples, at its first gradient."""
+        if batch.token_weight is None:
+            self.as_called = True
+        tokens = x.shape[0] * x.shape[1] if batch.predicted is None else batch.predicted.to(self.counts.device)
+        self._coming_counts[0] += tokens
+        self._coming_counts[1] += x.shape[0]
+
+    def _signs_of(self, part: int) -> Tensor:
+        """Random signs (d, k) of the step under way, for the rows or columns of one matrix."""
+        if not self._signs:
+            drawn = squares.random_signs(sum(self._sizes), self.seed, self.steps, rank())
+            self._signs = list(drawn.to(self.total.device).split(self._sizes))
+        return self._signs[part]
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.split(self._sizes)
+
+    @property
+    def captured(self) -> bool:
+        """Whether an optimizer step is under way."""
+        return self._gradient_norm is not None
+
+    def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
+        """Look at the adapter's gradients before the optimizer's step: it counts only where they are finite."""
+        gradients = [f.grad for m in self.matrices for f in (m.A, m.B) if f.grad is not None]
+        self._gradient_norm = torch.zeros((), device=self.total.device)
+        if gradients:
+            self._gradient_norm = torch.nn.utils.get_total_norm(widened([local(each) for each in gradients]))
+
+    def discard(self) -> None:
+        """Leave out the examples of the step under way; the optimizer did not step."""
+        self._gradient_norm = None
+        self._coming.zero_()
+        self._coming_counts.zero_()
+
+    def integrate(self) -> Tensor:  # bool, a scalar
+        """Add the step's sums to the total, if they and the adapter's gradients are finite everywhere."""
+        assert self._gradient_norm is not None
+        finite = torch.isfinite(self._gradient_norm).to(self.total.device) & self._coming.isfinite().all()
+        if world() > 1:  # one step counts everywhere or nowhere
+            flag = finite.to(torch.int32)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            finite = flag > 0
+        self.total += self._coming.masked_fill_(~finite, 0.0)
+        self.counts += self._coming_counts * finite
+        self.discard()
+        self.steps += 1
+        self._signs = []
+        return finite
+
+    @property
+    def omega(self) -> dict[str, Encoded]:
+        """Σ_b G_b² so far by matrix name, of the examples that this process saw."""
+        parts = self._split(self.total)
+        return {m.name: Factored(*parts[2 * i : 2 * i + 2]) for i, m in enumerate(self.matrices)}
+
+    def _bring_together(self) -> None:
+        """The sums of all processes to the first; the others go on from zero."""
+        if world() > 1:
+            dist.all_reduce(self.total)
+            dist.all_reduce(self.counts)
+
+    def gathered(self) -> dict[str, Encoded]:
+        """Sums of all processes at the first one, which keeps them; zeros at another, whose sums they now are part of.
+
+        So a run that goes on from here adds up in the same order as one that was stopped and resumed.
+        """
+        self._bring_together()
+        if rank() > 0:
+            self.total.zero_()
+            self.counts.zero_()
+        return self.omega
+
+    def consolidated(
+        self, As: list[Tensor], Bs: list[Tensor], starts: Mapping[str, Factors], *, xi: float
+    ) -> dict[str, Consolidated]:
+        """Σ_b G_b² over the number of tokens predicted, of each matrix by name; the same in every process.
+
+        It is a curvature already, so it is not divided by the movement, and `xi` is not used.
+        """
+        self._bring_together()
+        self.total /= self.counts[0].clamp(min=1)
+        found = {}
+        for matrix, A, B in zip(self.matrices, As, Bs, strict=True):
+            sums = self.omega[matrix.name]
+            assert isinstance(sums, Factored)
+            importance = Factored(sums.row.clone().to(A.device), sums.column.clone().to(A.device))
+            delta = ops.difference(A, B, starts[matrix.name], matrix.scale)
+            undo_cost, norm = float(ops.penalty(importance, delta)), float(encodings.norm(importance))
+            found[matrix.name] = Consolidated(importance, 0.0, undo_cost, norm)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and the importance say of the recording, beside its steps."""
+        tokens, examples = self.counts.tolist()
+        return {"tokens": tokens, "examples": examples, "unit": "loss as called" if self.as_called else "token"}
+
+    def go_on(self, steps: int, facts: Mapping[str, Any]) -> None:
+        """Take the rest of a checkpoint, the sums being loaded: the first process goes on from them."""
+        self.steps, self._signs = steps, []
+        self.as_called = facts["unit"] != "token"
+        self.counts.copy_(torch.tensor([facts["tokens"], facts["examples"]]))
+        if rank() > 0:
+            self.total.zero_()
+            self.counts.zero_()

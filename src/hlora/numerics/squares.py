@@ -1,0 +1,58 @@
+"""Row and column sums of each example's squared gradient, from a layer's input and output gradient.
+
+An example's gradient is G = Σ_t gradient[t] ⊗ x[t]. What is kept is Σ_b G_b², over examples b, as its row and column
+sums. Neither form below makes a (d_out, d_in) tensor:
+
+exact    by Gram matrices over tokens, 2 T² (d_in + d_out) products an example
+sketch   by random signs, 2 T k (d_in + d_out) products an example, unbiased
+
+The reference is `equations.squared_gradients`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from hlora.numerics.encodings import Factored
+
+SKETCH = 8  # columns k of a sketch: one random byte gives the signs of one feature
+
+
+def exact_sums(x: Tensor, gradient: Tensor) -> Factored:  # (n, T, d_in), (n, T, d_out) → (d_out,), (d_in,)
+    """Σ_b of the row and column sums of G_b². Row i is Σ_t gradient[t, i] (x xᵀ gradient)[t, i], and so for columns."""
+    row = (gradient * ((x @ x.mT) @ gradient)).sum((0, 1))
+    column = (x * ((gradient @ gradient.mT) @ x)).sum((0, 1))
+    return Factored(row, column)
+
+
+def sketched_sums(
+    x: Tensor,  # (n, T, d_in)
+    gradient: Tensor,  # (n, T, d_out)
+    signs_in: Tensor,  # (d_in, k), each ±1/√k
+    signs_out: Tensor,  # (d_out, k), each ±1/√k
+) -> Factored:
+    """Estimates of `exact_sums`: row i is Σ_b ‖(G_b P)_i‖², column j is Σ_b ‖(G_bᵀ Q)_j‖².
+
+    Unbiased over random signs P and Q. The variance of row i of one example is 2/k (‖g‖⁴ − Σ_j g_j⁴), with g the row
+    of G_b. It is never more than 2/k ‖g‖⁴, which Gaussian numbers in place of signs have.
+    """
+    row = torch.bmm(gradient.mT, x @ signs_in).square_().sum((0, 2))
+    column = torch.bmm(x.mT, gradient @ signs_out).square_().sum((0, 2))
+    return Factored(row, column)
+
+
+def is_exact_cheaper(tokens: int) -> bool:
+    """Whether Gram matrices take fewer products than a sketch, for examples of so many tokens."""
+    return tokens <= SKETCH
+
+
+def random_signs(features: int, *key: int) -> Tensor:  # (features, k) float32, each ±1/√k, on the CPU
+    """Signs that depend on the key alone, such as seed, step and process: a resumed run draws the same ones."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    drawn = torch.randint(256, (features, 1), dtype=torch.uint8, generator=generator)
+    bits = (drawn >> torch.arange(SKETCH, dtype=torch.uint8)) & 1
+    return bits.to(torch.float32).mul_(2).sub_(1).mul_(SKETCH**-0.5)
