@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from html import unescape
 from typing import Any
 
 from hlora.config.comparison import CompareConfig
@@ -27,7 +29,9 @@ def commands() -> str:
     """Every command and option in Markdown, by Typer's own generator."""
     command = [sys.executable, "-m", "typer", "hlora.cli", "utils", "docs", "--name", "hlora"]
     made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return made.split("\n", 1)[1].replace("```console", "```text")  # without its title
+    about, each = made[made.index("\n") :].split("**Commands**:")[0], made[made.index("\n## ") :]
+    # Typer's list of commands, between the two, cuts each summary; the table of contents beside the page has them all.
+    return re.sub("`[^`\n]+`", lambda code: unescape(code[0]), (about + each).replace("```console", "```text"))
 
 
 def fields() -> str:
@@ -70,13 +74,13 @@ def _type(field: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return " or ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
-        return f"list of {_type(field['items'])}s" if "$ref" not in field["items"] else "list of sections"
+        return "list of sections" if "$ref" in field["items"] else f"list, each {_type(field['items'])}"
     if field.get("type") == "object":
         held = field.get("additionalProperties")
-        return f"mapping of names to {_type(held)}s" if isinstance(held, dict) else "mapping"
+        return f"mapping, each {_type(held)}" if isinstance(held, dict) else "mapping"
     word = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "null"}
     marks = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{mark} {field[name]:g}" for name, mark in marks.items() if name in field]
+    bounds = [f"{mark} {field[name]:,}" for name, mark in marks.items() if name in field]
     return " ".join([word.get(field.get("type", ""), "value"), *bounds[:1], *(f"and {bound}" for bound in bounds[1:])])
 
 

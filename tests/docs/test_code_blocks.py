@@ -161,16 +161,12 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
 
 @pytest.mark.parametrize("block", in_language("yaml"), ids=str)
 def test_a_yaml_is_a_part_of_a_configuration(block: Block) -> None:
-    part = yaml.safe_load(block.text)
-    of_a_comparison = not set(part) <= set(yaml.safe_load(starting_yaml()))
-    whole = (
-        read_yaml(REPOSITORY / "configs" / "compare-smollm2.yaml")
-        if of_a_comparison
-        else yaml.safe_load(starting_yaml())
-    )
-    for name, value in part.items():
-        whole[name] = {**whole[name], **value} if not of_a_comparison else value
-    parse_config(whole, str(block), kind=CompareConfig) if of_a_comparison else parse_config(whole, str(block))
+    part, run = yaml.safe_load(block.text), yaml.safe_load(starting_yaml())
+    if set(part) <= set(run):
+        parse_config({**run, **{name: {**run[name], **section} for name, section in part.items()}}, str(block))
+    else:
+        grid = read_yaml(REPOSITORY / "configs" / "compare-smollm2.yaml")
+        parse_config({**grid, **part}, str(block), kind=CompareConfig)
 
 
 @pytest.mark.parametrize("block", in_language("json"), ids=str)
@@ -188,9 +184,9 @@ SHORT = [
     f"--set={setting}"
     for setting in (
         "training.record.max_steps=2", "training.record.max_length=32", "training.record.per_device_train_batch_size=2",
-        "training.tune.max_steps=2", "training.tune.per_device_train_batch_size=2", "evaluation.max_tokens=64",
-        "evaluation.window=32", "evaluation.stride=32", "evaluation.max_rows=2", "evaluation.generate=1",
-        "evaluation.max_new_tokens=2",
+        "training.tune.max_steps=2", "training.tune.max_length=64", "training.tune.per_device_train_batch_size=2",
+        "evaluation.max_tokens=64", "evaluation.window=32", "evaluation.stride=32", "evaluation.max_rows=2",
+        "evaluation.generate=1", "evaluation.max_new_tokens=2",
     )
 ]  # fmt: skip
 

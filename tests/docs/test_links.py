@@ -36,7 +36,7 @@ def test_the_api_reference_has_every_public_name_once() -> None:
 FIRST_SCREEN = source("README.md").partition("## Two commands")[0]
 ANSWERS = {
     "how to use my own data": "## Domain rows",
-    "what an anchor is": "**Anchor**\n:   The weights that the penalty holds the model to.",
+    "what an anchor is": "### Anchor\n\nThe weights that the penalty holds the model to.",
     "the signature of protect": "\ndef protect(\n    trainer: ",
     "whether a GPU was tested": "No GPU has run hlora yet",
 }
