@@ -32,6 +32,16 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hlora.comparison.compare.write_report", lambda *arguments: None)
 
 
+@pytest.fixture
+def four_cells(comparison_file: Path) -> Path:
+    """The base model, and three arms of one seed, two of which share a general phase."""
+    fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
+    arms = {name: fields["arms"][name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
+    fields |= {"arms": {**arms, "HLoRA": {"method": "hlora"}}, "seeds": [0]}
+    comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    return comparison_file
+
+
 def measured(found: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
     """What a grid found, without what differs from run to run."""
     return {
@@ -67,16 +77,14 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
 
 
 @pytest.mark.slow
-def test_a_second_run_computes_nothing(
-    comparison_config: CompareConfig, no_report: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = compare(comparison_config)
+def test_a_second_run_computes_nothing(four_cells: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compare(load_comparison(four_cells))
 
     def measure(self: Grid, cell: Any) -> dict[str, Any]:
         raise AssertionError(f"{cell.arm} was computed again")
 
     monkeypatch.setattr(Grid, "_measure", measure)
-    assert compare(comparison_config)["cells"] == first["cells"]
+    assert compare(load_comparison(four_cells))["cells"] == first["cells"]
 
 
 def test_cells_are_told_apart_by_everything_that_determines_them(comparison_file: Path, tmp_path: Path) -> None:
@@ -93,12 +101,10 @@ def test_cells_are_told_apart_by_everything_that_determines_them(comparison_file
 
 
 @pytest.mark.slow
-def test_an_interrupted_grid_ends_as_an_uninterrupted_one(
-    comparison_file: Path, tmp_path: Path, no_report: None
-) -> None:
+def test_an_interrupted_grid_ends_as_an_uninterrupted_one(four_cells: Path, tmp_path: Path, no_report: None) -> None:
     """SIGKILL as soon as two cells are there; the same command goes on and computes neither again."""
-    whole = compare(load_comparison(comparison_file, [f"output={tmp_path / 'whole'}"]))
-    command = [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(comparison_file)]
+    whole = compare(load_comparison(four_cells, [f"output={tmp_path / 'whole'}"]))
+    command = [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(four_cells)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     cells = tmp_path / "grid" / "cells"
     while process.poll() is None and len(list(cells.glob("*.json"))) < 2:
@@ -108,7 +114,7 @@ def test_an_interrupted_grid_ends_as_an_uninterrupted_one(
     made = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     assert 2 <= len(made) < len(whole["cells"])
 
-    resumed = compare(load_comparison(comparison_file))
+    resumed = compare(load_comparison(four_cells))
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     assert measured(resumed) == measured(whole)
 

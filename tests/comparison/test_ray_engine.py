@@ -92,11 +92,22 @@ def stopped_at_work(pid: int) -> psutil.Process | None:
     return None
 
 
+def change(file: Path, **changes: Any) -> None:
+    fields = yaml.safe_load(file.read_text(encoding="utf-8")) | changes
+    file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
 def two_arms(file: Path, second: dict[str, Any]) -> None:
     """Keep of the comparison's arms the base alone, beside another."""
-    fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-    fields |= {"arms": {"Base": {"method": "base"}, "other": second}, "seeds": [0], "unprotected": "other"}
-    file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    change(file, arms={"Base": {"method": "base"}, "other": second}, seeds=[0], unprotected="other")
+
+
+@pytest.fixture
+def five_cells(comparison_file: Path) -> Path:
+    """The base model once; two arms that share a general phase, on two seeds."""
+    arms = {"Base": {"method": "base"}, "LoRA(ν+μ)": {"method": "lora_after_general"}, "HLoRA": {"method": "hlora"}}
+    change(comparison_file, arms=arms, unprotected="LoRA(ν+μ)")
+    return comparison_file
 
 
 def cells(output: Path) -> list[Path]:
@@ -120,12 +131,12 @@ def found_in(output: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, comparison_file: Path, tmp_path: Path) -> None:
+def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, five_cells: Path, tmp_path: Path) -> None:
     """Two local workers; one is killed while it computes, once two cells are there. Compared bit by bit."""
     whole, split = tmp_path / "whole", tmp_path / "split"
-    done = run(comparison_file, "--set", f"output={whole}")
+    done = run(five_cells, "--set", f"output={whole}")
     assert done.returncode == 0, done.stderr
-    with started(comparison_file, "--set", f"output={split}", "--engine", "ray", "--cpus-per-cell", "1") as process:
+    with started(five_cells, "--set", f"output={split}", "--engine", "ray", "--cpus-per-cell", "1") as process:
         while process.poll() is None and len(cells(split)) < 2:
             time.sleep(0.02)
         made = {path: path.stat().st_mtime_ns for path in cells(split)}
@@ -143,7 +154,7 @@ def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, comparison
 
 @pytest.mark.slow
 def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
-    ray: Any, comparison_file: Path, tmp_path: Path
+    ray: Any, five_cells: Path, tmp_path: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
@@ -154,7 +165,7 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
         try:
             second = cluster.add_node(num_cpus=1)
             address = ("--engine", "ray", "--ray-address", cluster.address)
-            with started(comparison_file, *address) as process:
+            with started(five_cells, *address) as process:
                 raylet = second.all_processes["raylet"][0].process.pid
                 while not (busy := cells(tmp_path / "grid") and stopped_at_work(raylet)):
                     assert process.poll() is None, "the grid has ended, and no cell was seen to run on the second node"
@@ -166,7 +177,7 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
             cluster.shutdown()
     assert process.returncode == 0, err
     found, _ = found_in(tmp_path / "grid")
-    assert {cell["status"] for cell in found["cells"]} == {"done"} and len(found["cells"]) == 11
+    assert {cell["status"] for cell in found["cells"]} == {"done"} and len(found["cells"]) == 5
     assert "the worker died (NodeDiedError" in err and "trying again elsewhere" in err, err
 
 

@@ -45,6 +45,7 @@ def environment(directory: Path) -> dict[str, str]:
 
 def run(fields: dict[str, Any], directory: Path, names: str) -> subprocess.CompletedProcess[str]:
     fields["training"]["common"]["report_to"] = [names]
+    fields["evaluation"] = {"max_tokens": 64, "window": 32, "stride": 32, "generate": 0, "accuracy": False}
     file = directory / "run.yaml"
     file.write_text(yaml.safe_dump(fields), encoding="utf-8")
     command = [sys.executable, "-c", "from hlora.cli import main; main()", "run", str(file)]
