@@ -20,12 +20,12 @@ ARMS: dict[str, tuple[str, tuple[float, ...], tuple[float, float, float]]] = {
     "HLoRA w/o layer weights": ("hlora", (3.0, 9.0, 30.0), (2.96, 75.8, 0.64)),
     "HLoRA ξ 1e-6, share": ("hlora", (3.0, 9.0, 30.0), (2.93, 76.0, 0.63)),
     "HLoRA exact gradient": ("hlora", (3.0, 9.0, 30.0), (2.95, 75.5, 0.65)),
-    "uniform importance": ("l2", (3.0, 9.0, 30.0), (3.01, 75.4, 0.64)),
+    "uniform importance": ("uniform", (3.0, 9.0, 30.0), (3.01, 75.4, 0.64)),
     "replay": ("replay", (0.05, 0.2, 0.5), (3.05, 75.0, 0.645)),
     "KL to base": ("kl", (0.1, 1.0, 10.0), (3.30, 76.0, 0.63)),
     "OSF": ("osf", (), (3.33, 78.0, 0.61)),
     "CorDA": ("corda", (), (3.36, 75.0, 0.64)),
-    "LoRA on the MLP": ("lora_mlp", (), (3.38, 73.9, 0.66)),
+    "LoRA on the MLP": ("mlp", (), (3.38, 73.9, 0.66)),
 }
 SMALL = ["Base", "LoRA(μ)", "EWC-LoRA", "HLoRA"]
 """Arms that have a result everywhere, one of each kind."""

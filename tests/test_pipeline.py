@@ -48,7 +48,7 @@ def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
     fields = {
         **job_fields,
         "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 4, "max_new_tokens": 4},
-        "baselines": ["lora_mu", "lora_nu_mu"],
+        "baselines": ["lora", "lora_after_general"],
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
     assert str(output / "report.html").replace("\n", "") in out.replace("\n", "")
 
     results = results_of(output)
-    assert set(results["arms"]) == {"base", "after_general", "hlora", "lora_mu", "lora_nu_mu"}
+    assert set(results["arms"]) == {"base", "after_general", "hlora", "lora", "lora_after_general"}
     for arm in results["arms"].values():
         (text,) = arm["texts"].values()
         assert text["tokens"] == 199 and text["perplexity"] > 1 and text["bits_per_byte"] > 0
@@ -79,7 +79,7 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
     assert results["command"].startswith("hlora run")
     assert load_config(output / "config.yaml") == load_config(config)
     assert "<html" in (output / "report.html").read_text(encoding="utf-8")
-    for phase in ("record", "tune", "lora_mu", "lora_nu_mu"):
+    for phase in ("record", "tune", "lora", "lora_after_general"):
         assert list((output / "logs" / phase).rglob("events.out.tfevents*")), f"no TensorBoard log of {phase}"
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -329,7 +329,7 @@ def test_demo_runs_whole_and_names_the_report(hlora: Invoke, tmp_path: Path, mod
     status, out, err = hlora("demo", "--output", output, *arguments)
     assert status == 0, err
     assert "report.html" in out and (output / "report.html").is_file()
-    assert set(results_of(output)["arms"]) == {"base", "after_general", "hlora", "lora_mu"}
+    assert set(results_of(output)["arms"]) == {"base", "after_general", "hlora", "lora"}
     assert set(results_of(output)["arms"]["hlora"]["texts"]) == {"Python documentation", "other prose"}
 
 
@@ -445,7 +445,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(
     fields = {
         **job_fields,
         "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0, "accuracy": False},
-        "baselines": ["lora_nu_mu"],
+        "baselines": ["lora_after_general"],
     }
     whole = pipeline.run(parse_config({**fields, "output": str(tmp_path / "whole")}))
     config = parse_config(fields)
@@ -454,16 +454,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(
         with pytest.raises(Cut):
             pipeline.run(config)
     phases: list[str] = []
-    for name in ("record_phase", "tune_phase", "baseline_phase"):
+    for name in ("record_phase", "tune_phase", "lora_after_general"):
         phase = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda *a, p=phase, n=name: (phases.append(n), p(*a))[1])
+        monkeypatch.setattr(pipeline, name, lambda *a, p=phase, n=name, **k: (phases.append(n), p(*a, **k))[1])
     results = pipeline.run(config)
     assert without_times(results) == without_times(whole)
     for artefact in ("importance/importance.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "out" / artefact).read_bytes() == (tmp_path / "whole" / artefact).read_bytes()
     finished = {("measure", 1): 0, ("record_phase", 1): 0, ("measure", 2): 1, ("tune_phase", 1): 1}
     done = finished.get((where, count), 2)
-    assert phases == ["record_phase", "tune_phase", "baseline_phase"][done:], "a finished phase was run again"
+    assert phases == ["record_phase", "tune_phase", "lora_after_general"][done:], "a finished phase was run again"
     assert not (tmp_path / "out" / "unfinished.json").exists()
     assert not list((tmp_path / "out" / "logs").glob("*/checkpoint-*"))
 

@@ -10,14 +10,22 @@ from typing import Any
 
 from peft import PeftModel
 
-from hlora.config.run import RunConfig
+from hlora.config.run import Baseline, RunConfig
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.model.saved_adapter import load_adapter
 from hlora.parallel.group import first_does, lock_directory, together
 from hlora.parallel.launch import join_launch
 from hlora.run.job import Job
-from hlora.run.phases import at_general_adapter, baseline_phase, check_fits, record_phase, save_adapter, tune_phase
+from hlora.run.phases import (
+    at_general_adapter,
+    check_fits,
+    lora,
+    lora_after_general,
+    record_phase,
+    save_adapter,
+    tune_phase,
+)
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results, timed
 from hlora.system.errors import ArtifactError, DataError
@@ -47,8 +55,7 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
         measure_once(job, results, "hlora", lambda: load_adapter(job.base, adapter))
 
         for arm in config.baselines:
-            start = importance if arm == "lora_nu_mu" else None
-            measure_once(job, results, arm, partial(_baseline, job, results, arm, start))
+            measure_once(job, results, arm, partial(_baseline, job, results, arm, importance))
         results = first_does(lambda: finish(job, results))
         first_does(lambda: forget_unfinished(job))
         return results
@@ -133,9 +140,11 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
     return directory
 
 
-def _baseline(job: Job, results: dict[str, Any], arm: str, start: Importance | None) -> PeftModel:
+def _baseline(job: Job, results: dict[str, Any], arm: Baseline, importance: Importance) -> PeftModel:
+    """The domain phase without a penalty, from the base model or from the general adapter."""
     with timed(job, results, arm):
-        model, results["history"][arm] = baseline_phase(job, start)
+        tuned = lora(job) if arm == "lora" else lora_after_general(job, importance=importance)
+        model, results["history"][arm] = tuned
     return model
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 
-from hlora.comparison import methods
 from hlora.comparison.choosing import choose
 from hlora.comparison.compare import compare, summary
 from hlora.comparison.grid import Grid
@@ -126,10 +125,10 @@ def test_a_failed_cell_is_reported_and_computed_again_on_request_only(
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
     with monkeypatch.context() as broken:
 
-        def fail(job: Any, strength: float | None) -> Any:
+        def fail(job: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        broken.setitem(methods.METHODS, "lora", fail)
+        broken.setattr("hlora.run.phases.lora", fail)
         found = compare(comparison_config)
     status = {(c["arm"], c["seed"]): (c["status"], c["error"]) for c in found["cells"]}
     assert status["LoRA(μ)", 0] == ("failed", "RuntimeError: out of memory")
@@ -145,10 +144,10 @@ def test_a_method_that_cannot_run_says_so_in_its_cell(
 ) -> None:
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)", "LoRA(ν+μ)")}
 
-    def refuse(job: Any, strength: float | None) -> Any:
+    def refuse(job: Any) -> Any:
         raise CannotRun("no MLP in this model")
 
-    monkeypatch.setitem(methods.METHODS, "lora", refuse)
+    monkeypatch.setattr("hlora.run.phases.lora", refuse)
     found = compare(comparison_config)
     cells = {(c["arm"], c["seed"]): c for c in found["cells"]}
     assert cells["LoRA(μ)", 0]["status"] == "cannot" and cells["LoRA(μ)", 0]["error"] == "no MLP in this model"
@@ -162,15 +161,15 @@ def test_a_method_that_altered_the_base_leaves_the_next_cell_a_fresh_one(
     comparison_config.arms = {name: comparison_config.arms[name] for name in ("Base", "LoRA(μ)")}
     clean = measured(compare(comparison_config.model_copy(update={"output": f"{comparison_config.output}-clean"})))
 
-    def spoil(job: Any, strength: float | None) -> Any:
+    def spoil(job: Any) -> Any:
         with torch.no_grad():
             for parameter in job.base.parameters():
                 parameter.zero_()
         raise RuntimeError("half done")
 
-    monkeypatch.setitem(methods.METHODS, "l2", spoil)
+    monkeypatch.setattr("hlora.comparison.paper.rslora", spoil)
     comparison_config.arms = {
-        "spoiler": comparison_config.arms["LoRA(μ)"].model_copy(update={"method": "l2"}),
+        "spoiler": comparison_config.arms["LoRA(μ)"].model_copy(update={"method": "rslora"}),
         **comparison_config.arms,
     }
     found = measured(compare(comparison_config))

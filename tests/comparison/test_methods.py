@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hlora.comparison import shared
-from hlora.comparison.methods import METHODS, _uniform
+from hlora.comparison.paper import uniform_importance
 from hlora.config.comparison import CellConfig
 from hlora.config.reading import parse_config
 from hlora.config.sections import ImportanceConfig
+from hlora.methods import METHODS
 from hlora.model.adapters import adapted_matrices
 from hlora.model.base import load_base
 from hlora.model.lora import attach_lora
@@ -38,8 +39,16 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([(m.scale * m.B @ m.A).detach().flatten() for m in adapted_matrices(model)])
 
 
+def tuned(job: Job, name: str, strength: float | None = None) -> tuple[Any, list[Any]]:
+    """The method's model and losses, from what it needs."""
+    job.config.method = name
+    importance, method = shared.shared_importance(job), METHODS[name]
+    arguments = {} if importance is None else {"importance": importance}
+    return method.function()(job, **arguments, **({} if method.strength is None else {"strength": strength}))
+
+
 def distance(job: Job, method: str, strength: float | None, start: torch.Tensor) -> float:
-    model, history = METHODS[method](job, strength)
+    model, history = tuned(job, method, strength)
     assert len(history) == 4
     moved = float((weights(model) - start).norm())
     model.unload()
@@ -47,28 +56,28 @@ def distance(job: Job, method: str, strength: float | None, start: torch.Tensor)
 
 
 def test_base_is_the_model_itself(job: Job) -> None:
-    assert METHODS["base"](job, None) == (job.base, [])
+    assert tuned(job, "base") == (job.base, [])
 
 
 def test_lora_after_general_starts_where_the_general_phase_ended(job: Job) -> None:
-    model, _ = METHODS["after_general"](job, None)
+    model, _ = tuned(job, "after_general")
     start = weights(model)
     assert float(start.norm()) > 0
     model.unload()
     job.config.training.tune["learning_rate"] = 0.0
-    model, _ = METHODS["lora_after_general"](job, None)
+    model, _ = tuned(job, "lora_after_general")
     assert torch.equal(weights(model), start)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(job: Job) -> None:
-    model, _ = METHODS["rslora"](job, None)
+    model, _ = tuned(job, "rslora")
     assert {m.scale for m in adapted_matrices(model)} == {8 / 4**0.5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hlora", "l2"])
+@pytest.mark.parametrize("method", ["hlora", "uniform"])
 def test_a_strong_penalty_holds_the_adapter_to_the_general_one(job: Job, method: str) -> None:
-    model, _ = METHODS["after_general"](job, None)
+    model, _ = tuned(job, "after_general")
     start = weights(model)
     model.unload()
     free = distance(job, "lora_after_general", None, start)
@@ -86,7 +95,7 @@ def test_ewc_holds_the_adapter_to_the_base(job: Job) -> None:
 def test_uniform_importance_is_the_mean_everywhere_and_costs_the_squared_movement_to_undo(job: Job) -> None:
     recorded = shared.importance(job)
     mean = float(torch.cat([matrix.omega.flatten() for matrix in recorded.matrices.values()]).mean())
-    uniform = _uniform(recorded)
+    uniform = uniform_importance(recorded)
     for name, matrix in uniform.matrices.items():
         expected = torch.full((matrix.B.shape[0], matrix.A.shape[1]), mean)
         torch.testing.assert_close(matrix.omega.dense(), expected)
@@ -97,7 +106,7 @@ def test_uniform_importance_is_the_mean_everywhere_and_costs_the_squared_movemen
 @pytest.mark.slow
 def test_at_the_base_hlora_and_plain_l2_start_from_a_fresh_adapter_and_are_held_to_it(job: Job) -> None:
     job.config.penalty.anchor = "base"
-    for method in ("hlora", "l2"):
+    for method in ("hlora", "uniform"):
         start = torch.zeros_like(weights(attach_lora(job.base, job.config.lora, 0)))
         free, held = (distance(job, method, phi, start) for phi in (0.0, 1e6))
         assert held < 0.2 * free

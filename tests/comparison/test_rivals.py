@@ -27,20 +27,25 @@ from transformers import (
     TrainerCallback,
 )
 
-from hlora.comparison.methods import ALTERS_BASE
 from hlora.comparison.rivals.corda import corda
-from hlora.comparison.rivals.kl import kl_to_base, kl_trainer, summed_kl
+from hlora.comparison.rivals.kl import kl, kl_trainer, summed_kl
 from hlora.comparison.rivals.mlp import mlp
 from hlora.comparison.rivals.osf import osf
 from hlora.comparison.rivals.replay import replay
 from hlora.config.reading import parse_config
+from hlora.methods import METHODS
 from hlora.run.job import Job
-from hlora.run.phases import baseline_phase
+from hlora.run.phases import lora
 from hlora.system.errors import CannotRun, ConfigError
 from hlora.training.train import train
 
-METHODS = {"replay": 0.25, "kl_to_base": 0.5, "osf": 0.5, "corda": None, "mlp": None}
-RIVALS = {"replay": replay, "kl_to_base": kl_to_base, "osf": osf, "corda": corda, "mlp": mlp}
+RIVALS: dict[str, dict[str, float]] = {
+    "replay": {"strength": 0.25},
+    "kl": {"strength": 0.5},
+    "osf": {"strength": 0.5},
+    "corda": {},
+    "mlp": {},
+}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 Open = Callable[..., Job]
@@ -79,7 +84,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({**call, "history": history})
         return history
 
-    monkeypatch.setattr("hlora.comparison.rivals.common.train", spy)
+    monkeypatch.setattr("hlora.run.phases.train", spy)
     return seen
 
 
@@ -99,12 +104,12 @@ def tiny_gpt2(job: Job) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RIVALS)
 def test_every_method_trains_the_same_steps_and_moves_what_it_trains(
     open_job: Open, batches: list[dict[str, Any]], method: str
 ) -> None:
     job = open_job()
-    model, history = RIVALS[method](job, METHODS[method])
+    model, history = METHODS[method].function()(job, **RIVALS[method])
     assert isinstance(model, PeftModel)
     assert [entry["step"] for entry in history] == [1, 2, 3]
     assert all(math.isfinite(entry["loss"]) and entry["loss"] > 0 for entry in history)
@@ -123,35 +128,35 @@ def test_every_method_trains_the_same_steps_and_moves_what_it_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RIVALS)
 def test_a_method_is_repeated_exactly_by_its_seed(open_job: Open, method: str) -> None:
     ends = []
     for _ in range(2):
-        model, _ = RIVALS[method](open_job(), METHODS[method])
+        model, _ = METHODS[method].function()(open_job(), **RIVALS[method])
         ends.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RIVALS)
 def test_the_base_comes_back_from_unload_unless_the_method_is_said_to_alter_it(open_job: Open, method: str) -> None:
     job = open_job()
     before = {name: p.detach().clone() for name, p in job.base.named_parameters()}
-    model, _ = RIVALS[method](job, METHODS[method])
+    model, _ = METHODS[method].function()(job, **RIVALS[method])
     model.unload()
     after = dict(job.base.named_parameters())
     assert after.keys() == before.keys()
     same = all(torch.equal(before[name], after[name]) for name in before)
-    assert same == (method not in ALTERS_BASE)
+    assert same != METHODS[method].alters_base
 
 
 @pytest.mark.parametrize(
-    ("method", "strength"), [("replay", None), ("replay", 0.0), ("replay", 1), ("kl_to_base", -1.0), ("osf", 1.0)]
+    ("method", "strength"), [("replay", None), ("replay", 0.0), ("replay", 1), ("kl", -1.0), ("osf", 1.0)]
 )
 def test_a_strength_outside_its_range_is_refused(open_job: Open, method: str, strength: float | None) -> None:
     with pytest.raises(ConfigError, match=f"{method}: expected a strength"):
-        RIVALS[method](open_job(), strength)
+        METHODS[method].function()(open_job(), strength=strength)
 
 
 # Replay
@@ -162,7 +167,7 @@ def test_replay_mixes_the_share_asked_for_and_keeps_every_domain_row(
     open_job: Open, batches: list[dict[str, Any]], share: float
 ) -> None:
     job = open_job()
-    replay(job, share)
+    replay(job, strength=share)
     rows = batches[0]["dataset"].to_list()
     general = [row for row in rows if row["prompt"] == ""]
     assert len(general) / len(rows) == pytest.approx(share, abs=0.02)
@@ -178,7 +183,9 @@ def test_replay_mixes_the_share_asked_for_and_keeps_every_domain_row(
 def test_replay_by_epochs_takes_the_steps_of_the_unmixed_rows(open_job: Open) -> None:
     """24 rows by 4 at 2 parts a step are 3 steps an epoch."""
     epochs = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "max_length": 64}
-    histories = [method(open_job(training__tune=epochs), s)[1] for method, s in ((mlp, None), (replay, 0.5))]
+    histories = [
+        method(open_job(training__tune=epochs), **s)[1] for method, s in ((mlp, {}), (replay, {"strength": 0.5}))
+    ]
     assert [len(history) for history in histories] == [6, 6]
 
 
@@ -191,10 +198,10 @@ def test_replay_takes_the_loss_on_every_token_of_a_general_row(open_job: Open, m
             labels.extend(torch.tensor(row["labels"]) for row in train_dataloader.dataset)
 
     def watched(*arguments: Any, **options: Any) -> Any:
-        return train(*arguments, callbacks=[Watch()], **options)
+        return train(*arguments, **{**options, "callbacks": [Watch()]})
 
-    monkeypatch.setattr("hlora.comparison.rivals.common.train", watched)
-    replay(job, 0.5)
+    monkeypatch.setattr("hlora.run.phases.train", watched)
+    replay(job, strength=0.5)
     whole = [row for row in labels if bool((row != -100).all())]
     assert len(labels) == 48 and len(whole) == 24
 
@@ -215,7 +222,7 @@ def test_replay_answers_an_empty_message_with_general_text_among_chat_rows(
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages), encoding="utf-8")
         paths.append(str(path))
     job = open_job(model__name=str(chat), domain__task="rows", domain__train=paths[0], domain__test=paths[1])
-    _, history = replay(job, 0.5)
+    _, history = replay(job, strength=0.5)
     general = [row for row in batches[0]["dataset"] if row["prompt"][0]["content"] == ""]
     assert len(general) == 8 and math.isfinite(history[-1]["loss"])
 
@@ -305,7 +312,7 @@ def test_kl_is_zero_before_the_first_step_and_a_large_beta_stays_near_the_base(o
     for beta in (0.0, 1e3):
         job = open_job(training__tune={"max_steps": 8, "max_length": 64})
         base = logits_of(job.base)
-        model, history = kl_to_base(job, beta)
+        model, history = kl(job, strength=beta)
         distances.append(float((logits_of(model) - base).norm()))
         histories.append(history)
     assert histories[1][0]["regularisation_loss"] == pytest.approx(0.0, abs=1e-6)
@@ -314,8 +321,8 @@ def test_kl_is_zero_before_the_first_step_and_a_large_beta_stays_near_the_base(o
 
 
 def test_kl_at_beta_0_is_plain_lora(open_job: Open) -> None:
-    ours, _ = kl_to_base(open_job(), 0.0)
-    plain, _ = baseline_phase(open_job(), None)
+    ours, _ = kl(open_job(), strength=0.0)
+    plain, _ = lora(open_job())
     others = dict(plain.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, others[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -333,7 +340,7 @@ def test_kl_says_that_it_cannot_run_where_logits_are_changed_after_the_output_la
 
     job.base.forward = scaled
     with pytest.raises(CannotRun, match="straight from the output layer"):
-        kl_to_base(job, 1.0)
+        kl(job, strength=1.0)
 
 
 # OSF
@@ -359,7 +366,7 @@ def test_osf_leaves_the_largest_singular_directions_as_they_were(
     monkeypatch.setattr("hlora.comparison.rivals.osf.OSF_LEARNING_RATE", rate)
     job = open_job(training__tune={"max_steps": 8, "max_length": 64, "optim": optimizer})
     weights = {n: m.weight.detach().clone() for n, m in job.base.named_modules() if n.endswith(("q_proj", "v_proj"))}
-    model, _ = osf(job, 0.5)
+    model, _ = osf(job, strength=0.5)
     assert len(weights) == 4
     assert kept_part_of_the_change(model, weights, 0.5) < bound
 
@@ -367,7 +374,7 @@ def test_osf_leaves_the_largest_singular_directions_as_they_were(
 def test_osf_starts_as_the_base_model(open_job: Open, batches: list[dict[str, Any]]) -> None:
     job = open_job()
     base = logits_of(job.base)
-    osf(job, 0.5)
+    osf(job, strength=0.5)
     torch.testing.assert_close(batches[0]["logits"], base, rtol=0, atol=1e-5)
 
 
@@ -375,7 +382,7 @@ def test_osf_cannot_run_on_conv1d_or_quantised_weights_and_leaves_the_model_whol
     job = tiny_gpt2(open_job())
     before = [name for name, _ in job.base.named_modules()]
     with pytest.raises(CannotRun, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
-        osf(job, 0.5)
+        osf(job, strength=0.5)
     assert [name for name, _ in job.base.named_modules()] == before
     job = open_job()
     job.base.is_quantized = True
@@ -386,7 +393,7 @@ def test_osf_cannot_run_on_conv1d_or_quantised_weights_and_leaves_the_model_whol
 
 def test_osf_cannot_keep_less_than_one_direction(open_job: Open) -> None:
     with pytest.raises(CannotRun, match="effective_rank"):
-        osf(open_job(), 0.01)
+        osf(open_job(), strength=0.01)
 
 
 # CorDA
@@ -397,7 +404,7 @@ def test_corda_starts_as_the_base_model_with_an_adapter_that_is_not_zero(
 ) -> None:
     job = open_job()
     base = logits_of(job.base)
-    corda(job, None)
+    corda(job)
     torch.testing.assert_close(batches[0]["logits"], base, rtol=0, atol=1e-4)
     assert all(value.abs().max() > 0 for value in batches[0]["start"].values())
 
@@ -414,7 +421,7 @@ def test_corda_takes_the_directions_that_matter_least_to_general_text(
     ids = job.tokenizer(job.general.train[0])["input_ids"][:200]
     with torch.no_grad():
         reference(input_ids=torch.tensor([ids]))
-    corda(job, None)
+    corda(job)
     start = batches[0]["start"]
     A, B = (start[f"base_model.model.{layer}.lora_{f}.default.weight"] for f in "AB")
     adapter = 2 * inputs[0] @ (B @ A).T
@@ -424,7 +431,7 @@ def test_corda_takes_the_directions_that_matter_least_to_general_text(
 
 
 def test_corda_runs_on_conv1d(open_job: Open) -> None:
-    _, history = corda(tiny_gpt2(open_job()), None)
+    _, history = corda(tiny_gpt2(open_job()))
     assert all(math.isfinite(entry["loss"]) for entry in history)
 
 
@@ -432,21 +439,21 @@ def test_corda_cannot_run_where_a_layer_sees_nothing_but_zeros(open_job: Open) -
     job = open_job()
     job.base.model.layers[1].input_layernorm.weight.data.zero_()
     with pytest.raises(CannotRun, match="CorDA cannot decompose"):
-        corda(job, None)
+        corda(job)
 
 
 # MLP
 
 
 def test_mlp_adapts_every_matrix_of_the_mlp_and_nothing_else(open_job: Open) -> None:
-    model, _ = mlp(open_job(), None)
+    model, _ = mlp(open_job())
     trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     kinds = ("gate_proj", "up_proj", "down_proj")
     assert trained == {f"base_model.model.model.layers.{n}.mlp.{kind}" for n in (0, 1) for kind in kinds}
 
 
 def test_mlp_finds_the_layers_of_gpt2_too(open_job: Open) -> None:
-    model, _ = mlp(tiny_gpt2(open_job()), None)
+    model, _ = mlp(tiny_gpt2(open_job()))
     trained = {name.split(".lora_")[0].rsplit(".", 2)[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"c_fc", "c_proj"}
     assert not any("attn" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -458,4 +465,4 @@ def test_mlp_cannot_run_on_a_model_without_one(open_job: Open) -> None:
         OPTConfig(vocab_size=384, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4)
     )
     with pytest.raises(CannotRun, match="no linear layer of this model lies in a module named"):
-        mlp(job, None)
+        mlp(job)

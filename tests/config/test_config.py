@@ -85,7 +85,7 @@ def test_every_shipped_configuration_validates(path: Path) -> None:
 
 
 def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
-    config = parse_config(minimal(), overrides=["penalty.phi=30", "baselines=[lora_mu]", "importance.xi=1e-7"])
+    config = parse_config(minimal(), overrides=["penalty.phi=30", "baselines=[lora]", "importance.xi=1e-7"])
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
     assert load_config(file) == config
@@ -156,7 +156,7 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
         ("domain.task=xyz", "domain.task: expected one of sciq, piqa, medmcqa, multiple_choice, rows; got 'xyz'"),
         (
             "baselines=[lora_mi]",
-            "baselines.0: expected one of lora_mu, lora_nu_mu; got 'lora_mi'; did you mean 'lora_mu'?",
+            "baselines.0: expected one of lora, lora_after_general; got 'lora_mi'; did you mean 'lora'?",
         ),
         ("general.source=hub", "general: source 'hub' needs dataset, the name of a hub data set"),
         ("general.paths=[]", "general: source 'files' needs paths, a list of .txt, .jsonl or .parquet files"),

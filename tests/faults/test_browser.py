@@ -99,7 +99,7 @@ def hostile(value: Any) -> Any:
 
 def hostile_run() -> dict[str, Any]:
     """results.json of a run with hostile text wherever it has text."""
-    arms = {"after_general": 2.8, "hlora": 2.9, "lora_mu": 3.4, HOSTILE: 3.1}
+    arms = {"after_general": 2.8, "hlora": 2.9, "lora": 3.4, HOSTILE: 3.1}
     content = results(**{arm: evaluation(nll, answer_nll=4.0, acc=0.3) for arm, nll in arms.items()})
     for arm in content["arms"].values():
         arm["texts"] = {"wiki": arm["texts"]["wiki"], HOSTILE: arm["texts"]["wiki"]}

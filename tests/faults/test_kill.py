@@ -53,7 +53,7 @@ def test_whatever_happens_to_its_writing_the_same_command_ends_afterwards_withou
                        "test": str(tmp_path / "test.jsonl")},
             "training": training,
             "evaluation": evaluation,
-            "baselines": ["lora_nu_mu"],
+            "baselines": ["lora_after_general"],
         },
         "compare": {
             **compared,

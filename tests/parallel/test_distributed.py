@@ -274,7 +274,7 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
     probe = tmp_path / "probe.txt"
     probe.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
     more = {
-        "baselines": ["lora_nu_mu"],
+        "baselines": ["lora_after_general"],
         "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 2, "max_new_tokens": 4},
         "penalty": {"phi": 2.0, "budget": "1%", "probe_texts": {"other": str(probe)}, "probe_every": 2},
     }

@@ -14,7 +14,6 @@ import yaml
 
 from hlora import pipeline
 from hlora.cli import main
-from hlora.comparison.methods import METHODS
 from hlora.config.reading import load_config, parse_config
 from hlora.importance.artefact import Importance
 from hlora.report.run.page import write_report
@@ -137,7 +136,7 @@ def test_a_comparison_leaves_no_secret_in_its_files(
     def fails(*_: Any) -> Any:
         raise RuntimeError(f"the server refuses {SHAPES[0]} of https://{ADDRESS}@example.org/?token={FIELD}")
 
-    monkeypatch.setitem(METHODS, "rslora", fails)
+    monkeypatch.setattr("hlora.comparison.paper.rslora", fails)
     task = planted.pop("domain")
     arms = {
         "Base": {"method": "base"},

@@ -135,12 +135,12 @@ READ = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlf
 def test_a_tracker_has_losses_phi_and_layer_coefficients_a_run_for_each_phase(
     name: str, job_fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = run({**job_fields, "baselines": ["lora_mu"]}, tmp_path, name)
+    done = run({**job_fields, "baselines": ["lora"]}, tmp_path, name)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert "layer_coefficient" not in json.dumps(results["history"]), "they are for trackers alone"
     found = READ[name](tmp_path)
-    assert set(found) == {"out/record", "out/tune", "out/lora_mu"}
+    assert set(found) == {"out/record", "out/tune", "out/lora"}
     losses = ("loss", "regularisation_loss", "weighted_regularisation_loss", "total_loss", "phi")
     assert all(set(losses) <= set(entry) for entry in results["history"]["tune"])
     for phase, history in results["history"].items():

@@ -17,14 +17,14 @@ import torch
 import yaml
 
 from hlora.comparison.cells import NOT_COMPUTED, Cell, cell_config, names_of
-from hlora.comparison.methods import ALTERS_BASE, METHODS, fisher
-from hlora.comparison.shared import Busy, importance
+from hlora.comparison.shared import Busy, shared_importance
 from hlora.config.comparison import ArmConfig, CellConfig, CompareConfig
 from hlora.config.sections import GeneralConfig
 from hlora.data.domain import DomainRows, Space, domain_rows, hold_out
 from hlora.data.general import GeneralText, general_text, hold_out_documents, measured_text, without_lines_of
 from hlora.data.tasks import Example
 from hlora.evaluation.evaluate import evaluate
+from hlora.methods import METHODS
 from hlora.model.base import check_lengths, load_base
 from hlora.run.job import Job, lengths
 from hlora.run.results import describe
@@ -209,23 +209,28 @@ class Grid:
                 text = str(error) if isinstance(error, HloraError) else first_line(error)
                 logger.error("%s failed: %s", cell.name, text)
                 result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
-            self.base_is_spoilt |= result["status"] != "done" or cell.config.method in ALTERS_BASE
+            self.base_is_spoilt |= result["status"] != "done" or METHODS[cell.config.method].alters_base
             write_text(path, json.dumps(redacted({**names_of(cell), **NOT_COMPUTED, **result}), ensure_ascii=False))
             return True
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        job = self.job(cell)
+        job, method = self.job(cell), METHODS[cell.config.method]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        importance_used = None
-        if cell.config.method == "hlora":
-            importance_used = describe(importance(job), cell.config)
-        elif cell.config.method == "ewc":
-            importance_used = fisher(job).describe()
+        importance, arguments = shared_importance(job), dict[str, Any]()
+        described = None
+        if importance is not None:
+            arguments["importance"] = importance
+            if method.needs == "importance":
+                described = describe(importance, cell.config)
+            elif method.needs == "fisher":
+                described = importance.describe()
+        if method.strength is not None:
+            arguments["strength"] = cell.strength
         shared = time.perf_counter() - started
         started = time.perf_counter()
-        model, history = METHODS[cell.config.method](job, cell.strength)
+        model, history = method.function()(job, **arguments)
         train = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         started = time.perf_counter()
@@ -243,7 +248,7 @@ class Grid:
             "test": test,
             "validation": validation,
             "history": [{key: entry[key] for key in (*_LOSSES, *_BUDGET) if key in entry} for entry in history],
-            "importance": importance_used,
+            "importance": described,
             "seconds": {"importance": shared, "train": train, "evaluate": time.perf_counter() - started},
             "peak_memory_bytes": peak,
         }
@@ -262,7 +267,7 @@ class Grid:
             self.base_is_spoilt = False
         recorded = {}
         for name, arm in self.config.arms.items():
-            if arm.method in ("hlora", "l2"):
+            if METHODS[arm.method].needs in ("importance", "general"):
                 task = (arm.tasks or list(self.config.tasks))[0]
                 asked = self.cell(name, task, cell.config.seed, None).config
                 if not asked.in_one_pass:

@@ -15,6 +15,7 @@ from hlora.comparison.choosing import choose
 from hlora.comparison.grid import Grid
 from hlora.comparison.shared import shared_key, shared_part
 from hlora.config.comparison import CompareConfig
+from hlora.methods import METHODS
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.training.train import sft_arguments
@@ -88,7 +89,7 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
     if steps <= 0:
         batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         steps = arguments.num_train_epochs * math.ceil(len(domain.train) / batch)
-    if config.method in ("base", "after_general"):
+    if METHODS[config.method].reference:
         steps = 0
     rows = sum(max(1, len(example.choices)) for example in domain.test)
     texts = len(grid.general(config).evaluation)

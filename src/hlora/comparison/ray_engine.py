@@ -23,8 +23,7 @@ from typing import Any
 
 from hlora.comparison.cells import Cell
 from hlora.comparison.grid import Grid, log_progress
-from hlora.comparison.methods import fisher
-from hlora.comparison.shared import Busy, importance, shared_key, shared_part
+from hlora.comparison.shared import Busy, shared_importance, shared_key, shared_part
 from hlora.config.comparison import CompareConfig
 from hlora.system.errors import ClusterError, ConfigError, HloraError, first_line, how_to_install
 
@@ -205,11 +204,7 @@ def _work(session: _Session, cell: Cell, again: bool, shared: bool) -> str:
 def _record(grid: Grid, cell: Cell) -> bool:
     """Whether what the cell and others need is there now; False while another process makes it."""
     try:
-        job = grid.job(cell)
-        if shared_part(cell.config) == "fisher":
-            fisher(job)
-        else:
-            importance(job)
+        shared_importance(grid.job(cell))
     except Busy:
         return False
     except Exception:  # each cell meets it again, and says it

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from hlora.config.comparison import CellConfig
 from hlora.config.sections import ImportanceConfig
 from hlora.importance.artefact import Importance
+from hlora.importance.squared_gradients import fisher_information
+from hlora.methods import METHODS
 from hlora.model.adapters import adapted_matrices
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
@@ -31,11 +33,26 @@ from hlora.system.locks import try_lock
 from hlora.system.redaction import redacted, without_secret_fields
 from hlora.training.train import train
 
-_AFTER_GENERAL = ("after_general", "lora_after_general", "hlora", "l2")
+Part = Literal["", "general", "squares", "fisher"]
 
 
 class Busy(Exception):
     """Another process is making what this one needs."""
+
+
+def shared_part(config: CellConfig) -> Part:
+    """What a cell needs that is made once and kept for others too; empty for nothing."""
+    needs = METHODS[config.method].needs
+    if needs is None or needs == "fisher":
+        return needs or ""
+    return "squares" if config.in_one_pass else "general"
+
+
+def shared_importance(job: Job) -> Importance | None:
+    """What the job's method needs: recorded importance, Fisher information or nothing. Raises Busy."""
+    assert isinstance(job.config, CellConfig)
+    part = shared_part(job.config)
+    return None if not part else fisher(job) if part == "fisher" else importance(job)
 
 
 def importance(job: Job) -> Importance:
@@ -110,6 +127,25 @@ def _squared_gradients(job: Job) -> Importance:
     return Importance.load(once(job, "squares", made_from, record))
 
 
+def fisher(job: Job) -> Importance:
+    """The Fisher information of the job's base model on its general text. Raises Busy."""
+    config = job.config
+    assert isinstance(config, CellConfig)
+    options = config.fisher
+
+    def measure(directory: Path) -> None:
+        model = attach_lora(job.base, config.lora, config.seed)
+        texts, sizes = job.general.train, (options.examples, options.max_length)
+        information = fisher_information(
+            model, job.tokenizer, texts, *sizes, config.seed, batch_size=options.batch_size
+        )
+        information.save(directory)
+        model.unload()
+
+    made_from = {**config.model_dump(include={"model", "lora", "fisher", "seed"}), "text": job.general.facts}
+    return Importance.load(once(job, "fisher", made_from, measure))
+
+
 def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
     """The directory of what is determined by `made_from`; `make` fills it if it is not there. Raises Busy."""
     directory = job.output / name / digest(made_from)
@@ -130,15 +166,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
     return {**state, "tensors": load_file(path)}
-
-
-def shared_part(config: CellConfig) -> str:
-    """What a cell needs that is made once and kept for others too: fisher, squares, general, or nothing."""
-    if config.method == "ewc":
-        return "fisher"
-    if config.method not in _AFTER_GENERAL:
-        return ""
-    return "squares" if config.in_one_pass else "general"
 
 
 def shared_key(config: CellConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -19,11 +19,12 @@ from hlora.config.sections import (
     each_once,
 )
 from hlora.config.training import TrainingConfig
+from hlora.methods import METHODS
 
-MethodName = Literal[
-    "base", "after_general", "lora", "lora_after_general", "rslora", "ewc", "hlora", "l2",
-    "replay", "kl", "osf", "corda", "mlp",
-]  # fmt: skip
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 Strength = Annotated[float, Field(ge=0)]
 
@@ -39,11 +40,9 @@ class FisherConfig(Section):
 
 class ArmConfig(Section):
     method: MethodName
-    """base, after_general (the general phase alone), lora, lora_after_general, rslora, ewc, hlora, l2 (uniform
-    importance), replay, kl (to the base model), osf, corda, mlp (LoRA on the MLP)."""
+    """How the arm is tuned; src/hlora/methods.py lists the methods."""
     strengths: Annotated[list[Strength], AfterValidator(each_once)] = []
-    """Values of the method's strength to choose from: hlora, l2 phi; ewc lambda; kl beta; replay share of general rows;
-    osf share of the rank kept frozen."""
+    """Values of the method's strength to choose from, such as phi of hlora; for methods that have a strength."""
     tasks: list[str] = []
     """Tasks that it runs on; all of them when empty."""
     seeds: Annotated[list[int], AfterValidator(each_once)] = []
@@ -105,6 +104,8 @@ class CompareConfig(Preset):
         if self.unprotected not in self.arms and any(len(arm.strengths) > 1 for arm in self.arms.values()):
             raise ValueError(f"unprotected: no arm {self.unprotected!r}, yet strengths are chosen by what it learns")
         for name, arm in self.arms.items():
+            if arm.strengths and METHODS[arm.method].strength is None:
+                raise ValueError(f"arms: {name!r} has strengths, but its method, {arm.method}, takes none; remove them")
             for word, named, known in (("task", arm.tasks, list(self.tasks)), ("seed", arm.seeds, self.seeds)):
                 unknown = [each for each in named if each not in known]
                 if unknown:

@@ -21,7 +21,7 @@ from hlora.config.training import TrainingConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
 
-Arm = Literal["lora_mu", "lora_nu_mu"]
+Baseline = Literal["lora", "lora_after_general"]
 
 PAPER: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
@@ -69,8 +69,8 @@ class RunConfig(Preset):
     """Arguments handed to TRL."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured, before and after."""
-    baselines: list[Arm] = []
-    """Unprotected runs to show beside: lora_mu (LoRA on the domain), lora_nu_mu (general phase, then domain)."""
+    baselines: list[Baseline] = []
+    """Runs without a penalty to compare with: lora (domain only), lora_after_general (general phase, then domain)."""
 
     @model_validator(mode="after")
     def _probe_is_not_evaluated(self) -> RunConfig:

@@ -16,18 +16,16 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from hlora.methods import METHODS, Look, label_of
 from hlora.system.files import beside, write_text
 
-ARM_LABELS = {
-    "base": "Base",
-    "after_general": "After general phase",
-    "hlora": "HLoRA",
-    "lora_mu": "LoRA (domain only)",
-    "lora_nu_mu": "LoRA (general, then domain)",
-}
 BLACK, BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE, GREY = (
     "#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777",
 )  # fmt: skip
+_COLOURS = {
+    "black": BLACK, "blue": BLUE, "sky": SKY, "green": GREEN, "orange": ORANGE, "vermilion": VERMILION,
+    "purple": PURPLE, "grey": GREY,
+}  # fmt: skip
 
 STYLE: Any = {
     "axes.axisbelow": True,
@@ -43,16 +41,17 @@ STYLE: Any = {
 }
 
 
-def arm_label(arm: str) -> str:
-    """What people read for an arm of the comparison; unknown names stay as they are."""
-    return ARM_LABELS.get(arm, arm)
+def look_of(method: str) -> Look | None:
+    """Colour, marker and line of a method in every figure; None for one without a look of its own."""
+    look = METHODS[method].look if method in METHODS else None
+    return None if look is None else (_COLOURS[look[0]], *look[1:])
 
 
 def phase_label(phase: str) -> str:
     """What people read for a phase: the general one, the domain one of an arm, or an arm's evaluation."""
     if phase.startswith("evaluate "):
-        return f"Evaluation, {arm_label(phase.removeprefix('evaluate '))}"
-    return "General phase" if phase == "record" else f"Domain phase, {arm_label('hlora' if phase == 'tune' else phase)}"
+        return f"Evaluation, {label_of(phase.removeprefix('evaluate '))}"
+    return "General phase" if phase == "record" else f"Domain phase, {label_of('hlora' if phase == 'tune' else phase)}"
 
 
 def svg(figure: Figure) -> str:

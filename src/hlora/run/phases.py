@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -27,6 +28,9 @@ from hlora.parallel.group import first_goes_first, is_first, together
 from hlora.run.job import Job
 from hlora.system.files import building
 from hlora.training.train import train
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
 
 _PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
 
@@ -106,28 +110,48 @@ def check_fits(job: Job, importance: Importance) -> None:
     model.unload()
 
 
-def baseline_phase(job: Job, start: Importance | None) -> tuple[PeftModel, History]:
-    """The same domain phase without a penalty: from a fresh adapter, LoRA(μ), or from θ^ν, LoRA(ν+μ)."""
+def lora(job: Job) -> tuple[PeftModel, History]:
+    """LoRA(μ): a fresh adapter on the domain, without a penalty."""
     model = attach_lora(job.base, job.config.lora, job.config.seed)
-    if start is not None:
-        start.load_adapter_into(model)
-    return model, train_on_domain(job, model, "lora_nu_mu" if start else "lora_mu", None)
+    return model, train_on_domain(job, model, "lora")
 
 
-def train_on_domain(job: Job, model: PeftModel, phase: str, penalty: ImportancePenalty | None = None) -> History:
+def lora_after_general(job: Job, *, importance: Importance) -> tuple[PeftModel, History]:
+    """LoRA(ν+μ): from θ^ν on the domain, without a penalty."""
+    model = at_general_adapter(job, importance)
+    return model, train_on_domain(job, model, "lora_after_general")
+
+
+def train_on_domain(
+    job: Job,
+    model: PeftModel,
+    phase: str,
+    penalty: ImportancePenalty | None = None,
+    *,
+    dataset: Dataset | None = None,
+    trainer_class: type[SFTTrainer] | None = None,
+    **changes: Any,
+) -> History:
     """The domain phase of any method: the same arguments, seed and data order, with or without a penalty.
 
     A forgetting budget, where the configuration has one, steers the penalty.
+
+    Args:
+        phase: names the logs.
+        dataset: in place of the domain's rows.
+        trainer_class: a subclass of trl.SFTTrainer, for another loss.
+        changes: arguments of trl.SFTConfig that differ from the domain phase's.
     """
-    arguments = job.config.training.of_tune()
+    arguments = {**job.config.training.of_tune(), **changes}
     logs = job.output / "logs" / phase
     callbacks: list[TrainerCallback] = []
     if penalty is not None:
         callbacks.append(penalty.callback())
         if job.config.penalty.budget is not None:
             callbacks.append(forgetting_budget(job, model, penalty).callback())
-    dataset, seed = job.domain.dataset(), job.config.seed
-    return train(model, job.tokenizer, dataset, logs, arguments, seed, callbacks, resumable=job.resumable)
+    rows = job.domain.dataset() if dataset is None else dataset
+    options: Any = {"callbacks": callbacks, "trainer_class": trainer_class, "resumable": job.resumable}
+    return train(model, job.tokenizer, rows, logs, arguments, job.config.seed, **options)
 
 
 def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:

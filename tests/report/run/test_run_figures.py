@@ -29,7 +29,7 @@ HISTORY = {
         }
         for i in range(1, 11)
     ],
-    "lora_mu": [{"step": i, "loss": 2.5} for i in range(1, 11)],
+    "lora": [{"step": i, "loss": 2.5} for i in range(1, 11)],
 }
 
 

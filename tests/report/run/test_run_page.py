@@ -29,7 +29,7 @@ def full() -> dict[str, Any]:
         **results(
             after_general=evaluation(2.8),
             hlora=evaluation(2.9, answer_nll=4.0, acc=0.3),
-            lora_mu=evaluation(3.4, answer_nll=3.9, acc=0.31),
+            lora=evaluation(3.4, answer_nll=3.9, acc=0.31),
             **{HOSTILE: evaluation(3.0)},
         ),
         "seconds": {"record": 141.2, "tune": 7.0},
@@ -140,7 +140,7 @@ def test_verdict_without_standard_errors_says_that_the_noise_is_unknown():
 
 
 def test_verdict_tells_of_the_baselines_on_the_same_data():
-    found = verdict(results(hlora=evaluation(2.9, answer_nll=4.0), lora_mu=evaluation(3.4, answer_nll=3.9)))
+    found = verdict(results(hlora=evaluation(2.9, answer_nll=4.0), lora=evaluation(3.4, answer_nll=3.9)))
     (line,) = found.beside
     assert line.startswith("LoRA (domain only) on the same data. Forgotten: perplexity on wiki 20.1 → 30.0 (+49 %).")
 

@@ -10,25 +10,25 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import set_seed
 
-from hlora.comparison.rivals.common import adapted, check_not_quantised, train_rival
+from hlora.comparison.rivals.common import adapted, check_not_quantised
 from hlora.data.packing import pieces_of
 from hlora.run.job import Job
-from hlora.run.phases import History
+from hlora.run.phases import History, train_on_domain
 from hlora.system.errors import CannotRun, first_line
 
 CORDA_SAMPLES = 256
 """General texts that the covariance is taken from (PEFT's documentation of CorDA)."""
 
 
-def corda(job: Job, strength: float | None) -> tuple[PeftModel, History]:
-    """CorDA in its knowledge-preserving mode, PEFT's. No strength.
+def corda(job: Job) -> tuple[PeftModel, History]:
+    """CorDA in its knowledge-preserving mode, PEFT's.
 
     LoRA that starts from the r directions of each matrix that matter least to general text, by the singular values of
     W·C with C the covariance of the layer's inputs; the matrix keeps the rest. C is taken from CORDA_SAMPLES pieces of
     the general text, of hidden_size/2 tokens each, so 128 tokens for each input dimension as PEFT advises: for
     SmolLM2-135M a forward pass over 74,000 tokens before training starts.
 
-    Changes the weights of `job.base` (see methods.ALTERS_BASE).
+    Changes the weights of `job.base` (see alters_base in hlora/methods.py).
 
     Raises CannotRun for a quantised model and where PEFT cannot decompose a matrix (a singular covariance).
     """
@@ -58,4 +58,4 @@ def corda(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CannotRun(f"CorDA cannot decompose the matrices of this model ({first_line(error)})") from None
     model = adapted(job.base, config, "CorDA")
-    return model, train_rival(job, model, "corda")
+    return model, train_on_domain(job, model, "corda")

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerBase
 
-from hlora.comparison.rivals.common import train_rival
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
-from hlora.run.phases import History
+from hlora.run.phases import History, train_on_domain
 from hlora.system.errors import CannotRun, ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 _TOKENS_AT_ONCE = 512  # rows of logits in float32: 100 MB at a vocabulary of 49,152
 
 
-def kl_to_base(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+def kl(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     """LoRA under L_task + β · KL(p_base ‖ p_model). strength: β ≥ 0, nats per token to nats per token.
 
     The divergence is that of the next-token distributions, over the whole vocabulary, mean over the tokens of the
@@ -34,10 +33,10 @@ def kl_to_base(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     Raises CannotRun when the output layer is trained, or the model changes its logits after it (Gemma 2, Cohere).
     """
     if strength is None or strength < 0:
-        raise ConfigError(f"kl_to_base: expected a strength β of 0 or more, got {strength}")
+        raise ConfigError(f"kl: expected a strength β of 0 or more, got {strength}")
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     _check_head(model, job.tokenizer)
-    return model, train_rival(job, model, "kl_to_base", trainer_class=kl_trainer(float(strength)))
+    return model, train_on_domain(job, model, "kl", trainer_class=kl_trainer(float(strength)))
 
 
 class _SummedKL(torch.autograd.Function):

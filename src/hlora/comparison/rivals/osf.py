@@ -7,9 +7,9 @@ from peft.tuners.osf import OSFModel
 from peft.tuners.osf.layer import OSFLayer
 from transformers import set_seed
 
-from hlora.comparison.rivals.common import adapted, between_0_and_1, check_not_quantised, domain_arguments, train_rival
+from hlora.comparison.rivals.common import adapted, between_0_and_1, check_not_quantised
 from hlora.run.job import Job
-from hlora.run.phases import History
+from hlora.run.phases import History, train_on_domain
 from hlora.system.errors import CannotRun
 from hlora.training.train import sft_arguments
 
@@ -17,7 +17,7 @@ OSF_LEARNING_RATE = 0.5
 """OSF's learning rate to LoRA's: 5e-5 to 1e-4 in PEFT's method_comparison/MetaMathQA."""
 
 
-def osf(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+def osf(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     """Orthogonal subspace fine-tuning, PEFT's. strength: share of each matrix' singular directions kept, 0 < s < 1.
 
     The s·min(out, in) largest singular directions of each of lora.target_modules are frozen, and gradients projected
@@ -39,5 +39,5 @@ def osf(job: Job, strength: float | None) -> tuple[PeftModel, History]:
         if not isinstance(module, OSFLayer):
             model.unload()
             raise CannotRun(f"OSF works on nn.Linear only, and {name} is a {type(module).__name__}")
-    rate = sft_arguments(job.output, domain_arguments(job), job.config.seed).learning_rate
-    return model, train_rival(job, model, "osf", learning_rate=OSF_LEARNING_RATE * rate)
+    rate = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed).learning_rate
+    return model, train_on_domain(job, model, "osf", learning_rate=OSF_LEARNING_RATE * rate)

@@ -9,15 +9,15 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from hlora.comparison.rivals.common import between_0_and_1, domain_arguments, train_rival
+from hlora.comparison.rivals.common import between_0_and_1
 from hlora.data.packing import pieces_of
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
-from hlora.run.phases import History
+from hlora.run.phases import History, train_on_domain
 from hlora.training.train import sft_arguments
 
 
-def replay(job: Job, strength: float | None) -> tuple[PeftModel, History]:
+def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     """LoRA on the domain with general text mixed in. strength: share p of the rows that is general, 0 < p < 1.
 
     All domain rows are kept and general ones added, D·p/(1 − p) to D, each as long as the mean domain row in tokens.
@@ -26,7 +26,7 @@ def replay(job: Job, strength: float | None) -> tuple[PeftModel, History]:
     """
     p = between_0_and_1(strength, "replay", "the share of general rows")
     domain = job.domain.dataset()
-    arguments = sft_arguments(job.output, domain_arguments(job), job.config.seed)
+    arguments = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed)
     length = _mean_tokens(domain, job.tokenizer)
     if arguments.max_length is not None:
         length = min(length, arguments.max_length)
@@ -39,7 +39,7 @@ def replay(job: Job, strength: float | None) -> tuple[PeftModel, History]:
         batches = math.ceil(len(domain) / (arguments.train_batch_size * arguments.world_size))
         steps = math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
     model = attach_lora(job.base, job.config.lora, job.config.seed)
-    return model, train_rival(job, model, "replay", dataset=mixed, max_steps=steps)
+    return model, train_on_domain(job, model, "replay", dataset=mixed, max_steps=steps)
 
 
 def _mean_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,21 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hlora.report.style import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILION
+from hlora.methods import Look
+from hlora.report.style import BLUE, GREEN, look_of
 
-Look = tuple[str, Any, Any]
-"""Colour, marker, line."""
-
-OURS, RIVAL = (GREEN, "o", "-"), (BLUE, "s", "--")
-_PAPER_LOOKS = {
-    "base": (BLACK, "P", ":"),
-    "lora": (VERMILION, "X", "-."),
-    "lora_after_general": (ORANGE, "D", (0, (5, 1))),
-    "rslora": (SKY, "^", ":"),
-    "ewc": RIVAL,
-    "hlora": OURS,
-}
-_OTHER_MARKERS: tuple[Any, ...] = ("v", "<", ">", "p", "*", "d", (4, 1, 0), (6, 1, 0), "h", (4, 1, 45), "8", "H")
+OURS: Look = look_of("hlora") or (GREEN, "o", "-")
+RIVAL: Look = look_of("ewc") or (BLUE, "s", "--")
+_OTHER_MARKERS: tuple[Any, ...] = ("v", "<", ">", "p", "d", (4, 1, 0), (6, 1, 0), "h", (4, 1, 45), "8", "H")
 _OTHER_LINES: tuple[Any, ...] = ("-", "--", "-.", ":")
 OTHER_GREYS = ("#4d4d4d", "#7a7a7a", "#a0a0a0")
 HALO: Any = {"markeredgecolor": "white", "markeredgewidth": 0.6}
@@ -36,13 +27,16 @@ def blank(width: float, height: float) -> Figure:
 
 
 def arm_looks(comparison: Mapping[str, Any]) -> dict[str, Look]:
-    """Colour, marker and line of each arm: the paper's methods in colour, the first arm of each; others in greys."""
+    """Colour, marker and line of each arm.
+
+    The first arm of a method with a look of its own has it; every other arm is grey.
+    """
     methods = {cell["arm"]: cell["method"] for cell in comparison["cells"]}
     main = {comparison["rival"]: RIVAL, comparison["ours"]: OURS}
     looks: dict[str, Look] = {}
     taken: set[str] = {look[0] for look in main.values()}
     for arm in comparison["arms"]:
-        colour, marker, line = main.get(arm) or _PAPER_LOOKS.get(methods.get(arm, ""), ("", "", ""))
+        colour, marker, line = main.get(arm) or look_of(methods.get(arm, "")) or ("", "", "")
         if arm in main or (colour and colour not in taken):
             looks[arm] = (colour, marker, line)
             taken.add(colour)

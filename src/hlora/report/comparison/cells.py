@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from hlora.methods import METHODS
+
 
 def cells_of(
     comparison: Mapping[str, Any], arm: str, task: str, strength: float | Literal["chosen", "all"] | None = "chosen"
@@ -24,8 +26,8 @@ def cells_of(
 
 
 def untuned(comparison: Mapping[str, Any], *methods: str) -> list[str]:
-    """Arms that never see the domain, for reference only: by default the base model and the general adapter."""
-    wanted = methods or ("base", "after_general")
+    """Arms that never see the domain, for reference only: by default of every method that is such a reference."""
+    wanted = methods or [name for name, method in METHODS.items() if method.reference]
     return list(dict.fromkeys(cell["arm"] for cell in comparison["cells"] if cell["method"] in wanted))
 
 

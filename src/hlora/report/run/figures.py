@@ -15,31 +15,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hlora.methods import label_of
 from hlora.report.format import change, number
 from hlora.report.style import (
     BLACK,
     BLUE,
-    GREEN,
     GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
     STYLE,
     VERMILION,
-    arm_label,
+    look_of,
     nothing,
     phase_label,
     printable,
     running_mean,
 )
-
-_ARM_LOOKS = {
-    "base": (BLACK, "|"),
-    "after_general": (SKY, "s"),
-    "hlora": (GREEN, "o"),
-    "lora_mu": (VERMILION, "X"),
-    "lora_nu_mu": (ORANGE, "D"),
-}
 
 
 def loss_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -137,7 +126,7 @@ def forgetting_picture(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
         texts = [panel for panel in panels if panel.reference == 0]
         for axes, panel in zip(grid, panels, strict=True):
             _draw_panel(axes, panel, names, texts if panel.reference == 0 else [panel])
-        grid[0].set_yticks(range(len(names)), [printable(arm_label(name)).replace(" (", "\n(") for name in names])
+        grid[0].set_yticks(range(len(names)), [printable(label_of(name)).replace(" (", "\n(") for name in names])
         grid[0].set_ylim(len(names) - 0.5, -0.65)
     return figure
 
@@ -198,7 +187,7 @@ def _draw_panel(axes: Axes, panel: _Panel, names: list[str], same_axis: list[_Pa
         if name not in panel.points:
             continue
         value, half, label = panel.points[name]
-        colour, marker = _ARM_LOOKS.get(name, (PURPLE, "P"))
+        colour, marker, _ = look_of(name) or (GREY, "v", "-")
         if math.isfinite(value):
             error = half if math.isfinite(half) else None
             axes.errorbar(value, row, xerr=error, fmt=marker, color=colour, markersize=7, elinewidth=1.5)

@@ -25,13 +25,14 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from hlora.methods import label_of
 from hlora.report.format import change, number, percent, three_digits
 from hlora.report.heatmap import importance_heatmap
 from hlora.report.page import render, write_page
 from hlora.report.run.figures import budget_curves, forgetting_picture, loss_curves
 from hlora.report.run.measures import DOMAIN_MEASURES, rise_spread, shown_difference, shown_spread, shown_value
 from hlora.report.run.verdict import improved, main_arm, verdict
-from hlora.report.style import arm_label, phase_label, svg
+from hlora.report.style import phase_label, svg
 from hlora.system.redaction import redacted
 
 
@@ -61,7 +62,7 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "budget": Markup(svg(budget_curves(steered))) if steered else None,
         "heatmap": Markup(svg(importance_heatmap(norms))) if norms else None,
         "weights": _weights(importance),
-        "sample_arms": [arm_label(arm) for arm in arms if arms[arm].get("samples")],
+        "sample_arms": [label_of(arm) for arm in arms if arms[arm].get("samples")],
         "samples": _samples(arms),
         "left_out": _left_out((results.get("provenance") or {}).get("data") or {}),
         "provenance": results.get("provenance") or {},
@@ -105,7 +106,7 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
             cells.append(
                 {"value": shown_value(other, key), "note": shown_spread(other, key), "change": shown, "better": better}
             )
-        rows.append({"label": arm_label(name), "main": name == main_arm(arms), "cells": cells})
+        rows.append({"label": label_of(name), "main": name == main_arm(arms), "cells": cells})
     return heading, rows
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from hlora.methods import label_of
 from hlora.report.format import number, percent
 from hlora.report.run.measures import DOMAIN_MEASURES, optional_value, rise_spread, shown_difference, shown_value
 from hlora.report.run.verdict import improved, main_arm, verdict
-from hlora.report.style import arm_label
 
 
 class Row(NamedTuple):
@@ -92,7 +92,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     general = any(row.before is not None for row in rows)
     table = Table(title=Text(verdict(results).headline), title_justify="left")
     table.add_column("measure")
-    for heading in ("base", *(["after general phase"] if general else []), f"after {arm_label(main or '')}", "change"):
+    for heading in ("base", *(["after general phase"] if general else []), f"after {label_of(main or '')}", "change"):
         table.add_column(Text(heading.strip()), justify="right")
     for row in rows:
         style = {True: "green", False: "red", None: "dim"}[row.better]

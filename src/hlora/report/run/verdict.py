@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hlora.methods import label_of
 from hlora.report.format import Tone, change, number, percent, three_digits
-from hlora.report.style import arm_label
 
 Kept = Literal["kept", "forgotten in part", "forgotten", "not measured"]
 Learned = Literal["learned", "mixed", "nothing", "worse", "not measured"]
@@ -65,7 +65,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     learned_state, learned = _learned(base, arms[main])
     others = [arm for arm in arms if arm not in ("base", "after_general", main)]
     beside = [
-        f"{arm_label(arm)} on the same data. {_kept(base, arms[arm])[1]} {_learned(base, arms[arm])[1]}"
+        f"{label_of(arm)} on the same data. {_kept(base, arms[arm])[1]} {_learned(base, arms[arm])[1]}"
         for arm in others
     ]
     headline = f"{_KEPT_HEADLINE[kept_state]} {_LEARNED_HEADLINE[learned_state]}"
