@@ -22,7 +22,7 @@ from hlora.config.comparison import CompareConfig
 from hlora.evaluation.evaluate import add_forgetting
 from hlora.parallel.launch import only_alone
 from hlora.run.results import provenance
-from hlora.system.files import building, write_text
+from hlora.system.files import building, write_json
 from hlora.system.redaction import redacted
 
 
@@ -77,8 +77,7 @@ def finish(grid: Grid, chosen: dict[str, dict[str, float | None]], command: str)
         "chosen": chosen,
         "cells": cells,
     }
-    comparison = redacted(comparison)
-    write_text(grid.output / "comparison.json", json.dumps(comparison, ensure_ascii=False))
+    comparison = write_json(grid.output / "comparison.json", comparison)
     write_report(comparison, grid.output)
     return comparison
 

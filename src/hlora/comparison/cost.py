@@ -6,7 +6,6 @@ numbers that stand beside them and never extrapolated.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from datasets import Dataset
@@ -25,8 +24,7 @@ from hlora.parallel.launch import only_alone
 from hlora.run.job import Job
 from hlora.run.results import provenance
 from hlora.system.errors import ConfigError
-from hlora.system.files import write_text
-from hlora.system.redaction import redacted
+from hlora.system.files import write_json
 from hlora.training.train import sft_arguments, train
 
 EWC_SEQUENCES = 20_000  # paper, Fig. 5
@@ -140,9 +138,7 @@ def measure_cost(
         "published": PUBLISHED,
         "notes": _notes(scale, ewc, nu, nu_samples, length, whole_model_bytes(job.base)),
     }
-    cost = redacted(cost)
-    write_text(job.output / "cost.json", json.dumps(cost, indent=1))
-    return cost
+    return write_json(job.output / "cost.json", cost, indent=1)
 
 
 def cost_tables(cost: dict[str, Any]) -> list[Table]:

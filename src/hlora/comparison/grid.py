@@ -30,7 +30,7 @@ from hlora.run.job import Job, lengths
 from hlora.run.results import describe
 from hlora.system.digest import digest
 from hlora.system.errors import CannotRun, DataError, HloraError, first_line
-from hlora.system.files import check_directory, make_directory, refuse_links, write_text
+from hlora.system.files import check_directory, make_directory, refuse_links, write_json, write_text
 from hlora.system.locks import try_lock
 from hlora.system.redaction import redacted, without_secret_fields
 from hlora.training.train import sft_arguments
@@ -210,7 +210,7 @@ class Grid:
                 logger.error("%s failed: %s", cell.name, text)
                 result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
             self.base_is_spoilt |= result["status"] != "done" or METHODS[cell.config.method].alters_base
-            write_text(path, json.dumps(redacted({**names_of(cell), **NOT_COMPUTED, **result}), ensure_ascii=False))
+            write_json(path, {**names_of(cell), **NOT_COMPUTED, **result})
             return True
 
     def _measure(self, cell: Cell) -> dict[str, Any]:

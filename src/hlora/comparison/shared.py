@@ -28,9 +28,9 @@ from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.run.phases import recorder_for, squared_gradients
 from hlora.system.digest import digest
-from hlora.system.files import building, write_text
+from hlora.system.files import building, write_json
 from hlora.system.locks import try_lock
-from hlora.system.redaction import redacted, without_secret_fields
+from hlora.system.redaction import without_secret_fields
 from hlora.training.train import train
 
 Part = Literal["", "general", "squares", "fisher"]
@@ -96,7 +96,7 @@ def general_phase(job: Job) -> Path:
             tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
             save_file(tensors, directory / f"{kind}.safetensors", {"state": json.dumps(state)})
         facts = {"made_from": made_from, "history": history, "seconds": seconds}
-        write_text(directory / "recording.json", json.dumps(redacted(facts), indent=1))
+        write_json(directory / "recording.json", facts, indent=1)
         model.unload()
 
     training = config.training.of_record()

@@ -11,7 +11,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import GeneralSource
-from hlora.system.files import write_text
+from hlora.system.files import write_json
 
 
 @torch.no_grad()
@@ -53,5 +53,5 @@ def model_samples(
             samples += tokenizer.batch_decode(written, skip_special_tokens=True)
     if keep:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(cache, json.dumps({"asked": asked, "samples": samples}))
+        return write_json(cache, {"asked": asked, "samples": samples})["samples"]  # as a later run will read them
     return samples

@@ -29,7 +29,7 @@ from hlora.parallel.dtensor import laid_out_like
 from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import is_first
 from hlora.system.errors import ArtifactError
-from hlora.system.files import building, how_to_convert, sha256
+from hlora.system.files import building, how_to_convert, sha256, write_json
 from hlora.system.redaction import redacted
 
 FORMAT = 1
@@ -229,14 +229,14 @@ class Importance:
             "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
             "lora_config": _constructible(self.lora_config),
             "provenance": {
-                **redacted(self.provenance),
+                **self.provenance,
                 "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
             },
         }
-        document = json.loads(json.dumps(document, default=_plain))
+        document = redacted(json.loads(json.dumps(document, default=_plain)))
         sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}
         document["sha256"] = {**sums, "importance.json": _digest(document)}
-        (directory / "importance.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        write_json(directory / "importance.json", document, indent=1)
 
     @classmethod
     def load(cls, source: str | Path) -> Importance:

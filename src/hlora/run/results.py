@@ -21,7 +21,7 @@ from hlora.parallel.fsdp import device_for
 from hlora.report.run.page import write_report
 from hlora.run.job import Job
 from hlora.system.errors import DataError
-from hlora.system.files import write_text
+from hlora.system.files import write_json
 from hlora.system.redaction import redacted
 
 
@@ -40,8 +40,7 @@ def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
 def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and report.html."""
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    results = redacted(results)
-    write_text(job.output / "results.json", json.dumps(results, indent=1))
+    results = write_json(job.output / "results.json", results, indent=1)
     write_report(results, job.output / "report.html")
     return results
 

@@ -19,8 +19,8 @@ from hlora.parallel.launch import sharding
 from hlora.run.job import Job
 from hlora.run.results import measure, starting_results
 from hlora.system.errors import first_line
-from hlora.system.files import write_text
-from hlora.system.redaction import redacted, without_secret_fields
+from hlora.system.files import write_json
+from hlora.system.redaction import without_secret_fields
 from hlora.training.checkpoint_files import remove_checkpoints
 
 logger = logging.getLogger("hlora")
@@ -38,8 +38,7 @@ def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     if job.resumable:
         with together():
             if is_first():
-                document = {**_made_from(job), "results": redacted(results)}
-                write_text(job.output / UNFINISHED, json.dumps(document))
+                write_json(job.output / UNFINISHED, {**_made_from(job), "results": results})
 
 
 def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any]) -> None:
@@ -80,7 +79,7 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     forget_unfinished(job)
     job.keep_config()
     results = starting_results(job, command)
-    write_text(job.output / UNFINISHED, json.dumps({**mine, "results": redacted(results)}))
+    write_json(job.output / UNFINISHED, {**mine, "results": results})
     return results
 
 

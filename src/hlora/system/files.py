@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -12,11 +13,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors import SafetensorError
 
 from hlora.system.errors import ConfigError
+from hlora.system.redaction import redacted
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of files that PyTorch and others unpickle."""
@@ -79,6 +82,13 @@ def write_text(path: Path, text: str) -> None:
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> Any:
+    """Write a value as JSON without secrets, whole or not at all; returns the value as written."""
+    written = redacted(value)
+    write_text(path, json.dumps(written, indent=indent))
+    return written
 
 
 def how_to_convert(directory: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from hlora.system.errors import ArtifactError, first_line
-from hlora.system.files import PICKLES, flush, sha256, write_text
+from hlora.system.files import PICKLES, flush, sha256, write_json
 
 logger = logging.getLogger("hlora")
 
@@ -74,7 +74,7 @@ def complete_checkpoint(checkpoint: Path) -> None:
         elif file.is_file() and file.name != "complete.json":
             flush(file)
             files.append(file)
-    write_text(checkpoint / "complete.json", json.dumps({"sha256": {file.name: sha256(file) for file in files}}))
+    write_json(checkpoint / "complete.json", {"sha256": {file.name: sha256(file) for file in files}})
 
 
 def save_state(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ def save_state(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     document = split_tensors(state, "", tensors)
     save_file(tensors, checkpoint / f"{name}.safetensors")
-    write_text(checkpoint / f"{name}.json", json.dumps(document))
+    write_json(checkpoint / f"{name}.json", document)
 
 
 def load_state(checkpoint: Path, name: str) -> dict[str, Any]:
