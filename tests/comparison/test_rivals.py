@@ -386,9 +386,9 @@ def test_osf_cannot_run_on_conv1d_or_quantised_weights_and_leaves_the_model_whol
     assert [name for name, _ in job.base.named_modules()] == before
     job = open_job()
     job.base.is_quantized = True
-    for method, strength in ((osf, 0.5), (corda, None)):
+    for method in ("osf", "corda"):
         with pytest.raises(CannotRun, match="quantised"):
-            method(job, strength)
+            METHODS[method].function()(job, **RIVALS[method])
 
 
 def test_osf_cannot_keep_less_than_one_direction(open_job: Open) -> None:
