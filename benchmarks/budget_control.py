@@ -139,7 +139,7 @@ def run(
     arguments = {**config.training.common, **config.training.tune, "report_to": [], "max_steps": settings["steps"]}
     callbacks, steered = [], None
     if settings["budget"] != "none":
-        penalty = ImportancePenalty(model, importance, settings["phi"], "uniform", "relative", anchor="base")
+        penalty = ImportancePenalty(model, importance, settings["phi"], layer_weights="uniform", anchor="base")
         steered = ForgettingBudget(penalty, probe, parse_budget(settings["budget"]), landing=not settings["no_landing"])
         callbacks = [penalty.callback(), steered.callback()]
     started = time.perf_counter()

@@ -92,12 +92,17 @@ def main() -> None:
         )
         importance = record(model, general, setting)
         after_general = text_likelihood(model, tokenizer, held_out, evaluation)["nll"]
-        unit = ImportancePenalty(model, importance, 1.0, "norm_share", "relative").unit
+        unit = ImportancePenalty(model, importance, 1.0, layer_weights="norm_share").unit
         raw = PHI / unit if raw is None else raw
         lost = {}
         for arm, phi, scale in (("unprotected", 0.0, "paper"), ("relative", PHI, "relative"), ("raw", raw, "paper")):
             importance.load_adapter_into(model)
-            tune(model, domain, ImportancePenalty(model, importance, phi, "norm_share", scale), options.domain_steps)
+            tune(
+                model,
+                domain,
+                ImportancePenalty(model, importance, phi, layer_weights="norm_share", phi_scale=scale),
+                options.domain_steps,
+            )
             lost[arm] = text_likelihood(model, tokenizer, held_out, evaluation)["nll"] - after_general
         model.unload()
         rows.append({"setting": setting.name, "phi_relative_9_is_raw": PHI / unit, "lost": lost, "raw": raw})

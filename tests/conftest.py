@@ -7,7 +7,7 @@ import os
 import pydoc_data.topics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -98,11 +98,13 @@ def token_ids() -> torch.Tensor:
     return torch.randint(3, 384, (16, 12), generator=torch.Generator().manual_seed(2))
 
 
-def move_adapter(model: Any, seed: int = 0, deviation: float = 0.1) -> None:
+def move_adapter(
+    model: Any, seed: int = 0, deviation: float = 0.1, unprotected: Literal["refuse", "warn"] = "refuse"
+) -> None:
     """Give every LoRA factor random values, so that B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for matrix in adapted_matrices(model):
+        for matrix in adapted_matrices(model, unprotected=unprotected):
             for factor in (matrix.A, matrix.B):
                 factor.copy_(deviation * torch.randn(factor.shape, generator=generator))
 
@@ -177,11 +179,17 @@ def shared_data() -> Path:
 
 
 def record(
-    model: PeftModel, rows: Tensor, encoding: str = "float32", steps: int = 3, xi: float = 1e-3, **options: Any
+    model: PeftModel,
+    rows: Tensor,
+    encoding: str = "float32",
+    steps: int = 3,
+    xi: float = 1e-3,
+    unprotected: Literal["refuse", "warn"] = "refuse",
+    **options: Any,
 ) -> Importance:
     """Importance after some AdamW steps on `rows`, four a step."""
     torch.manual_seed(0)
-    recorder = ImportanceRecorder(model, encoding)
+    recorder = ImportanceRecorder(model, encoding, unprotected=unprotected)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     recorder.attach(optimizer)
     for step in range(steps):

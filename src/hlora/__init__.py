@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from hlora.budget.probes import SampleProbe, TextProbe
     from hlora.importance.artefact import Importance
     from hlora.importance.penalty import ImportancePenalty
-    from hlora.importance.protect import protect
+    from hlora.importance.protect import ProtectCallback, protect
+    from hlora.importance.record import RecordCallback
     from hlora.importance.recorder import ImportanceRecorder
     from hlora.model.base import keep_trainable
 
@@ -25,6 +26,8 @@ __all__ = [
     "Importance",
     "ImportancePenalty",
     "ImportanceRecorder",
+    "ProtectCallback",
+    "RecordCallback",
     "SampleProbe",
     "TextProbe",
     "keep_trainable",
@@ -39,7 +42,9 @@ _LAZY = {
     "ImportancePenalty": "hlora.importance.penalty",
     "ImportanceRecorder": "hlora.importance.recorder",
     "keep_trainable": "hlora.model.base",
+    "ProtectCallback": "hlora.importance.protect",
     "protect": "hlora.importance.protect",
+    "RecordCallback": "hlora.importance.record",
 }
 
 

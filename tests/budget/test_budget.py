@@ -275,7 +275,7 @@ def tune(
 ) -> tuple[ForgettingBudget | None, SFTTrainer]:
     if anchor == "general":
         importance.load_adapter_into(model)
-    penalty = ImportancePenalty(model, importance, 0.01, "uniform", anchor=anchor)
+    penalty = ImportancePenalty(model, importance, 0.01, layer_weights="uniform", anchor=anchor)
     trainer = make_trainer(model, tokenizer, output)
     trainer.add_callback(penalty.callback())
     steered = None
@@ -325,7 +325,7 @@ def test_without_landing_the_adapter_stays_where_training_left_it(peft_model, to
 def test_landing_goes_back_on_the_line_to_the_anchor_and_no_further_than_needed(
     peft_model, tokenizer, importance, anchor
 ):
-    penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform", anchor=anchor)
+    penalty = ImportancePenalty(peft_model, importance, 1.0, layer_weights="uniform", anchor=anchor)
     move_adapter(peft_model, deviation=0.3)
     before = factors(peft_model)
     probe = sample_probe(peft_model, 1024)
@@ -349,7 +349,7 @@ def test_landing_uses_what_is_left_of_the_budget_only_where_the_penalty_held_the
     before = factors(peft_model)
     now = sample_probe(peft_model, 1024).measure(1024).nats
     for phi, moved in ((1e-9, False), (1e9, True)):
-        penalty = ImportancePenalty(peft_model, importance, phi, "uniform", anchor="base")
+        penalty = ImportancePenalty(peft_model, importance, phi, layer_weights="uniform", anchor="base")
         rise, alpha = ForgettingBudget(penalty, sample_probe(peft_model, 1024), 1.2 * now).land()
         assert (1.01 < alpha <= 1.25) is moved
         assert now <= rise.nats <= 1.2 * now
@@ -357,7 +357,7 @@ def test_landing_uses_what_is_left_of_the_budget_only_where_the_penalty_held_the
 
 
 def test_a_landing_reads_as_much_text_as_its_budget_is_small(peft_model, tokenizer, importance):
-    penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform", anchor="base")
+    penalty = ImportancePenalty(peft_model, importance, 1.0, layer_weights="uniform", anchor="base")
     move_adapter(peft_model, deviation=0.3)
     probe = text_probe(peft_model, tokenizer)
     stderr = probe.measure(512).stderr
@@ -379,7 +379,7 @@ def test_each_probe_reads_another_part_in_turn_and_the_landing_all(peft_model, t
 
 
 def test_an_adapter_within_its_budget_is_not_moved(peft_model, tokenizer, importance):
-    penalty = ImportancePenalty(peft_model, importance, 1e-9, "uniform", anchor="base")
+    penalty = ImportancePenalty(peft_model, importance, 1e-9, layer_weights="uniform", anchor="base")
     move_adapter(peft_model, deviation=0.3)
     before = factors(peft_model)
     _, alpha = ForgettingBudget(penalty, sample_probe(peft_model), 10.0).land()
@@ -389,7 +389,7 @@ def test_an_adapter_within_its_budget_is_not_moved(peft_model, tokenizer, import
 
 def test_a_general_adapter_beyond_the_budget_is_said_and_nothing_moved(peft_model, tokenizer, importance, caplog):
     importance.load_adapter_into(peft_model)
-    penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform")
+    penalty = ImportancePenalty(peft_model, importance, 1.0, layer_weights="uniform")
     steered = ForgettingBudget(penalty, sample_probe(peft_model), 1e-9)
     steered.begin()
     assert "itself" in caplog.text
@@ -406,7 +406,7 @@ def test_a_resumed_run_steers_as_an_uninterrupted_one(peft_model, tokenizer, imp
         with torch.no_grad():
             for factor, kept in zip((f for m in adapted_matrices(peft_model) for f in (m.A, m.B)), start, strict=True):
                 factor.copy_(kept)
-        penalty = ImportancePenalty(peft_model, importance, 0.01, "uniform", anchor="base")
+        penalty = ImportancePenalty(peft_model, importance, 0.01, layer_weights="uniform", anchor="base")
         trainer = make_trainer(peft_model, tokenizer, output, save_strategy="steps", save_steps=7)
         steered = ForgettingBudget(penalty, sample_probe(peft_model), 0.002)
         trainer.add_callback(penalty.callback())
@@ -424,7 +424,7 @@ def test_a_resumed_run_steers_as_an_uninterrupted_one(peft_model, tokenizer, imp
 
 
 def test_a_checkpoint_of_another_budget_is_refused(peft_model, tokenizer, importance):
-    penalty = ImportancePenalty(peft_model, importance, 1.0, "uniform", anchor="base")
+    penalty = ImportancePenalty(peft_model, importance, 1.0, layer_weights="uniform", anchor="base")
     probe = sample_probe(peft_model)
     state = ForgettingBudget(penalty, probe, 0.01).state()
     with pytest.raises(ConfigError, match="same budget"):
@@ -433,6 +433,6 @@ def test_a_checkpoint_of_another_budget_is_refused(peft_model, tokenizer, import
 
 @pytest.mark.parametrize(("phi", "budget", "every"), [(0.0, 0.01, None), (1.0, 0.0, None), (1.0, 0.01, 0)])
 def test_a_budget_that_cannot_be_steered_is_refused(peft_model, tokenizer, importance, phi, budget, every):
-    penalty = ImportancePenalty(peft_model, importance, phi, "uniform", anchor="base")
+    penalty = ImportancePenalty(peft_model, importance, phi, layer_weights="uniform", anchor="base")
     with pytest.raises(ConfigError, match=r"more than 0|at least 1"):
         ForgettingBudget(penalty, sample_probe(peft_model), budget, every)

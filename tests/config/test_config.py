@@ -132,7 +132,7 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
             "importance.offload: unknown field; valid: "
             "encoding, gradient, method, sequence_length, sequences, stop_at_move, xi",
         ),
-        ("lora.x=1", "lora.x: unknown field; valid: alpha, dropout, rank, rslora, target_modules"),
+        ("lora.x=1", "lora.x: unknown field; valid: alpha, dropout, exclude_modules, rank, rslora, target_modules"),
         ("lora.rank=0", "lora.rank: expected greater than or equal to 1; got 0"),
         ("lora.rank=2.5", "lora.rank: expected a valid integer, got a number with a fractional part; got 2.5"),
         ("lora.dropout=1", "lora.dropout: expected less than 1; got 1"),

@@ -62,6 +62,10 @@ NOT_RUN = {
         "--engine ray --cpus-per-cell 1": "tests/comparison/test_ray_engine.py",
         "ray start": "needs a cluster; the same as two nodes of one machine: tests/comparison/test_ray_engine.py",
     },
+    "docs/guides/trainers.md": {
+        "trainer = DPOTrainer": "tests/importance/test_preference.py::test_dpo_is_a_plain_loop_with_the_reference_that_"
+        "the_guide_says",
+    },
     "docs/guides/trackers.md": {"tensorboard --logdir": "serves until it is stopped; tests/training/test_trackers.py"},
 }
 

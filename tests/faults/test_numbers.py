@@ -184,7 +184,7 @@ def test_an_importance_that_is_not_finite_makes_no_penalty(
     for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
         for phi_scale in ("relative", "paper"):
             with pytest.raises(ArtifactError, match=f"{first}: the norm of the importance is (inf|nan).*larger xi"):
-                ImportancePenalty(peft_model, importance, 1.0, layer_weights, phi_scale)
+                ImportancePenalty(peft_model, importance, 1.0, layer_weights=layer_weights, phi_scale=phi_scale)
             refused += 1
     tally(f"Ω holds {value}, {encoding}", cases=8, good=refused, bad=8 - refused)
 
@@ -206,13 +206,13 @@ def test_an_importance_of_zeros_has_a_defined_penalty_or_is_refused(
     for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
         for phi_scale in ("relative", "paper"):
             for group in ("matrix", "block"):
-                options = (peft_model, zero, 9.0, layer_weights, phi_scale, group)
+                options = {"layer_weights": layer_weights, "phi_scale": phi_scale, "group": group}
                 if phi_scale == "relative" or layer_weights == "norm_share":
                     with pytest.raises(ArtifactError, match=r"the importance is zero .*Record more steps"):
-                        ImportancePenalty(*options)
+                        ImportancePenalty(peft_model, zero, 9.0, **options)
                     refused += 1
                     continue
-                penalty = ImportancePenalty(*options)
+                penalty = ImportancePenalty(peft_model, zero, 9.0, **options)
                 count = 4 if group == "matrix" else 2
                 shares = 1.0 if layer_weights == "sum" else 1 / count
                 assert penalty.coefficients == pytest.approx(dict.fromkeys(importance.matrices, shares))
@@ -498,7 +498,7 @@ def test_a_layer_that_no_token_reaches_has_no_importance_and_does_not_disturb_th
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one coefficient above 0.9
         for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
-            penalty = ImportancePenalty(model, importance, 1.0, layer_weights)
+            penalty = ImportancePenalty(model, importance, 1.0, layer_weights=layer_weights)
             move_adapter(model)
             model.zero_grad()
             assert penalty.add_gradients_() > 0  # every .grad is None before

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import move_adapter, record
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import KasaConfig
 from torch import nn
 from transformers import (
@@ -24,6 +34,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hlora.importance.artefact import Importance
 from hlora.importance.penalty import ImportancePenalty
@@ -193,6 +204,38 @@ def test_a_model_without_lora_is_refused_with_what_to_do(model_dir: str) -> None
         adapted_matrices(LlamaForCausalLM.from_pretrained(model_dir))
 
 
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        (VeraConfig(target_modules=Q_AND_V), "VERA"),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "IA3"),
+        (LoHaConfig(target_modules=Q_AND_V), "LOHA"),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=8), "OFT"),
+        (AdaLoraConfig(target_modules=Q_AND_V, total_step=10), "ADALORA"),
+        (PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING"),
+    ],
+)
+def test_another_method_of_peft_is_named_with_what_to_use(model_dir: str, config: Any, method: str) -> None:
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+    with pytest.raises(AdapterError, match=rf"adapted by {method}; .* Use peft\.LoraConfig"):
+        adapted_matrices(model)
+
+
+def test_dora_under_warn_protects_the_factors(model_dir: str, token_ids: torch.Tensor) -> None:
+    model = llama(model_dir, use_dora=True)
+    with pytest.warns(UserWarning, match=r"q_proj \(DoRA's magnitude; A and B are covered\)"):
+        importance = record(llama(model_dir, use_dora=True), token_ids, unprotected="warn")
+        penalty = ImportancePenalty(model, importance, phi=1.0, layer_weights="uniform", phi_scale="paper")
+    move_adapter(model, unprotected="warn")
+    expected = 0.0
+    for m in penalty.matrices:
+        mine = importance.matrices[m.name]
+        moved = m.scale * (m.B @ m.A - mine.B @ mine.A).detach()
+        expected += float((mine.omega * moved**2).sum()) / len(penalty.matrices)  # type: ignore[operator]
+    assert len(penalty.matrices) == 4 and penalty().item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_an_unknown_adapter_name_is_refused_with_the_known_ones(peft_model: PeftModel) -> None:
     with pytest.raises(AdapterError, match=r"no adapter 'medical' in this model; it has 'default'"):
         adapted_matrices(peft_model, "medical")
@@ -201,7 +244,9 @@ def test_an_unknown_adapter_name_is_refused_with_the_known_ones(peft_model: Peft
 NOT_LORA = r" \(trained, but not a LoRA matrix of adapter 'default'\)"
 EMBEDDING = ["embed_tokens", "q_proj"]
 REFUSED = [
-    pytest.param({"use_dora": True}, r"model\.layers\.0\.self_attn\.q_proj \(DoRA magnitude\)", id="dora"),
+    pytest.param(
+        {"use_dora": True}, r"model\.layers\.0\.self_attn\.q_proj \(DoRA's magnitude; A and B are covered\)", id="dora"
+    ),
     pytest.param({"target_modules": EMBEDDING}, r"model\.embed_tokens \(LoRA on an embedding\)", id="embedding"),
     pytest.param({"bias": "all"}, r"q_proj\.base_layer\.bias" + NOT_LORA, id="bias-all"),
     pytest.param({"bias": "lora_only"}, r"q_proj\.base_layer\.bias" + NOT_LORA, id="bias-lora-only"),
@@ -211,7 +256,7 @@ REFUSED = [
     pytest.param(
         {"trainable_token_indices": [5, 6]}, r"embed_tokens\S*trainable_tokens_delta\S*" + NOT_LORA, id="tokens"
     ),
-    pytest.param({"lora_bias": True}, r"q_proj \(lora_bias\)", id="lora-bias"),
+    pytest.param({"lora_bias": True}, r"q_proj \(the bias of lora_bias; A and B are covered\)", id="lora-bias"),
     pytest.param({"kasa_config": KasaConfig()}, r"q_proj \(LoRA variant KasaLinearVariant\)", id="kasa"),
     pytest.param({"alora_invocation_tokens": [5]}, r"q_proj \(LoRA variant ALoraLinearVariant\)", id="alora"),
 ]
@@ -235,7 +280,7 @@ def test_what_importance_cannot_protect_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [case for case in REFUSED if case.id in ("bias-all", "modules-to-save")]
+    ("config", "message"), [case for case in REFUSED if case.id in ("bias-all", "modules-to-save", "dora", "lora-bias")]
 )
 def test_unprotected_warn_names_the_same_parts_and_yields_the_rest(
     biased_dir: str, config: dict[str, Any], message: str
@@ -401,6 +446,11 @@ def test_base_sample_of_a_quantised_weight_is_empty(peft_model: PeftModel) -> No
 )
 def test_layer_number_is_the_first_number_in_the_name(name: str, number: int | None) -> None:
     assert layer_number(name) == number
+
+
+def test_a_layerwise_optimizer_is_refused_with_what_it_does(peft_model: PeftModel) -> None:
+    with pytest.raises(AdapterError, match=r"a layer-wise optimizer steps inside the backward pass.*galore_adamw"):
+        check_trained_by(LayerWiseDummyOptimizer(), adapted_matrices(peft_model))
 
 
 def test_an_optimizer_of_another_model_is_refused(model_dir: str, peft_model: PeftModel) -> None:

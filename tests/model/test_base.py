@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hlora.config.sections import LoraSettings, ModelConfig
 from hlora.model.adapters import adapted_matrices
@@ -64,8 +75,24 @@ def test_dtype_auto_is_float32_on_a_cpu_whatever_the_files_hold(copy: Path) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_and_dtype_auto_are_the_gpu_and_its_half_precision(model_dir: str) -> None:
     model, _ = load_base(ModelConfig(name=model_dir))
-    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     assert (model.device.type, model.dtype) == ("cuda", expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 6), torch.bfloat16), ((7, 5), torch.float16), ((7, 0), torch.float16), ((6, 1), torch.float32)],
+)
+def test_dtype_auto_is_what_the_gpu_computes_fast(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    """T4 (7.5) and V100 (7.0) emulate bfloat16. Only what PyTorch says of the device is made up here."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_dtype("auto", torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu:x"])
@@ -75,6 +102,34 @@ def test_a_device_that_is_not_here_is_named_with_what_to_do(name: str) -> None:
 
 
 # What cannot be loaded
+
+
+TINY = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def saved_with_tokenizer(model: PreTrainedModel, model_dir: str, directory: Path) -> Path:
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_a_model_that_reads_ahead_is_refused(model_dir: str, tmp_path: Path) -> None:
+    config = BertConfig(**TINY, intermediate_size=32)
+    with pytest.raises(ConfigError, match=r"\(BertLMHeadModel\) attends to later tokens too"):
+        load(saved_with_tokenizer(BertLMHeadModel(config), model_dir, tmp_path))
+
+
+def test_a_causal_model_whose_configuration_denies_it_is_loaded(model_dir: str, tmp_path: Path) -> None:
+    config = GPTNeoXConfig(**TINY, intermediate_size=32)
+    assert config.is_decoder is False
+    model, _ = load(saved_with_tokenizer(GPTNeoXForCausalLM(config), model_dir, tmp_path))
+    assert isinstance(model, GPTNeoXForCausalLM)
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_that_works(model_dir: str, tmp_path: Path) -> None:
+    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ConfigError, match=r"trains causal language models.*hlora\.protect with Seq2SeqTrainer"):
+        load(saved_with_tokenizer(T5ForConditionalGeneration(config), model_dir, tmp_path))
 
 
 def test_pickled_weights_are_refused_without_being_opened(copy: Path) -> None:

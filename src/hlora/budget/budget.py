@@ -31,6 +31,7 @@ from hlora.budget.callback import BudgetCallback
 from hlora.budget.probes import Rise, SampleProbe, TextProbe
 from hlora.budget.steering import Steering
 from hlora.importance.penalty import ImportancePenalty
+from hlora.model.initialisation import check_base_without_adapter
 from hlora.parallel.dtensor import laid_out_like, whole
 from hlora.parallel.fsdp import is_sharded, reshard
 from hlora.parallel.group import first_does
@@ -58,7 +59,8 @@ class ForgettingBudget:
     history: one entry a probe (step, rise, stderr, text, phi, budget); the last one, of `finish`, also has alpha.
     seconds: spent on probes.
 
-    Raises ConfigError when the penalty's phi is 0 or a number is out of range.
+    Raises ConfigError when the penalty's phi is 0 or a number is out of range, AdapterError where the model without its
+    adapter is not the base model (PiSSA, OLoRA).
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ForgettingBudget:
             raise ConfigError(f"penalty.phi: a budget steers φ from where it starts, more than 0; got {penalty.phi}")
         if every is not None and every < 1:
             raise ConfigError(f"budget: expected at least 1 step between probes, got {every}")
+        check_base_without_adapter(penalty.matrices)
         self.penalty, self.probe, self.budget, self.every, self.landing = penalty, probe, budget, every, landing
         self.steering = Steering(budget * (_ABOVE if landing else 1.0), math.log(penalty.phi))
         self.history: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from hlora.numerics import encodings, ops
 from hlora.numerics.encodings import Factored
 from hlora.run.job import Job
 from hlora.run.phases import History, at_general_adapter, protected, train_on_domain
+from hlora.system.choices import LayerWeights
 
 
 def base(job: Job) -> tuple[Any, History]:
@@ -60,12 +61,12 @@ def ewc(job: Job, *, importance: Importance, strength: float | None) -> tuple[Pe
     """
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     weight = 1.0 if strength is None else strength
-    penalty = ImportancePenalty(model, importance, weight, "sum", "paper", anchor="base")
+    penalty = ImportancePenalty(model, importance, weight, layer_weights="sum", phi_scale="paper", anchor="base")
     return model, train_on_domain(job, model, "ewc", penalty)
 
 
 def _protected(
-    job: Job, importance: Importance, strength: float | None, layer_weights: str, name: str
+    job: Job, importance: Importance, strength: float | None, layer_weights: LayerWeights, name: str
 ) -> tuple[PeftModel, History]:
     phi = job.config.penalty.phi if strength is None else strength
     model, penalty = protected(job, importance, phi, layer_weights)

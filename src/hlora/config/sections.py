@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from hlora.system.choices import Anchor, Group, LayerWeights, PhiScale
+
 EncodingName = Literal["float32", "factored"]
-LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
-PhiScale = Literal["relative", "paper"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
 
 
@@ -70,7 +70,8 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     """GGUF file inside `name`, when the weights are kept in that format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base weights. auto: bfloat16 on an accelerator that has it, float32 on a CPU."""
+    """Precision of the base weights. auto: bfloat16 on a GPU that has it, float16 on an older one with tensor
+    cores, float32 elsewhere."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Keep the weights of the linear layers in 4 bits (nf4 with double quantisation, as QLoRA has it) or 8 bits
     (LLM.int8), by bitsandbytes. See docs/guides/quantised.md."""
@@ -107,6 +108,8 @@ class LoraSettings(Section):
     target_modules: list[str] | str = ["q_proj", "v_proj"]
     """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`: every linear layer but the output's. Of a
     mixture of experts name the attention's: experts kept as one parameter are refused."""
+    exclude_modules: list[str] | str | None = None
+    """Names, or one regular expression, of modules that `target_modules` matches and that are left out."""
     rslora: bool = False
     """Scale by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
 
@@ -234,9 +237,9 @@ class PenaltyConfig(Section):
     layer_weights: LayerWeights = "softmax"
     """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance.
     uniform: no layer weights. sum: each matrix counts in full, the plain sum of EWC."""
-    group: Literal["matrix", "block"] = "matrix"
+    group: Group = "matrix"
     """What one layer weight covers: each adapted matrix, or each transformer block."""
-    anchor: Literal["general", "base"] = "general"
+    anchor: Anchor = "general"
     """What the domain phase is held to: general, where the general phase ended and the domain phase then starts (the
     paper's), or base, the base model, from a fresh adapter."""
     budget: str | float | None = None

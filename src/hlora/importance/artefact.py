@@ -189,7 +189,7 @@ class Importance:
         directory = Path(directory)
         if not is_first():
             return directory
-        _refuse_foreign(directory)
+        refuse_foreign(directory)
         self._check_numbers()
         with building(directory) as fresh:
             self._write(fresh)
@@ -292,7 +292,8 @@ def _check_cost(undo_cost: float, name: str) -> None:
         raise ValueError(f"{name}.undo_cost: expected a finite number, got {undo_cost}")
 
 
-def _refuse_foreign(directory: Path) -> None:
+def refuse_foreign(directory: Path) -> None:
+    """Raises ArtifactError when `directory` holds anything else than an importance."""
     if not directory.exists():
         return
     found = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]

@@ -1,4 +1,4 @@
-"""Recording and penalty inside Trainer and SFTTrainer."""
+"""Recording and penalty inside Trainer and its children, SFTTrainer among them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hlora.importance.layer_weights import diverged
-from hlora.model.adapters import check_trained_by
+from hlora.model.adapters import check_trained_by, steps_in_backward
 from hlora.parallel.group import first_says
-from hlora.system.errors import TrainingError
+from hlora.system.errors import AdapterError, TrainingError
 from hlora.training.checkpoint_files import checkpoint_directory, load_state, save_state
 from hlora.training.clipping import clip_after_callbacks, clip_as_before, unscale, unwrapped_optimizer
 from hlora.training.trackers import LayerCoefficients
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class RecordingCallback(TrainerCallback):
     """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`.
 
-    What the recorder knows is part of every checkpoint that Trainer writes, and restored when it goes on from one in
+    The recorder's state is part of every checkpoint that Trainer writes, and restored when Trainer resumes from one in
     its output directory.
     """
 
@@ -33,40 +33,37 @@ class RecordingCallback(TrainerCallback):
         self.recorder = recorder
         self.stop_at_move = stop_at_move
         self._detach: Any = None
+        self._watch: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._detach is not None:
             self._detach()
+            self._watch.end()
         if state.global_step > 0:
             self.recorder.load_state_dict(load_state(checkpoint_directory(args, state), self._file()))
         self._detach = self.recorder.attach(kwargs["optimizer"])
+        self._watch = _Watch(kwargs["optimizer"])
         clip_after_callbacks(args, kwargs["optimizer"])
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unscale(kwargs["optimizer"])
         self.recorder.capture_from(kwargs["optimizer"])
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch.check_step()
         self.recorder.discard()  # left over only when a gradient scaler skipped the step
         if self.stop_at_move is not None and first_says(self.recorder.move() >= self.stop_at_move):
             control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = self.recorder.state_dict()  # by every process, each of which has a part
         if args.should_save:
             save_state(checkpoint_directory(args, state), self._file(), kept)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._detach()
         self._detach = None
+        self._watch.end()
         clip_as_before(args, kwargs["optimizer"])
 
     def _file(self) -> str:
@@ -76,45 +73,74 @@ class RecordingCallback(TrainerCallback):
 class PenaltyCallback(TrainerCallback):
     """Adds the gradient of φ·L_reg (Eq. 16) once per optimizer step. Made by `penalty.callback()`.
 
-    Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg) and
-    total_loss, means over the same steps as `loss`, which stays the task's, and phi, the next step's. Trackers that run
-    before this callback (all of them, by Trainer's order) see them only if it was put first, as `protect` and `train`
-    do; those also tell trackers the layer coefficients.
+    Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg), total_loss, and
+    phi, that of the next step. The losses are means over the same steps as `loss`, which stays the task's.
+
+    Trainer calls its trackers before a callback in its list, so they miss these columns. `protect` and `train` put the
+    callback first, and also tell the trackers the layer coefficients.
     """
 
     def __init__(self, penalty: ImportancePenalty) -> None:
         self.penalty = penalty
+        self._begin_log()
+        self._watch: Any = None
         self._handle: Any = None
-        self._sum: torch.Tensor | float = 0.0
-        self._weighted: torch.Tensor | float = 0.0
-        self._count = 0
-        self._step = 0
 
     def after_trackers(self, trainer: Trainer) -> TrainerCallback:
         """Sends the layer coefficients; `add_callback_first` puts it behind the trackers."""
         return LayerCoefficients(trainer, self.penalty.coefficients)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._handle is not None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._watch is not None:
+            self._watch.end()
             self._handle.remove()
         optimizer = unwrapped_optimizer(kwargs["optimizer"])
         check_trained_by(optimizer, self.penalty.matrices)
-        self._sum, self._weighted, self._count = 0.0, 0.0, 0
+        self._begin_log()
+        self._watch = _Watch(kwargs["optimizer"])
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         clip_after_callbacks(args, optimizer)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.penalty.begin()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unscale(kwargs["optimizer"])
         self._step = state.global_step + 1
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._watch is not None:
+            self._watch.check_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or self._count == 0:
+            return
+        value, weighted = float(self._sum) / self._count, self._checked(state) / self._count
+        self._begin_log()
+        losses = {
+            "regularisation_loss": value,
+            "weighted_regularisation_loss": weighted,
+            "total_loss": logs["loss"] + weighted,
+            "phi": self.penalty.phi,
+        }
+        logs.update(losses)
+        state.log_history[-1].update(losses)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._checked(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+            self._handle.remove()
+        clip_as_before(args, kwargs["optimizer"])
+        self._checked(state)
+
+    def _begin_log(self) -> None:
+        self._sum: torch.Tensor | float = 0.0
+        self._weighted: torch.Tensor | float = 0.0
+        self._count = 0
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         try:
@@ -125,41 +151,29 @@ class PenaltyCallback(TrainerCallback):
         self._weighted = self._weighted + self.penalty.phi * value  # a budget changes φ from step to step
         self._count += 1
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or self._count == 0:
-            return
-        value, weighted = float(self._sum) / self._count, self._checked(state) / self._count
-        self._sum, self._weighted, self._count = 0.0, 0.0, 0
-        losses = {
-            "regularisation_loss": value,
-            "weighted_regularisation_loss": weighted,
-            "total_loss": logs["loss"] + weighted,
-            "phi": self.penalty.phi,
-        }
-        logs.update(losses)
-        state.log_history[-1].update(losses)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._checked(state)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._handle.remove()
-        self._handle = None
-        clip_as_before(args, kwargs["optimizer"])
-        self._checked(state)
-
     def _checked(self, state: TrainerState) -> float:
         """Sum of the weighted penalties since the last log. Waits for the device, so not at each step."""
         weighted = float(self._weighted)
         if not math.isfinite(weighted):
             raise TrainingError(f"step {state.global_step}: {diverged(weighted, self.penalty.phi)}")
         return weighted
+
+
+class _Watch:
+    """Sees to it that each step of a training passes the optimizer's hooks, by which hlora records and protects."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self._seen = optimizer, False
+        self._handle = unwrapped_optimizer(optimizer).register_step_pre_hook(self._see)
+
+    def _see(self, *call: Any) -> None:
+        self._seen = True
+
+    def check_step(self) -> None:
+        """After each step. Raises AdapterError where no hook saw it; a gradient scaler may have skipped it."""
+        if not self._seen and not getattr(self._optimizer, "step_was_skipped", False):
+            raise AdapterError(steps_in_backward(type(unwrapped_optimizer(self._optimizer)).__name__))
+        self._seen = False
+
+    def end(self) -> None:
+        self._handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -10,17 +11,21 @@ import torch
 
 from hlora.importance.artefact import Importance
 from hlora.numerics import encodings, equations
+from hlora.system.choices import Group, LayerWeights
 from hlora.system.errors import ArtifactError
-from hlora.system.names import layer_number
 
 
 def layer_coefficients(
-    importance: Importance, layer_weights: str = "softmax", group: str = "matrix"
+    importance: Importance, layer_weights: LayerWeights = "softmax", group: Group = "matrix"
 ) -> dict[str, float]:
-    """c_l of Eq. 15 by matrix name; with group "block", the coefficient of the block the matrix is in.
+    """c_l by matrix name; with group "block", the coefficient of the matrix's transformer block.
 
-    Warns when one coefficient exceeds 0.9. Raises ArtifactError when a norm is not finite, and when norm shares are
-    asked of a zero importance.
+    Warns when one coefficient exceeds 0.9.
+
+    Raises:
+        ArtifactError: when a norm is not finite, and when norm shares are asked of a zero importance.
+
+    Source: Eq. 15.
     """
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
@@ -70,8 +75,9 @@ def relative_unit(importance: Importance, coefficients: Mapping[str, float]) -> 
 
 
 def _block(name: str) -> str:
-    number = layer_number(name)
-    return "the part outside the blocks" if number is None else f"block {number}"
+    """The name up to its first number: model.layers.3; an encoder's blocks and a decoder's have different ones."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    return found.group() if found else "the part outside the blocks"
 
 
 def diverged(weighted: float, phi: float) -> str:

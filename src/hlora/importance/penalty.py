@@ -1,13 +1,13 @@
 """φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i*)² (Eqs. 14–16): a value to add to the loss, or its gradient once a step.
 
-The anchor θ* is the paper's θ^ν, or W₀ (`anchor="base"`), where the penalised square is that of sBA itself.
+The anchor θ* is the paper's θ^ν, or the base model (`anchor="base"`): W₀, where the penalised square is that of sBA.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +15,60 @@ from torch import Tensor, nn
 from hlora.importance.artefact import Importance
 from hlora.importance.layer_weights import diverged, layer_coefficients, relative_unit
 from hlora.importance.shares import Pending, Shares
-from hlora.model.adapters import adapted_matrices
+from hlora.model.adapters import AdaptedMatrix, adapted_matrices
+from hlora.model.initialisation import HOLDS_BASE, is_at_base
 from hlora.numerics import encodings, ops, types
 from hlora.numerics.encodings import Encoded
-from hlora.parallel.dtensor import laid_out_like, local
+from hlora.parallel.dtensor import laid_out_like, local, whole
 from hlora.parallel.group import world
-from hlora.system.errors import TrainingError
+from hlora.system.choices import Anchor, Group, LayerWeights, PhiScale
+from hlora.system.errors import AdapterError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
+class PenaltyOptions(TypedDict, total=False):
+    """What `ImportancePenalty` takes beside model, importance and phi. `protect` takes the same."""
+
+    layer_weights: LayerWeights
+    phi_scale: PhiScale
+    group: Group
+    adapter_name: str | None
+    anchor: Anchor
+
+
 class ImportancePenalty:
     """Holds the adapted weights of `model` to an anchor, each element by its importance.
 
-    importance: an Importance, a directory or a hub repository.
-    phi: weight φ of the penalty. phi_scale "paper" takes Eq. 16 as written; "relative" first divides Ω by
-    Σ_l c_l Σ_i Ω_i Δ_i², so that φ is the loss, in nats, of undoing the general phase once, whatever ξ, model and
-    run length. Of an importance recorded without a move (squared gradients), relative φ is the loss, in nats, of one
-    nat a token of expected forgetting (½ Σ F δ²); layer weights keep that of a move alike everywhere.
-    layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share, uniform, or sum (all ones).
-    group: one c_l for each adapted "matrix", or for each transformer "block".
-    anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's); or
-    "base", W₀, for a fresh adapter of any rank on any of the matrices that the importance covers.
-    In a group of processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (shares.py), and every
-    one calls every method; the results are the same everywhere. A trainer may move the model, join a group or shard
-    after the penalty was made.
+    Args:
+        model: a model with LoRA.
+        importance: an Importance, a directory or a hub repository.
+        phi: weight φ of the penalty, in the unit that `phi_scale` says.
+        layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share, uniform, or sum (all ones).
+        phi_scale: "paper" takes Eq. 16 as written. "relative" first divides Ω by Σ_l c_l Σ_i Ω_i Δ_i². Then φ is the
+            loss, in nats, of undoing the general phase once, whatever ξ, model and run length. For an importance
+            without a move (squared gradients), φ is the loss, in nats, of one nat a token of expected forgetting,
+            ½ Σ F δ²; layer weights then keep the cost of a move that is alike everywhere.
+        group: one c_l for each adapted "matrix", or for each transformer "block".
+        adapter_name: the adapter to hold; by default the one active adapter.
+        anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's).
+            Or "base", the base model, for a fresh adapter of any rank on any matrices that the importance covers.
 
-    coefficients: c_l by matrix name. unit: what L_reg is divided by, 1 in Eq. 16 as written.
+    Attributes:
+        coefficients: c_l by matrix name.
+        unit: what L_reg is divided by, 1 in Eq. 16 as written.
 
-    Raises ArtifactError when the importance does not fit the model, is not finite, or is zero everywhere; warns when
-    one coefficient exceeds 0.9, since then all else is free to drift.
+    In several processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (shares.py). Every process calls
+    every method, and the results are the same everywhere. A trainer may move the model, join a group or shard after the
+    penalty was made.
+
+    Warns when one coefficient exceeds 0.9, since all other layers are then free to drift.
+
+    Raises:
+        ArtifactError: when the importance does not fit the model, is not finite, or is zero everywhere.
+        AdapterError: without LoRA; with the anchor "base" on a trained adapter of PiSSA or OLoRA, which hold a part of
+            the base weights.
     """
 
     def __init__(
@@ -53,20 +76,21 @@ class ImportancePenalty:
         model: nn.Module,
         importance: Importance | str | Path,
         phi: float,
-        layer_weights: str = "softmax",
-        phi_scale: str = "relative",
-        group: str = "matrix",
+        *,
+        layer_weights: LayerWeights = "softmax",
+        phi_scale: PhiScale = "relative",
+        group: Group = "matrix",
         adapter_name: str | None = None,
-        anchor: str = "general",
+        anchor: Anchor = "general",
     ) -> None:
-        if not isinstance(phi, int | float) or not 0 <= phi < math.inf:
-            raise ValueError(f"phi: expected a finite weight of at least 0, got {phi!r}")
+        check_phi(phi)
         if phi_scale not in ("relative", "paper"):
             raise ValueError(f"phi_scale: expected relative or paper, got {phi_scale!r}")
         if anchor not in ("general", "base"):
             raise ValueError(f"anchor: expected general or base, got {anchor!r}")
         importance = Importance.of(importance)
         self.phi = phi
+        self.anchor = anchor
         self.matrices = adapted_matrices(model, adapter_name, unprotected="warn")
         if anchor == "base":
             importance = importance.covering(self.matrices)
@@ -81,19 +105,24 @@ class ImportancePenalty:
         self._anchor: dict[str, types.Factors | None] = {}
         for matrix in self.matrices:
             mine, device = importance.matrices[matrix.name], matrix.A.device
-            self._anchor[matrix.name] = (mine.A.to(device), mine.B.to(device)) if anchor == "general" else None
+            at_general = mine.A.to(device), mine.B.to(device)
+            self._anchor[matrix.name] = at_general if anchor == "general" else _base_factors(matrix)
         for matrix in self._shares.mine:
             omega = importance.matrices[matrix.name].omega
             self._omega[matrix.name] = encodings.to_device(omega, matrix.A.device)
 
     def __repr__(self) -> str:
-        anchor = "base" if None in self._anchor.values() else "general"
-        return f"ImportancePenalty(phi={self.phi:g}, {len(self.matrices)} matrices, anchor={anchor!r})"
+        return f"ImportancePenalty(phi={self.phi:g}, {len(self.matrices)} matrices, anchor={self.anchor!r})"
 
     def __call__(self) -> Tensor:
-        """φ·L_reg (Eqs. 15–16), a scalar to add to the task loss, with closed-form gradients to A and B.
+        """φ·L_reg, a scalar to add to the task loss, with closed-form gradients to A and B.
 
-        Raises TrainingError where it is not finite; on an accelerator, which is not waited for, it is then inf or NaN.
+        Computed in float32 or wider, inside torch.autocast too.
+
+        Raises:
+            TrainingError: where it is not finite. An accelerator is not waited for; the result there is inf or NaN.
+
+        Source: Eqs. 15–16.
         """
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
         value = self.phi * _Regularisation.apply(self, *factors)
@@ -102,7 +131,7 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """At the start of a step, in a group of processes: results of the others come beside the passes of the model.
+        """Call at the start of a step, so that results of other processes arrive beside the passes of the model.
 
         The next evaluation takes them, unless a factor was changed in place meanwhile. Does nothing in one process.
         """
@@ -112,15 +141,27 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def regularisation_loss(self) -> Tensor:
-        """L_reg (Eq. 15) without φ and without gradients, a scalar."""
+        """L_reg without φ and without gradients, a scalar. Source: Eq. 15."""
         return self._evaluate()[0]
+
+    def is_at_anchor(self) -> bool:
+        """Whether the adapter's factors are those of the anchor, to the bit."""
+        for matrix in self.matrices:
+            anchor = self._anchor[matrix.name]
+            if anchor is None or not all(
+                torch.equal(whole(factor.detach()), kept.to(factor.dtype))
+                for factor, kept in zip((matrix.A, matrix.B), anchor, strict=True)
+            ):
+                return False
+        return True
 
     @torch.no_grad()
     def add_gradients_(self) -> Tensor:
         """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar.
 
-        Raises TrainingError where the penalty or a gradient, in its factor's precision, is not finite, and adds nothing
-        then; on an accelerator, which is not waited for, they are then inf or NaN.
+        Raises:
+            TrainingError: where the penalty or a gradient, in its factor's precision, is not finite; nothing is added
+                then. An accelerator is not waited for; the result there is inf or NaN.
         """
         value, gradients = self._evaluate()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
@@ -139,7 +180,7 @@ class ImportancePenalty:
         return value
 
     def callback(self) -> TrainerCallback:
-        """For Trainer and SFTTrainer: the exact Eq. 16 gradient once per optimizer step, before clipping."""
+        """For Trainer and its children: the gradient of Eq. 16 once per optimizer step, before clipping."""
         from hlora.importance.callbacks import PenaltyCallback
 
         return PenaltyCallback(self)
@@ -213,6 +254,26 @@ class ImportancePenalty:
         return self._begun
 
 
+def check_phi(phi: float) -> None:
+    """Raises ValueError for a weight of the penalty that is negative, not finite or no number."""
+    if not isinstance(phi, int | float) or not 0 <= phi < math.inf:
+        raise ValueError(f"phi: expected a finite weight of at least 0, got {phi!r}")
+
+
+def _base_factors(matrix: AdaptedMatrix) -> types.Factors | None:
+    """What the adapter has to be for the model to be the base: None for sBA = 0, or the fresh factors of PiSSA."""
+    if matrix.initialisation not in HOLDS_BASE:
+        return None
+    if not is_at_base(matrix):
+        raise AdapterError(
+            f"{matrix.name}: this adapter was initialised by {matrix.initialisation}, which moved a part of the base "
+            "weight into it, and has been trained since, so the base weight is not known any more. Make the penalty "
+            "before training, on the fresh adapter, or use the anchor general."
+        )
+    A, B = (whole(factor.detach()).clone() for factor in (matrix.A, matrix.B))
+    return A, B
+
+
 class _Regularisation(torch.autograd.Function):
     """L_reg with its closed-form gradients; no graph and no d×d tensor is kept."""
 
@@ -226,5 +287,6 @@ class _Regularisation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (upstream * gradient for gradient in ctx.saved_tensors)  # rounded once, as in add_gradients_
+        # Rounded once, as in add_gradients_. Of a model split over devices, factors are on several.
+        scaled = (upstream.to(gradient.device) * gradient for gradient in ctx.saved_tensors)
         return None, *(gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True))

@@ -1,54 +1,121 @@
-"""`protect`, the two-line way in for an existing script."""
+"""`protect`, the two-line way in for an existing script, and `ProtectCallback` for a trainer that takes callbacks."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Unpack
 
+from torch import nn
 from transformers import Trainer
 
 from hlora.importance.artefact import Importance
-from hlora.importance.penalty import ImportancePenalty
-from hlora.model.adapters import adapted_matrices
-from hlora.parallel.dtensor import whole
+from hlora.importance.callbacks import PenaltyCallback
+from hlora.importance.penalty import ImportancePenalty, PenaltyOptions, check_phi
+from hlora.model.adapters import adapted_matrices, unwrapped
+from hlora.model.initialisation import is_at_base
 from hlora.system.errors import AdapterError
+from hlora.training.trackers import LayerCoefficients
 from hlora.training.train import add_callback_first
 
 logger = logging.getLogger("hlora")
 
 
 def protect(
-    trainer: Trainer,
-    importance: Importance | str | Path,
-    phi: float,
-    layer_weights: str = "softmax",
-    phi_scale: str = "relative",
-    group: str = "matrix",
-    adapter_name: str | None = None,
-    anchor: str = "general",
+    trainer: Trainer, importance: Importance | str | Path, phi: float, **options: Unpack[PenaltyOptions]
 ) -> ImportancePenalty:
     """Protect what `importance` covers while `trainer` trains: the two-line way in for an existing script.
 
-    importance: an Importance, a directory or a hub repository. With the anchor "general" an untouched adapter (all B
-    zero) is first set to θ^ν, the general adapter in the artefact, where the paper starts the domain task; any other is
-    left as it is, and so is any with the anchor "base". The rest are arguments of ImportancePenalty, which is returned.
+    A second call on the same trainer replaces the penalty of the first.
 
-    Raises AdapterError when `trainer` is no Trainer or its model has no LoRA, ArtifactError when the importance does
-    not fit it.
+    Args:
+        trainer: a transformers.Trainer or a child of it, with its model.
+        importance: an Importance, a directory or a hub repository.
+        phi: weight φ of the penalty.
+        options: further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor. With the
+            anchor "general" an untrained adapter is set to θ^ν, where the paper starts the domain task. A trained
+            adapter stays as it is, with a warning. With the anchor "base" every adapter stays as it is.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        AdapterError: when `trainer` is no Trainer or its model has no LoRA.
+        ArtifactError: when the importance does not fit the model.
     """
     if not hasattr(trainer, "callback_handler"):
         raise AdapterError(
             f"trainer: expected a transformers.Trainer or a child of it, got {type(trainer).__name__}. In a loop of "
             "your own, add hlora.ImportancePenalty(model, importance, phi) to the loss."
         )
-    importance = Importance.of(importance)
-    model = trainer.model
-    if model is None:
+    if trainer.model is None:
         raise AdapterError("the trainer has no model yet; build it with model=, not model_init=")
-    untouched = all(not whole(matrix.B).any() for matrix in adapted_matrices(model, adapter_name, unprotected="warn"))
-    if untouched and anchor == "general":
-        importance.load_adapter_into(model, adapter_name)
-        logger.info("the adapter was untouched; it starts from the general adapter of the importance")
-    penalty = ImportancePenalty(model, importance, phi, layer_weights, phi_scale, group, adapter_name, anchor)
-    add_callback_first(trainer, penalty.callback())
+    callback, callbacks = ProtectCallback(importance, phi, **options), trainer.callback_handler.callbacks
+    name = options.get("adapter_name")
+    earlier = [c for c in callbacks if isinstance(c, ProtectCallback) and c.options.get("adapter_name") == name]
+    replaced = [each.penalty for each in earlier if hasattr(each, "penalty")]  # one in a list of callbacks has none yet
+    penalty = callback.start(trainer.model, replaced)
+    coefficients = [each.coefficients for each in replaced]
+    for each in [*callbacks]:
+        if each in earlier or (isinstance(each, LayerCoefficients) and each.coefficients in coefficients):
+            callbacks.remove(each)
+    add_callback_first(trainer, callback)
     return penalty
+
+
+class ProtectCallback(PenaltyCallback):
+    """Protects what `importance` covers in any Trainer that takes callbacks, also before there is a model.
+
+    As training begins, an untrained adapter is set to θ^ν and the penalty is made; `protect` says more. A training
+    that resumes from a checkpoint keeps the checkpoint's adapter.
+
+    Args:
+        importance: an Importance, a directory or a hub repository.
+        phi: weight φ of the penalty.
+        options: further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor.
+
+    Attributes:
+        penalty: the ImportancePenalty, from the start of training on.
+
+    Raises:
+        ArtifactError: when the importance cannot be read; as training begins, when it does not fit the model.
+        AdapterError: as training begins, when the model has no LoRA.
+    """
+
+    def __init__(self, importance: Importance | str | Path, phi: float, **options: Unpack[PenaltyOptions]) -> None:
+        check_phi(phi)
+        self.importance, self.phi, self.options = Importance.of(importance), phi, options
+        self._model: nn.Module | None = None
+        self._watch, self._handle = None, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._model is not unwrapped(kwargs["model"]):
+            self.start(kwargs["model"], resumed=state.global_step > 0)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def start(
+        self, model: nn.Module, earlier: Sequence[ImportancePenalty] = (), *, resumed: bool = False
+    ) -> ImportancePenalty:
+        """Set an untrained adapter of `model` to θ^ν and make the penalty.
+
+        Args:
+            model: the model that is trained.
+            earlier: penalties that this one replaces; an adapter at the anchor of one counts as untrained.
+            resumed: whether the adapter is that of a checkpoint, and stays as it is.
+        """
+        untrained = False
+        if self.options.get("anchor", "general") == "general" and not resumed:
+            matrices = adapted_matrices(model, self.options.get("adapter_name"), unprotected="warn")
+            untrained = all(is_at_base(matrix) for matrix in matrices) or any(p.is_at_anchor() for p in earlier)
+            if untrained:
+                self.importance.load_adapter_into(model, self.options.get("adapter_name"))
+                logger.info("the adapter was untrained; it starts from the general adapter of the importance")
+        self.penalty = ImportancePenalty(model, self.importance, self.phi, **self.options)
+        if self.penalty.anchor == "general" and not untrained and not resumed and not self.penalty.is_at_anchor():
+            logger.warning(
+                "the adapter has been trained before, or is not PEFT's untrained one: it starts as it is, not from the "
+                "general adapter. To start there, call importance.load_adapter_into(model) before training"
+            )
+        self._model = unwrapped(model)
+        return self.penalty

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hlora.data.packing import pack
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
+from hlora.model.initialisation import check_base_without_adapter
 from hlora.model.layer_gradients import layer_gradients
 from hlora.numerics import encodings, squares
 from hlora.numerics.encodings import Encoded, Factored
@@ -71,6 +72,7 @@ def fisher_of_sequences(
     Raises AdapterError without LoRA, or where a layer's input keeps no example apart (experts of a mixture).
     """
     matrices = {matrix.name: matrix for matrix in adapted_matrices(model, unprotected="warn")}
+    check_base_without_adapter(matrices.values())
     wide = {name: _wide(matrix.A) for name, matrix in matrices.items()}
     encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
     sums: dict[str, Encoded] = {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from hlora.model.initialisation import CHANGES_BASE, initialisation
 from hlora.parallel.dtensor import whole as full_tensor
 from hlora.system.errors import AdapterError
 
@@ -34,6 +35,8 @@ class AdaptedMatrix:
     module: Any
     """PEFT's LoRA layer."""
     adapter_name: str
+    initialisation: str = ""
+    """PEFT's `init_lora_weights` where it is none of the usual ones (see initialisation.py)."""
 
     @property
     def A(self) -> nn.Parameter:  # (r, d_in)
@@ -115,37 +118,38 @@ def adapted_matrices(
 ) -> list[AdaptedMatrix]:
     """Every matrix that LoRA adapts in `model`, in module order.
 
-    adapter_name: the adapter to read; by default the one active adapter.
-    unprotected: what to do about trained parts that importance cannot cover (DoRA, LoRA on embeddings,
-    convolutions or bare parameters, biases, modules_to_save, a second trained adapter): refuse with their
-    names, or warn with their names.
+    Args:
+        model: a PEFT model, or one with an adapter of Transformers' `add_adapter`; wrapped in DDP or compiled too.
+        adapter_name: the adapter to read; by default the one active adapter.
+        unprotected: what to do about trained parts that importance cannot cover: DoRA's magnitudes, lora_bias, LoRA on
+            embeddings, convolutions or bare parameters, biases, modules_to_save, a second trained adapter. "refuse"
+            raises an error with their names, "warn" warns with their names.
 
-    Raises AdapterError without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would
-    be lost (see base.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
+    Raises:
+        AdapterError: without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would be
+            lost (see base.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
     """
     _check_whole(model)
     model = unwrapped(model)
+    check_is_lora(model, adapter_name)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
-        raise AdapterError(
-            f"{type(model).__name__} has no LoRA layers. Wrap it first: "
-            "model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[...]))"
-        )
     adapter = adapter_name or _active_adapter(layers)
     known = sorted({name for module in layers.values() for name in _adapters_of(module)})
     if adapter not in known:
         raise AdapterError(f"no adapter {adapter!r} in this model; it has {', '.join(map(repr, known))}")
 
+    begun = initialisation(model, adapter)
     found, refused, covered = [], [], set()
     for name, module in layers.items():
         if adapter not in _adapters_of(module):
             continue
-        reason = _why_not(module, adapter)
-        if reason:
-            refused.append(f"{_base_name(name)} ({reason})")
+        reason = _why_not(module, adapter) or _why_no_base(begun)
+        beside = None if reason else _beside_the_factors(module, adapter)
+        if reason or beside:
+            refused.append(f"{_base_name(name)} ({reason or beside})")
             covered |= {id(parameter) for parameter in module.parameters()}
-        else:
-            found.append(AdaptedMatrix(_base_name(name), module, adapter))
+        if not reason:
+            found.append(AdaptedMatrix(_base_name(name), module, adapter, begun))
             _check_gradients_pass(found[-1])
             covered |= {id(found[-1].A), id(found[-1].B)}
     for name, parameter in model.named_parameters():
@@ -168,11 +172,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
+def check_is_lora(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Raises AdapterError that says what to use where `model` has no adapter, or one of another PEFT method."""
+    configs = next((c for m in model.modules() if isinstance(c := getattr(m, "peft_config", None), dict)), {})
+    asked = [configs[adapter_name]] if adapter_name in configs else configs.values()
+    methods = {str(getattr(config.peft_type, "value", config.peft_type)) for config in asked}
+    if methods and "LORA" not in methods:
+        raise AdapterError(
+            f"this model is adapted by {', '.join(sorted(methods))}; importance covers LoRA alone, θ = W₀ + sBA. "
+            "Use peft.LoraConfig with the same target_modules."
+        )
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layers. Wrap it first: "
+            "model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[...]))"
+        )
+
+
 def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
     """Raises AdapterError when `optimizer` trains none of `matrices`: it belongs to another model or adapter."""
     if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
         raise AdapterError(_instead_of("DeepSpeed"))
     _check_whole(*(matrix.module for matrix in matrices))
+    if type(optimizer).__name__ == "LayerWiseDummyOptimizer":
+        raise AdapterError(steps_in_backward("a layer-wise optimizer"))
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
         raise AdapterError(
@@ -180,6 +203,14 @@ def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
             f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
             "built on (trainer.model, if the trainer made the adapter from a peft_config)."
         )
+
+
+def steps_in_backward(optimizer: str) -> str:
+    """What to change where an optimizer steps inside the backward pass, which no hook sees."""
+    return (
+        f"{optimizer} steps inside the backward pass, where the whole gradient of a step is never there: nothing can "
+        "be recorded or protected. Set optim to one that steps after it, such as adamw_torch or galore_adamw."
+    )
 
 
 def _check_whole(*models: nn.Module) -> None:
@@ -221,17 +252,29 @@ def _why_not(module: Any, adapter: str) -> str | None:
     A = module.lora_A[adapter]
     if not isinstance(A, nn.Linear):
         return f"LoRA on a {type(A).__name__}"
-    if adapter in module.lora_magnitude_vector:
-        return "DoRA magnitude"
-    if module.lora_variant.get(adapter) is not None:
-        return f"LoRA variant {type(module.lora_variant[adapter]).__name__}"
-    if module.lora_bias.get(adapter):
-        return "lora_bias"
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and adapter not in module.lora_magnitude_vector:
+        return f"LoRA variant {type(variant).__name__}"
     base = module.get_base_layer()
     weight = getattr(base, "weight", None)  # quantised layers may have none
     other_shape = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() != 2
     if other_shape or isinstance(base, nn.MultiheadAttention):
         return f"LoRA on a {type(base).__name__}"
+    return None
+
+
+def _why_no_base(begun: str) -> str | None:
+    if begun not in CHANGES_BASE:
+        return None
+    return f"{CHANGES_BASE[begun]} has changed its base weight, and no adapter file carries the change"
+
+
+def _beside_the_factors(module: Any, adapter: str) -> str | None:
+    """What a layer trains beside A and B, whose product then is not all that moves."""
+    if adapter in module.lora_magnitude_vector:
+        return "DoRA's magnitude; A and B are covered"
+    if module.lora_bias.get(adapter):
+        return "the bias of lora_bias; A and B are covered"
     return None
 
 

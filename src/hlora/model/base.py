@@ -62,8 +62,10 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to("cpu" if sharding() else device)
+    model.name_or_path = model.config._name_or_path = config.name  # an adapter names it; not a directory of the cache
     model.requires_grad_(False).eval()
     keep_trainable(model)
+    _check_causal(config, model)
     precision = config.quantization or model.dtype
     logger.info("%s: %s parameters, %s on %s", config.name, f"{model.num_parameters():,}", precision, model.device)
     return model, tokenizer
@@ -99,6 +101,20 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
         )
 
 
+def _check_causal(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raises ConfigError for a model that reads ahead, as BERT does. Transformers loads it as a causal one."""
+    if getattr(model.config, "is_decoder", None) is not False:  # a causal GPT-NeoX has False too, so it is asked
+        return
+    a, b, c = (int(token) for token in torch.arange(model.config.vocab_size)[-3:])
+    with torch.no_grad():
+        first, second = model(torch.tensor([[a, b], [a, c]], device=model.device)).logits[:, 0].float()
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
+        raise ConfigError(
+            f"model.name: {config.name} ({type(model).__name__}) attends to later tokens too, so it is no causal "
+            "language model. Name one that predicts the next token."
+        )
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call it before the first forward pass.
 
@@ -125,11 +141,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of that name; for "auto" bfloat16 on an accelerator that has it, float32 elsewhere."""
+    """The torch dtype of that name; for "auto" what the device computes fast.
+
+    bfloat16 on a GPU that has it, float16 on an older one with tensor cores, float32 elsewhere.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):  # V100 and T4 emulate it, slowly
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
     # CPU, SmolLM2-135M, LoRA step of 8×128 tokens: float32 4.8 s, bfloat16 4.7 s. Nothing to gain.
     return torch.float32
 
@@ -163,6 +184,11 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
 def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
     if "custom code" in str(error):
         remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
+    elif "Unrecognized configuration class" in str(error):
+        remedy = (
+            "hlora run trains causal language models, which this is not. For an encoder-decoder such as T5, use "
+            "hlora.ImportanceRecorder and hlora.protect with Seq2SeqTrainer (docs/guides/trainers.md)"
+        )
     elif Path(name).is_dir():
         remedy = f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
         if not config.gguf_file and list(Path(name).glob("*.gguf")):

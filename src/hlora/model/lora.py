@@ -12,28 +12,34 @@ from hlora.system.errors import ConfigError, first_line
 
 
 def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
-    """A fresh LoRA adapter (B = 0) on `base`, the same for the same seed. Raises ConfigError for unknown modules."""
-    if isinstance(settings.target_modules, list):
-        for target in settings.target_modules:  # PEFT refuses a list of which nothing matches, but not a part of it
+    """A fresh LoRA adapter (B = 0) on `base`, the same for the same seed.
+
+    Raises:
+        ConfigError: `target_modules` or `exclude_modules` names a module that the model lacks.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        named = getattr(settings, field)
+        for target in named if isinstance(named, list) else ():  # PEFT refuses a list of which nothing matches alone
             if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
-                raise ConfigError(_no_such_module(base, f"no module {target!r}"))
+                raise ConfigError(_no_such_module(base, f"lora.{field}: no module {target!r}"))
     set_seed(seed)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, any number will do
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
         use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
     )
     try:
         model = get_peft_model(base, config)
     except (ValueError, re.error) as error:  # a single name is a regular expression to PEFT
-        raise ConfigError(_no_such_module(base, first_line(error))) from None
+        raise ConfigError(_no_such_module(base, f"lora.target_modules: {first_line(error)}")) from None
     assert isinstance(model, PeftModel)
     return model
 
 
 def _no_such_module(base: PreTrainedModel, problem: str) -> str:
     names = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if hasattr(module, "weight")})
-    return f"lora.target_modules: {problem}. Modules of this model: {', '.join(names)}"
+    return f"{problem}. Modules of this model: {', '.join(names)}"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hlora.numerics.encodings import Encoded, Factored, norm, row_blocks, shape
+from hlora.numerics.precision import outside_autocast
 from hlora.numerics.types import Consolidated, Factors, Pair, Step
 from hlora.system.errors import first_line
 
@@ -62,6 +63,7 @@ def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
         omega[rows].sub_(room.product(0, delta, rows).mul_(room.product(1, gradient, rows)))
 
 
+@outside_autocast
 def accumulate_all_(
     omegas: Sequence[Encoded],
     steps: Sequence[Step],
@@ -130,6 +132,7 @@ def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]
     return omega, int(below) / omega.numel()
 
 
+@outside_autocast
 def consolidate_all(
     omegas: Sequence[Encoded],
     As: Sequence[Tensor],
@@ -169,6 +172,7 @@ def penalty_with_gradients(
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 
 
+@outside_autocast
 def penalties_with_gradients(
     importances: Sequence[Encoded],
     As: Sequence[Tensor],

@@ -18,7 +18,7 @@ from hlora.data.general import probe_texts
 from hlora.data.packing import pack
 from hlora.data.samples import model_samples
 from hlora.importance.artefact import Importance
-from hlora.importance.penalty import ImportancePenalty
+from hlora.importance.penalty import ImportancePenalty, PenaltyOptions
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.importance.squared_gradients import fisher_information
 from hlora.model.lora import attach_lora
@@ -26,6 +26,7 @@ from hlora.parallel.dtensor import whole
 from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import first_goes_first, is_first, together
 from hlora.run.job import Job
+from hlora.system.choices import LayerWeights
 from hlora.system.files import building
 from hlora.training.train import train
 
@@ -93,15 +94,22 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
     return model, train_on_domain(job, model, "tune", penalty)
 
 
-def protected(job: Job, importance: Importance, phi: float, layer_weights: str) -> tuple[PeftModel, ImportancePenalty]:
+def protected(
+    job: Job, importance: Importance, phi: float, layer_weights: LayerWeights
+) -> tuple[PeftModel, ImportancePenalty]:
     """The model where its domain phase starts, θ^ν or the base model by `penalty.anchor`, and the penalty."""
     options = job.config.penalty
     if options.anchor == "general":
         model = at_general_adapter(job, importance)
     else:
         model = attach_lora(job.base, job.config.lora, job.config.seed)
-    scale, group, anchor = options.phi_scale, options.group, options.anchor
-    return model, ImportancePenalty(model, importance, phi, layer_weights, scale, group, anchor=anchor)
+    chosen: PenaltyOptions = {
+        "layer_weights": layer_weights,
+        "phi_scale": options.phi_scale,
+        "group": options.group,
+        "anchor": options.anchor,
+    }
+    return model, ImportancePenalty(model, importance, phi, **chosen)
 
 
 def check_fits(job: Job, importance: Importance) -> None:

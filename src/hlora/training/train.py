@@ -19,6 +19,7 @@ from hlora.system.errors import ConfigError, TrainingError
 from hlora.training.checkpoint import Checkpoints
 from hlora.training.checkpoint_files import latest_checkpoint
 from hlora.training.progress import ProgressLine
+from hlora.training.their_errors import their_errors
 from hlora.training.trackers import run_of_its_own
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def train(
         disable_progress_bars()
     try:
         trainer_class = trainer_class or SFTTrainer
-        trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+        with their_errors(model):
+            trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     finally:
         enable_progress_bars()
     for parameter, before in trained:
@@ -157,7 +159,7 @@ def train(
     if found is not None:
         logger.info("going on from %s", found)
     try:
-        with run_of_its_own():
+        with run_of_its_own(), their_errors(model):
             trainer.train(resume_from_checkpoint=found)
     finally:
         line.stop()  # Trainer does not call on_train_end after an error

@@ -1,0 +1,69 @@
+"""`RecordCallback`: importance recorded in any trainer that takes callbacks, and saved when training ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hlora.importance.artefact import Importance, refuse_foreign
+from hlora.importance.callbacks import RecordingCallback
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.model.adapters import unwrapped
+from hlora.parallel.group import first_does
+
+logger = logging.getLogger("hlora")
+
+
+class RecordCallback(RecordingCallback):
+    """Records importance while a trainer trains on general text, and saves it when training ends.
+
+    For trainers that take callbacks before there is a model: the recorder is made as training begins.
+
+    Args:
+        directory: where to save; new, or one that holds an importance.
+        xi: ξ of Eq. 13, unit weight².
+        stop_at_move: ends the training once the adapter has moved the recorded matrices by this share of their norm.
+        data: a description of the general text, kept as provenance.
+        options: further arguments of ImportanceRecorder.
+
+    Attributes:
+        importance: what was saved; None until training ends.
+
+    In several processes every one takes part, and the first saves.
+
+    Raises:
+        ArtifactError: as training begins, when `directory` holds anything else than an importance.
+        AdapterError: as training begins, when the model has no LoRA or trains what cannot be protected.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        xi: float = 1e-3,
+        *,
+        stop_at_move: float | None = None,
+        data: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.directory, self.xi, self.data, self.options = Path(directory), xi, data, options
+        self.stop_at_move = stop_at_move
+        self.importance: Importance | None = None
+        self._detach, self._watch = None, None
+        self._model: nn.Module | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        first_does(lambda: refuse_foreign(self.directory))
+        if self._model is not unwrapped(kwargs["model"]):
+            self._model = unwrapped(kwargs["model"])
+            self.recorder = ImportanceRecorder(kwargs["model"], **self.options)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self.importance = self.recorder.consolidate(self.xi, self.data)
+        self.importance.save(self.directory)
+        logger.info("importance of %d steps is in %s", self.importance.provenance["steps"], self.directory)

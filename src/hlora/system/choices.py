@@ -1,0 +1,10 @@
+"""Options that the configuration and the library share, each with its values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
+PhiScale = Literal["relative", "paper"]
+Group = Literal["matrix", "block"]
+Anchor = Literal["general", "base"]

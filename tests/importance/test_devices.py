@@ -1,0 +1,46 @@
+"""A model split over two devices: meta and fake tensors refuse to meet one of another device."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import move_adapter, record
+from peft import PeftModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hlora.importance.penalty import ImportancePenalty, _Regularisation
+from hlora.numerics.encodings import ENCODINGS
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_penalty_of_a_model_on_two_devices_has_each_gradient_where_its_factor_is(
+    peft_model: PeftModel, token_ids: Tensor, encoding: str
+) -> None:
+    """Block 0 is on the meta device, which refuses to meet a CPU tensor; block 1 has its usual gradients."""
+    importance = record(copy.deepcopy(peft_model), token_ids, encoding)
+    move_adapter(peft_model)
+    whole = ImportancePenalty(copy.deepcopy(peft_model), importance, phi=3.0)
+    penalty = ImportancePenalty(peft_model, importance, phi=3.0)
+    whole.add_gradients_()
+    peft_model.get_submodule("base_model.model.model.layers.0").to("meta")
+    assert penalty.add_gradients_().is_meta
+    for matrix, same in zip(penalty.matrices, whole.matrices, strict=True):
+        for factor, other in ((matrix.A, same.A), (matrix.B, same.B)):
+            assert factor.grad is not None and other.grad is not None and factor.grad.device == factor.device
+            assert factor.is_meta == ("layers.0" in matrix.name)
+            if not factor.is_meta:
+                torch.testing.assert_close(factor.grad, other.grad)
+
+
+def test_the_backward_pass_takes_its_gradient_to_each_gpu() -> None:
+    """By itself: without a GPU, PyTorch's autograd does not run on fake ones."""
+    with FakeTensorMode():
+        there = [torch.empty(2, 3, device=device) for device in ("cuda:0", "cuda:1")]
+        context = SimpleNamespace(saved_tensors=there, dtypes=[torch.bfloat16, torch.float32])
+        _, *gradients = _Regularisation.backward(context, torch.empty((), device="cuda:0"))
+    assert [str(each.device) for each in gradients] == ["cuda:0", "cuda:1"]
+    assert [each.dtype for each in gradients] == [torch.bfloat16, torch.float32]
