@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hlora import cli, pipeline
 from hlora.config.comparison import CompareConfig
-from hlora.config.reading import load_comparison
+from hlora.config.reading import load_comparison, parse_config
 from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import adapted_matrices
@@ -80,6 +82,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture
+def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command line in this process: (*arguments) → status, stdout, stderr."""
+
+    def invoke(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hlora", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return invoke
 
 
 @pytest.fixture
@@ -215,6 +232,31 @@ def job_fields(tmp_path: Path, model_dir: str, general_file: str, questions: tup
             "tune": {"max_steps": 4, "max_length": 64},
         },
     }
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory: pytest.TempPathFactory, model_dir: str) -> Path:
+    """Output directory of a finished run on the tiny Llama, to read only."""
+    directory = tmp_path_factory.mktemp("tuned")
+    (directory / "general.txt").write_text(GENERAL_TEXT, encoding="utf-8")
+    for name, start, count in (("train", 0, 24), ("test", 100, 8)):
+        rows = [{"prompt": f"What is {n} plus one?", "completion": f" {n + 1}"} for n in range(start, start + count)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fields = {
+        "output": str(directory / "run"),
+        "model": {"name": model_dir, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "general": {"paths": [str(directory / "general.txt")]},
+        "domain": {"task": "rows", "train": str(directory / "train.jsonl"), "test": str(directory / "test.jsonl")},
+        "training": {
+            "common": {"learning_rate": 5e-2, "per_device_train_batch_size": 4, "report_to": []},
+            "record": {"max_steps": 2, "max_length": 32},
+            "tune": {"max_steps": 4, "max_length": 64},
+        },
+        "evaluation": {"max_tokens": 64, "window": 32, "stride": 32, "accuracy": False, "generate": 0},
+    }
+    pipeline.run(parse_config(fields))
+    return directory / "run"
 
 
 @pytest.fixture

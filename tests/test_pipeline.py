@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hlora import pipeline
-from hlora.cli import main
 from hlora.config.reading import load_config, parse_config
 from hlora.config.sections import ImportanceConfig
 from hlora.importance.artefact import Importance
 from hlora.run import resume
 from hlora.run.phases import recorder_for
+from hlora.system.errors import ConfigError
 from hlora.system.locks import lock_directory
 
 Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
-
-
-@pytest.fixture
-def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Runs the command line in this process."""
-
-    def invoke(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hlora", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return invoke
 
 
 @pytest.fixture
@@ -150,7 +134,7 @@ def test_strong_penalty_keeps_the_adapter_closer_to_the_general_one(
 ) -> None:
     distance = {}
     for phi in (0, 1e4):
-        assert hlora("run", config, "--set", f"penalty.phi={phi}", "--set", "baselines=[]")[0] == 0
+        assert hlora("run", config, "--set", f"penalty.phi={phi}", "--set", "baselines=[]", "--overwrite")[0] == 0
         start = Importance.load(tmp_path / "out" / "importance").matrices
         tuned = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
         distance[phi] = sum(
@@ -477,7 +461,9 @@ def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
         cut_at(patched, "tune_phase", 1)
         with pytest.raises(Cut):
             pipeline.run(parse_config(fields))
-    results = pipeline.run(parse_config({**fields, "seed": 1}))
+    with pytest.raises(ConfigError, match=r"was recorded with other settings: seed \(there 0, here 1\)"):
+        pipeline.run(parse_config({**fields, "seed": 1}))
+    results = pipeline.run(parse_config({**fields, "seed": 1}), overwrite=True)
     assert "had other settings or data; starting anew" in caplog.text
     assert results["provenance"]["seed"] == 1 and results["history"]["record"]
 

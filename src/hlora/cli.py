@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hlora import __version__
+from hlora.after.commands import chat, merge, push
 from hlora.system.errors import ConfigError, HloraError, culprit, first_line
 from hlora.system.files import of_the_disk
 from hlora.system.redaction import RedactingFormatter, redact_argument, redact_text
@@ -44,29 +45,43 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set penalty.phi=9")
 ]
 
+UseImportance = Annotated[
+    str | None,
+    typer.Option(
+        "--importance", metavar="IMPORTANCE", help="Use this importance, a directory or hub repository; record nothing."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the output holds of a finished run, whatever its settings.")
+]
+
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
+) -> None:
     """Record importance on general text, tune on the domain under it, evaluate, report."""
     from hlora import pipeline
 
-    _show(pipeline.run(_load(config, overrides), _command()))
+    _show(pipeline.run(_load(config, overrides, importance), _command(), overwrite))
 
 
 @app.command()
-def record(config: ConfigPath, overrides: Overrides = None) -> None:
+def record(config: ConfigPath, overwrite: Overwrite = False, overrides: Overrides = None) -> None:
     """The general phase alone: writes <output>/importance."""
     from hlora import pipeline
 
-    console.print(f"importance: {pipeline.record(_load(config, overrides))}", soft_wrap=True)
+    console.print(f"importance: {pipeline.record(_load(config, overrides), overwrite)}", soft_wrap=True)
 
 
 @app.command()
-def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+def tune(
+    config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
+) -> None:
     """The domain phase alone, under <output>/importance: writes <output>/adapter."""
     from hlora import pipeline
 
-    console.print(f"adapter: {pipeline.tune(_load(config, overrides))}", soft_wrap=True)
+    console.print(f"adapter: {pipeline.tune(_load(config, overrides, importance), overwrite)}", soft_wrap=True)
 
 
 @app.command()
@@ -126,6 +141,7 @@ def inspect(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for everything the demo writes.")] = Path("runs/demo"),
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
     """The whole job on an embedded model and data: forgetting and its cure in one picture. About 5 minutes on a CPU."""
@@ -133,8 +149,8 @@ def demo(
     from hlora.config.reading import parse_config
     from hlora.data import demo
 
-    settings = parse_config(demo.demo_config(output), "demo", overrides)
-    _show(pipeline.run(settings, _command()))
+    settings: Any = parse_config(demo.demo_config(output), "demo", overrides)
+    _show(pipeline.run(settings, _command(), overwrite))
 
 
 @app.command()
@@ -232,6 +248,10 @@ def print_config(
     print(json_schema() if schema else starting_yaml(), end="")
 
 
+for command in (merge, chat, push):
+    app.command()(command)
+
+
 @app.callback(invoke_without_command=True)
 def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -297,10 +317,11 @@ def _say(message: str, error: Exception) -> None:
     print(f"hlora: {message}", file=sys.stderr)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
+def _load(path: Path, overrides: list[str] | None, importance: str | None = None) -> Any:
     from hlora.config.reading import load_config
 
-    return load_config(path, overrides)
+    used = [] if importance is None else [f"importance={json.dumps(importance)}"]
+    return load_config(path, [*(overrides or []), *used])
 
 
 def _command() -> str:

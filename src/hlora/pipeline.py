@@ -17,6 +17,7 @@ from hlora.model.saved_adapter import load_adapter
 from hlora.parallel.group import first_does, lock_directory, together
 from hlora.parallel.launch import join_launch
 from hlora.run.job import Job
+from hlora.run.once import given_importance, importance_here, is_finished
 from hlora.run.phases import (
     at_general_adapter,
     check_fits,
@@ -28,26 +29,38 @@ from hlora.run.phases import (
 )
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results, timed
-from hlora.system.errors import ArtifactError, DataError
+from hlora.system.errors import ArtifactError, ConfigError, DataError
 
 
-def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
+def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) -> dict[str, Any]:
     """Record, tune, evaluate and report; returns what results.json holds.
 
     The output directory gets config.yaml, importance/, adapter/ (PEFT), results.json, report.html and the
-    TensorBoard logs of each phase. A run that was interrupted goes on: from what it had finished, and within a phase
-    from its last complete checkpoint.
+    TensorBoard logs of each phase. An interrupted run resumes from what it had finished, and within a phase
+    from its last complete checkpoint. A finished run is not repeated, and its results are returned.
 
-    Every process of a torchrun or accelerate launch calls it: the phases are divided among them (DDP, FSDP2), the first
-    evaluates and writes, and all return the same. They need the output directory in common.
+    Nothing is recorded where `importance.use` names an importance, or the output directory holds this run's.
 
-    Raises ConfigError when another process works on the output directory.
+    Args:
+        config: the settings.
+        command: what repeats the run, for the report.
+        overwrite: replace a finished run. An importance that was recorded with the same settings stays.
+
+    In several processes: every process of a torchrun or accelerate launch calls it. They divide the phases among them
+    (DDP, FSDP2), the first evaluates and writes, and all return the same. They need the output directory in common.
+
+    Raises:
+        ConfigError: another process works on the output directory, or it holds a finished run with other settings.
     """
-    with _opened(config) as job:
+    with _locked(config):
+        if first_does(lambda: is_finished(config, "results.json", overwrite)):
+            return first_does(lambda: read_results(Path(config.output)))
+        job = _open(config, given_importance(config))
+        here = _recorded_before(job, overwrite)
         results = resumed_results(job, command)
         measure_once(job, results, "base", lambda: job.base)
 
-        importance = _recorded(job, results)
+        importance = _recorded(job, results, here)
         if not importance.without_move:
             measure_once(job, results, "after_general", lambda: at_general_adapter(job, importance))
 
@@ -61,22 +74,29 @@ def run(config: RunConfig, command: str = "hlora run") -> dict[str, Any]:
         return results
 
 
-def record(config: RunConfig) -> Path:
-    """The general phase alone; returns the importance directory."""
-    with _opened(config) as job:
-        results = resumed_results(job, "hlora record")
-        _recorded(job, results)
-        forget_unfinished(job)
+def record(config: RunConfig, overwrite: bool = False) -> Path:
+    """The general phase alone, unless its importance is there; returns the importance directory."""
+    if config.importance.use is not None:
+        raise ConfigError(f"importance.use: {config.importance.use} is recorded already. Leave it out to record anew.")
+    with _locked(config):
+        job = _open(config)
+        if _recorded_before(job, overwrite) is None:
+            results = resumed_results(job, "hlora record")
+            _recorded(job, results, None)
+            forget_unfinished(job)
         return job.output / "importance"
 
 
-def tune(config: RunConfig) -> Path:
-    """The domain phase alone, from <output>/importance; returns the directory of the PEFT adapter."""
-    importance = Importance.load(Path(config.output) / "importance")
-    with _opened(config, importance=importance) as job:
-        _tuned(job, resumed_results(job, "hlora tune"), importance)
-        forget_unfinished(job)
-        return job.output / "adapter"
+def tune(config: RunConfig, overwrite: bool = False) -> Path:
+    """The domain phase alone, under `importance.use` or <output>/importance; returns the directory of the adapter."""
+    importance = Importance.load(config.importance.use or Path(config.output) / "importance")
+    with _locked(config):
+        adapter = Path(config.output) / "adapter"
+        if not first_does(lambda: is_finished(config, "adapter", overwrite)):
+            job = _open(config, importance)
+            _tuned(job, resumed_results(job, "hlora tune"), importance)
+            forget_unfinished(job)
+        return adapter
 
 
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
@@ -85,7 +105,8 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     Curves and times of the phases stay as an earlier results.json has them.
     """
     adapter = Path(config.output) / "adapter"
-    with _opened(config, resumable=False) as job:
+    with _locked(config):
+        job = _open(config, given_importance(config), resumable=False)
         _check_adapter(job, adapter)
         first_does(job.keep_config)
         results = first_does(lambda: starting_results(job, command))
@@ -95,36 +116,49 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
             results |= {"history": earlier["history"], "seconds": seconds}
         measure_once(job, results, "base", lambda: job.base)
         measure_once(job, results, "hlora", lambda: load_adapter(job.base, adapter))
-        if (job.output / "importance").is_dir():
-            results["importance"] = describe(Importance.load(job.output / "importance"), config)
+        if job.given is not None or (job.output / "importance").is_dir():
+            results["importance"] = describe(job.given or Importance.load(job.output / "importance"), config)
         return first_does(lambda: finish(job, results))
 
 
 @contextmanager
-def _opened(config: RunConfig, resumable: bool = True, importance: Importance | None = None) -> Iterator[Job]:
-    """The job, its output directory locked by this process, or by the launch that it is one of.
-
-    importance: what a domain phase will be held by. Nothing in the directory is changed until it fits.
-    """
+def _locked(config: RunConfig) -> Iterator[None]:
+    """The output directory, locked by this process or by the launch that it is one of."""
     join_launch(config.model.device)
     with lock_directory(Path(config.output)):
-        job = Job.open(config, resumable)
-        if importance is not None:
-            with together():
-                check_fits(job, importance)
-        yield job
+        yield
 
 
-def _recorded(job: Job, results: dict[str, Any]) -> Importance:
-    """The general phase's importance; from the disk, where this run had finished the phase before."""
-    directory = job.output / "importance"
-    if "record" in results["seconds"]:
-        return Importance.load(directory)
-    with timed(job, results, "record"):
-        model, importance, results["history"]["record"] = record_phase(job)
+def _open(config: RunConfig, given: Importance | None = None, resumable: bool = True) -> Job:
+    """The job, with the importance that its domain phase is given. Changes nothing on disk until every check passed."""
+    job = Job.open(config, resumable, given)
+    if given is not None:
         with together():
-            importance.save(directory)
+            check_fits(job, given)
+    return job
+
+
+def _recorded_before(job: Job, overwrite: bool) -> Importance | None:
+    """The importance that the configuration names, or this run's, where the output directory holds it."""
+    if job.given is not None:
+        return job.given
+    with together():
+        here = importance_here(job, overwrite)
+        if here is not None:
+            check_fits(job, here)
+    return here
+
+
+def _recorded(job: Job, results: dict[str, Any], here: Importance | None) -> Importance:
+    """The importance of this run: `here`, or recorded by the general phase."""
+    if here is not None:
+        results["importance"] = results["importance"] or describe(here, job.config)
+        return here
+    with timed(job, results, "record"):  # its curve is on the disk before the importance, which is found without it
+        model, importance, results["history"]["record"] = record_phase(job)
         results["importance"] = describe(importance, job.config)
+    with together():
+        importance.save(job.output / "importance")
     job.release(model)
     return importance
 
@@ -135,7 +169,7 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
     if "tune" not in results["seconds"]:
         with timed(job, results, "tune"):
             model, results["history"]["tune"] = tune_phase(job, importance)
-            save_adapter(model, directory)
+            save_adapter(job, model, directory)
         job.release(model)
     return directory
 

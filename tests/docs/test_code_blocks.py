@@ -43,6 +43,13 @@ NOT_RUN = {
         "make demo    #": "sets up a virtual environment: 3 GB; the make targets are checked",
         "pip install .  ": "installs a package; the commands after it are those of docs/quickstart.md",
     },
+    "docs/guides/after-training.md": {
+        "hlora chat": "tests/after/test_chat.py",
+        "hlora merge": "tests/after/test_merge.py",
+        "hlora push": "tests/after/test_push.py",
+        "hlora run other.yaml": "tests/test_once.py",
+    },
+    "docs/guides/quantised.md": {"hlora merge": "tests/after/test_merge.py"},
     "docs/guides/distributed.md": {
         "-m hlora run run.yaml\naccelerate launch --multi_gpu --num_machines=1": "tests/parallel/test_distributed.py",
         "accelerate launch --use_fsdp": "needs GPUs, or a modified Accelerate: tests/parallel",

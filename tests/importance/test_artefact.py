@@ -172,7 +172,7 @@ def test_saved_importance_loads_identically(
     assert_same(saved, loaded)
     assert loaded.provenance.items() >= saved.provenance.items()
     assert set(loaded.provenance["versions"]) == {"torch", "transformers", "peft"}
-    assert sorted(path.name for path in (tmp_path / "importance").iterdir()) == sorted(artefact._FILES)
+    assert sorted(path.name for path in (tmp_path / "importance").iterdir()) == sorted((*artefact._FILES, "README.md"))
     assert [path.name for path in tmp_path.iterdir()] == ["importance"]
 
 

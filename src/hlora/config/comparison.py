@@ -100,6 +100,12 @@ class CompareConfig(Preset):
     """Arms of Table 2."""
 
     @model_validator(mode="after")
+    def _records_its_own(self) -> CompareConfig:
+        if self.importance.use is not None:
+            raise ValueError("importance.use: a comparison records importance for each seed. Leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _roles_are_arms(self) -> CompareConfig:
         if self.unprotected not in self.arms and any(len(arm.strengths) > 1 for arm in self.arms.values()):
             raise ValueError(f"unprotected: no arm {self.unprotected!r}, yet strengths are chosen by what it learns")

@@ -10,8 +10,9 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hlora.config.comparison import CellConfig, CompareConfig
+from hlora.config.comparison import CompareConfig
 from hlora.config.run import RunConfig
+from hlora.config.sections import Section
 from hlora.config.spelling import did_you_mean, nearest
 from hlora.system.errors import ConfigError
 from hlora.system.redaction import redact_argument
@@ -43,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-Config = TypeVar("Config", RunConfig, CellConfig, CompareConfig)
+Config = TypeVar("Config", bound=Section)
 
 
 def parse_config(

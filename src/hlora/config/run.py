@@ -40,7 +40,11 @@ class Preset(Section):
     @model_validator(mode="before")
     @classmethod
     def _under_the_preset(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or fields.get("preset") != "paper":
+        if not isinstance(fields, dict):
+            return fields
+        if isinstance(fields.get("importance"), str):  # importance: NAME
+            fields = {**fields, "importance": {"use": fields["importance"]}}
+        if fields.get("preset") != "paper":
             return fields
         given = {name: fields.get(name) or {} for name in PAPER}
         if not all(isinstance(section, dict) for section in given.values()):
@@ -90,6 +94,8 @@ class RunConfig(Preset):
 
     @model_validator(mode="after")
     def _squares_are_kept_as_sums(self) -> RunConfig:
+        if self.importance.use is not None:  # it knows its own method
+            return self
         if self.importance.method == "squared_gradients" and not self.in_one_pass:
             if self.importance.encoding != "factored":
                 raise ValueError(

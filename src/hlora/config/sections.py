@@ -202,6 +202,9 @@ class DomainConfig(Section):
 
 
 class ImportanceConfig(Section):
+    use: str | None = None
+    """An importance recorded before, a directory or a hub repository, to use in place of recording one. The other
+    fields of this section then have no effect. `importance: NAME` is short for it."""
     method: Literal["path_integral", "squared_gradients"] = "path_integral"
     """path_integral: gradient times movement, along the general phase (Eq. 12, the paper's). squared_gradients: those
     of each sequence, along the general phase too; or, with penalty.anchor base, in one pass over a few hundred

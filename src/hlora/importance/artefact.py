@@ -3,6 +3,7 @@
 importance.safetensors   Ω of each matrix in its encoding, and a few values of each base matrix
 importance.json          encoding, per-matrix numbers, provenance
 adapter_model.safetensors, adapter_config.json   θ^ν, an ordinary PEFT adapter
+README.md                the card: what it is, and how to load it
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -28,9 +30,11 @@ from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import laid_out_like
 from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import is_first
+from hlora.report.card import importance_card, named_card, public_name
 from hlora.system.errors import ArtifactError
 from hlora.system.files import building, how_to_convert, sha256, write_json
-from hlora.system.redaction import redacted
+from hlora.system.hub import upload
+from hlora.system.redaction import redacted, without_paths
 
 FORMAT = 1
 _FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -223,6 +227,51 @@ class Importance:
         save_file({k: v.contiguous().cpu() for k, v in factors.items()}, directory / "adapter_model.safetensors")
         if self.lora_config:
             LoraConfig(**_constructible(self.lora_config)).save_pretrained(str(directory))
+        document = self.document()
+        (directory / "README.md").write_text(importance_card(document), encoding="utf-8")
+        sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}
+        document["sha256"] = {**sums, "importance.json": _digest(document)}
+        write_json(directory / "importance.json", document, indent=1)
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = False, license: str | None = None, card: str | None = None
+    ) -> str:
+        """Upload the artefact to the hub with its card; returns the repository's address.
+
+        `hlora.protect(trainer, repo, phi=1.0)` and `Importance.load(repo)` read it from there. Paths of this machine
+        become their last part.
+
+        Args:
+            repo: user/name; made if it is new.
+            private: of a new repository.
+            license: for the card, such as apache-2.0.
+            card: a card of your own, in place of the one that hlora writes.
+
+        In several processes: the first uploads.
+
+        Raises:
+            ConfigError: `repo` is not of the form user/name.
+            ArtifactError: a number is not finite, or the hub refused it or cannot be reached.
+        """
+        if not is_first():
+            return repo
+        public = replace(
+            self,
+            lora_config=without_paths(_constructible(self.lora_config)),
+            provenance=without_paths(redacted(self.provenance)),
+        )
+        for facts, name in ((public.lora_config, "base_model_name_or_path"), (public.provenance, "base_model")):
+            if facts.get(name):
+                facts[name] = public_name(str(facts[name]))
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = public.save(Path(scratch) / "importance")
+            written = directory / "README.md"
+            text = written.read_text(encoding="utf-8") if card is None else card
+            written.write_text(named_card(text, repo, license), encoding="utf-8")
+            return upload(directory, repo, "Importance, written by hlora", private=private)
+
+    def document(self) -> dict[str, Any]:
+        """What importance.json holds, but its checksums: plain values without secrets."""
         document = {
             "format": FORMAT,
             "encoding": self.encoding,
@@ -233,10 +282,8 @@ class Importance:
                 "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
             },
         }
-        document = redacted(json.loads(json.dumps(document, default=_plain)))
-        sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}
-        document["sha256"] = {**sums, "importance.json": _digest(document)}
-        write_json(directory / "importance.json", document, indent=1)
+        plain: dict[str, Any] = redacted(json.loads(json.dumps(document, default=_plain)))
+        return plain
 
     @classmethod
     def load(cls, source: str | Path) -> Importance:
@@ -297,7 +344,8 @@ def refuse_foreign(directory: Path) -> None:
     if not directory.exists():
         return
     found = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]
-    foreign = sorted(name for name in found if name not in _FILES)
+    card = ("README.md",) if "importance.json" in found else ()  # without one it is another's README
+    foreign = sorted(name for name in found if name not in (*_FILES, *card))
     if foreign:
         raise ArtifactError(
             f"{directory}: holds {foreign[0]}, which is not part of an importance and would be lost. "

@@ -36,6 +36,12 @@ def load_adapter(base: PreTrainedModel, directory: Path, rank: int | None = None
         ) from None
 
 
+def check_files(directory: Path) -> None:
+    """Raises ArtifactError when an adapter is pickled, damaged or no LoRA; no base model is needed."""
+    _config(directory)
+    _factors(directory)
+
+
 def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = None) -> None:
     """Raises ArtifactError that says how an adapter is unlike the base model, or `rank`; its numbers are read too."""
     config = _config(directory)
@@ -66,7 +72,7 @@ def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = Non
         raise ArtifactError(
             f"{directory}: the adapter is of rank {config['r']}, lora.rank is {rank}. Set lora.rank to it."
         )
-    if made_on and made_on != base.name_or_path:
+    if made_on and Path(made_on).name != Path(str(base.name_or_path)).name:  # a copy or a cache has another path
         logger.warning("%s was made on %s, and is read on %s", directory, made_on, base.name_or_path)
 
 

@@ -17,6 +17,7 @@ from hlora.config.run import RunConfig
 from hlora.config.sections import ImportanceConfig
 from hlora.data.domain import DomainRows, Space, domain_rows
 from hlora.data.general import GeneralText, general_text, probe_texts
+from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.model.base import check_lengths, load_base, pick_device
 from hlora.model.lora import attach_lora
@@ -43,9 +44,11 @@ class Job:
     """A comparison's: every kind of importance that its general phases record at once."""
     resumable: bool = False
     """Whether its phases keep checkpoints, and go on from those that are there."""
+    given: Importance | None = None
+    """An importance recorded before, for its domain phase: the one that `importance.use` names, or that is there."""
 
     @classmethod
-    def open(cls, config: RunConfig, resumable: bool = False) -> Job:
+    def open(cls, config: RunConfig, resumable: bool = False, given: Importance | None = None) -> Job:
         """Load the model, make the output directory, and check what can be checked before hours of training.
 
         Nothing that is there is changed until all of it fits.
@@ -59,7 +62,7 @@ class Job:
                 sft_arguments(output, {**on_cpu, **arguments}, config.seed)
         base, tokenizer = first_goes_first(lambda: load_base(config.model))
         check_lengths(base, lengths(config))
-        job = cls(config, base, tokenizer, output, resumable=resumable)
+        job = cls(config, base, tokenizer, output, resumable=resumable, given=given)
         with together():
             job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
         job.general  # noqa: B018  # read by every process

@@ -25,7 +25,9 @@ from hlora.model.lora import attach_lora
 from hlora.parallel.dtensor import whole
 from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import first_goes_first, is_first, together
+from hlora.report.card import adapter_card
 from hlora.run.job import Job
+from hlora.run.once import recording_settings
 from hlora.system.choices import LayerWeights
 from hlora.system.files import building
 from hlora.training.train import train
@@ -53,7 +55,7 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     callbacks = [recorder.callback(options.stop_at_move)]
     dataset = job.general.dataset()
     history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
-    return model, recorder.consolidate(options.xi, job.general.facts), history
+    return model, _of_this_job(job, recorder.consolidate(options.xi, job.general.facts)), history
 
 
 def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
@@ -84,6 +86,17 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
         gradient=options.gradient or "exact",
     )
     importance.provenance["data"] = job.general.facts
+    return _of_this_job(job, importance)
+
+
+def _of_this_job(job: Job, importance: Importance) -> Importance:
+    """The importance with the settings that made it, and its base model under the configuration's name.
+
+    Transformers has a cache's path in place of the name.
+    """
+    importance.provenance |= {"base_model": job.config.model.name, "recorded_with": recording_settings(job.config)}
+    if importance.lora_config:
+        importance.lora_config["base_model_name_or_path"] = job.config.model.name
     return importance
 
 
@@ -177,13 +190,22 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
 
 
-def save_adapter(model: PeftModel, directory: Path) -> Path:
-    """Save the adapter as PEFT does, whole or not at all; in a group of processes the first does."""
+def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
+    """Save the adapter as PEFT does, with its tokenizer and its card, whole or not at all.
+
+    adapter_config.json names the base model as the configuration does. In a group of processes the first one writes.
+    """
     gathered = None
     if is_sharded(model):
         gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    model.peft_config["default"].base_model_name_or_path = job.config.model.name
+    facts = {"general": job.general.facts, "domain": job.domain.facts}
+    card = adapter_card({"config": job.config.model_dump(), "provenance": {"data": facts}})
     with together():
         if is_first():
             with building(directory) as fresh:
-                model.save_pretrained(str(fresh), state_dict=gathered)
+                # False, as no embedding is adapted: PEFT would ask the hub whether the vocabulary was changed.
+                model.save_pretrained(str(fresh), state_dict=gathered, save_embedding_layers=False)
+                job.tokenizer.save_pretrained(str(fresh))
+                (fresh / "README.md").write_text(card, encoding="utf-8")
     return directory

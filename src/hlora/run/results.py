@@ -18,10 +18,11 @@ from hlora.evaluation.evaluate import evaluate
 from hlora.importance.artefact import Importance
 from hlora.importance.layer_weights import layer_coefficients
 from hlora.parallel.fsdp import device_for
+from hlora.report.card import adapter_card, importance_card
 from hlora.report.run.page import write_report
 from hlora.run.job import Job
 from hlora.system.errors import DataError
-from hlora.system.files import write_json
+from hlora.system.files import write_json, write_text
 from hlora.system.redaction import redacted
 
 
@@ -38,8 +39,13 @@ def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
 
 
 def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json and report.html."""
+    """Write results.json, report.html, and the measurements into the cards of adapter and importance."""
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    results = redacted(results)
+    write_text(job.output / "adapter" / "README.md", adapter_card(results))
+    if job.config.importance.use is None and (job.output / "importance").is_dir():
+        document = Importance.load(job.output / "importance").document()
+        write_text(job.output / "importance" / "README.md", importance_card(document, results))
     results = write_json(job.output / "results.json", results, indent=1)
     write_report(results, job.output / "report.html")
     return results

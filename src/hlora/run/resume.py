@@ -77,6 +77,8 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     if kept:
         logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
     forget_unfinished(job)
+    for of_another_run in ("results.json", "report.html"):
+        (job.output / of_another_run).unlink(missing_ok=True)
     job.keep_config()
     results = starting_results(job, command)
     write_json(job.output / UNFINISHED, {**mine, "results": results})
@@ -92,6 +94,8 @@ def _made_from(job: Job) -> dict[str, Any]:
     config = without_secret_fields(job.config.model_dump(exclude={"output"}))
     facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
     facts |= {"general": job.general.facts, "domain": job.domain.facts}
+    if job.given is not None and job.config.importance.use:  # another one may have come under the same name
+        facts["given"] = job.given.document()
     written = _digest(facts)
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
     phases = []

@@ -1,5 +1,7 @@
 """Secrets stay out of what is written and printed: tokens, keys and passwords become <redacted>.
 
+Of what is passed on to others, paths of this machine go too (`without_paths`).
+
 A secret is known by the name of its field or variable (hub_token, WANDB_API_KEY, PGPASSWORD), by being the value of an
 environment variable of such a name, by its shape (hf_…, sk-…, a JWT), or by its place in an address (user:password@).
 """
@@ -29,6 +31,10 @@ _SHAPES = re.compile(
 )
 # name=value, as on a command line or in an address; 'name': 'value', as Python and JSON show a mapping.
 _ASSIGNED = re.compile(r"""([\w.-]+)(=)("[^"]*"|'[^']*'|[^\s'"&,;)]+)|(?<=['"])([\w.-]+)(['"]: )("[^"]*"|'[^']*')""")
+# /home/ann/rows.jsonl, ~/x, ../x and C:\x; neither https://host/x nor user/name.
+_PATH = re.compile(
+    r"(?<![\w:/.~>-])(?:~|\.{1,2})?/(?:[^/\s'\"`|]+/)*([^/\s'\"`|]+)" r"|\b[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s'\"`|]+)"
+)
 _LEAST = 8  # characters of an environment variable's value that is a secret: `yes` is none
 
 
@@ -40,6 +46,19 @@ def redacted(value: Any) -> Any:
 def redact_text(text: str) -> str:
     """The text without secrets."""
     return _everywhere(text, _values_of_environment())
+
+
+def without_paths(value: Any) -> Any:
+    """A copy of nested mappings, lists and text in which a path of this machine is its last part alone."""
+    if isinstance(value, str):
+        if value.startswith(("/", "~/")) and "\n" not in value:  # a path with spaces, too
+            return value.rstrip("/").rpartition("/")[2]
+        return _PATH.sub(lambda found: found[1] or found[2], value)
+    if isinstance(value, Mapping):
+        return {without_paths(key): without_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(each) for each in value]
+    return value
 
 
 def redact_argument(argument: str) -> str:

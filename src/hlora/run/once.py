@@ -1,0 +1,150 @@
+"""Record once, and overwrite nothing: which importance a run uses, and whether its output is finished already."""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hlora.config.reading import parse_config, read_yaml
+from hlora.config.run import RunConfig
+from hlora.importance.artefact import Importance
+from hlora.run.job import Job
+from hlora.run.resume import UNFINISHED
+from hlora.system.errors import ArtifactError, ConfigError
+from hlora.system.redaction import redacted
+
+logger = logging.getLogger("hlora")
+
+_UNSEEN = ("report_to", "run_name", "logging_steps")  # training arguments that change no number
+_SHOWN = 6  # settings that a message names
+
+
+def given_importance(config: RunConfig) -> Importance | None:
+    """The importance that `importance.use` names, if it names one. Raises ArtifactError where there is none."""
+    use = config.importance.use
+    if use is None:
+        return None
+    importance = Importance.load(use)
+    logger.info("importance: using %s; nothing is recorded", use)
+    return importance
+
+
+def recording_settings(config: RunConfig) -> dict[str, Any]:
+    """What determines an importance besides the base model and the text, as its provenance keeps it."""
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "model": {"quantization": config.model.quantization, "dtype": config.model.dtype},
+        "lora": config.lora.model_dump(),
+        "importance": config.importance.model_dump(exclude={"use"}),
+    }
+    if not config.in_one_pass:
+        training = config.training.of_record()
+        settings["training"] = {name: value for name, value in training.items() if name not in _UNSEEN}
+    found: dict[str, Any] = redacted(settings)
+    return found
+
+
+def importance_here(job: Job, overwrite: bool) -> Importance | None:
+    """The importance in the output directory, where it is the one that this run would record.
+
+    One that does not say how it was recorded, as of a script, counts if it is of the same method and encoding.
+
+    Raises ConfigError that names the settings which differ, unless `overwrite`.
+    """
+    directory = job.output / "importance"
+    if not (directory / "importance.json").is_file():
+        return None
+    try:
+        found = Importance.load(directory)
+    except ArtifactError as error:
+        logger.warning("%s; recording again", error)
+        return None
+    differ = _other_recording(found, job)
+    if not differ:
+        logger.info("importance: %s was recorded with these settings before; nothing is recorded", directory)
+        return found
+    if overwrite:
+        return None
+    raise ConfigError(
+        f"importance: {directory} was recorded with other settings: {_named(differ)}. Use it (--importance {directory} "
+        "and another output), record again in its place (--overwrite), or name another output."
+    )
+
+
+def _other_recording(found: Importance, job: Job) -> list[str]:
+    mine, kept = recording_settings(job.config), found.provenance.get("recorded_with")
+    if kept is None:
+        kept = {**mine, "importance": dict(mine["importance"])}
+        method = found.provenance.get("method", "path_integral")
+        kept["importance"] |= {"method": method, "encoding": found.encoding}
+    differ = differences(kept, mine)
+    texts = [facts.get("sha256") for facts in (found.provenance.get("data") or {}, job.general.facts)]
+    return differ + (["general (another text)"] if None not in texts and texts[0] != texts[1] else [])
+
+
+def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
+    """Whether `made`, such as results.json, is in the output directory already, by the same settings.
+
+    Raises ConfigError that names the settings which differ, or the data files that are newer, unless `overwrite`.
+    """
+    output = Path(config.output)
+    kept = output / "config.yaml"
+    if overwrite or not (output / made).exists() or not kept.is_file() or (output / UNFINISHED).exists():
+        return False
+    differ = differences(_settings_of(kept), redacted(config.model_dump()))
+    differ = [name for name in differ if name.split(" ")[0] != "output"]
+    newer = [f"{path} (changed since)" for path in _data_files(config) if _is_newer(path, kept)]
+    if differ or newer:
+        raise ConfigError(
+            f"output: {output} holds a finished run ({made}) with other settings: {_named(differ + newer)}. Name "
+            "another output, or replace it: --overwrite."
+        )
+    logger.info("output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", output)
+    return True
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields by path whose values differ, each with both."""
+    one, other = dict(_flat(earlier)), dict(_flat(now))
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [f"{name} (there {_short(one.get(name))}, here {_short(other.get(name))})" for name in names]
+
+
+def _settings_of(kept: Path) -> dict[str, Any]:
+    fields = read_yaml(kept)
+    try:
+        found: dict[str, Any] = redacted(parse_config(fields, str(kept)).model_dump())
+        return found
+    except ConfigError:  # of another version of hlora
+        return fields
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{path}{name}.")
+        elif value not in (None, {}, []):  # as good as not there
+            yield f"{path}{name}", value
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else reprlib.repr(value)
+
+
+def _named(differ: list[str]) -> str:
+    rest = len(differ) - _SHOWN
+    return ", ".join(differ[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _data_files(config: RunConfig) -> list[Path]:
+    names = [path for source in (config.general, *config.general.mixture) for path in source.paths]
+    names += [config.domain.train, config.domain.test]
+    names += [*config.evaluation.texts.values(), *config.penalty.probe_texts.values()]
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def _is_newer(path: Path, kept: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime > kept.stat().st_mtime

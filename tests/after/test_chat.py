@@ -1,0 +1,101 @@
+"""`hlora chat`: answers to the lines of stdin, streamed, and a clean end."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hlora.after.chat import Chat
+from hlora.after.tuned import Tuned, load_tuned, model_config
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def tuned(tuned_run: Path) -> Tuned:
+    return load_tuned(tuned_run, model_config(tuned_run))
+
+
+def continued(tuned: Tuned, text: str, base: bool = False) -> str:
+    """The likeliest six tokens after a text, by the model alone."""
+    ids = tuned.tokenizer(text, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.inference_mode():
+        for _ in range(6):
+            if base:
+                with tuned.model.disable_adapter():
+                    logits = tuned.model(input_ids=ids).logits
+            else:
+                logits = tuned.model(input_ids=ids).logits
+            if (token := int(logits[0, -1].argmax())) == tuned.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    return tuned.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_each_line_of_stdin_is_answered_by_the_tuned_model(
+    tuned_run: Path, tuned: Tuned, hlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 7 plus one?\n\nWhat is 9 plus one?"))
+    status, out, err = hlora("chat", tuned_run, "--max-new-tokens", "6")
+    assert status == 0, err
+    expected = [continued(tuned, f"What is {n} plus one?") for n in (7, 9)]
+    assert out == "".join(f"{text}\n" for text in expected)
+    assert "greedy; at most 6 new tokens" in err and "Plain text" in err
+
+
+def test_compare_answers_with_the_base_model_too(
+    tuned_run: Path, tuned: Tuned, hlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 7 plus one?\n"))
+    status, out, err = hlora("chat", tuned_run, "--compare", "--max-new-tokens", "6")
+    assert status == 0, err
+    base, mine = (continued(tuned, "What is 7 plus one?", base=base) for base in (True, False))
+    assert out == f"[base] {base}\n[tuned] {mine}\n" and base != mine
+
+
+def test_a_conversation_goes_through_the_chat_template_and_new_begins_another(
+    tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned.tokenizer, "chat_template", TEMPLATE)
+    talk = Chat(tuned, max_new_tokens=6)
+    assert "chat template" in talk.heading()
+    first = talk.answer("one")["tuned"]
+    second = talk.answer("two")["tuned"]
+    assert first == continued(tuned, "<user>one</user><assistant>")
+    history = f"<user>one</user><assistant>{first}</assistant><user>two</user><assistant>"
+    assert second == continued(tuned, history)
+    talk.forget()
+    assert talk.answer("one")["tuned"] == first
+    assert Chat(tuned, plain=True, max_new_tokens=6).answer("one")["tuned"] == continued(tuned, "one")
+
+
+def test_a_prompt_beyond_the_context_is_said_and_the_next_one_answered(
+    tuned: Tuned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(tuned, max_new_tokens=6)
+    assert talk.answer("word " * 300) == {}
+    assert "too long" in capsys.readouterr().out
+    assert talk.answer("one")["tuned"] == continued(tuned, "one")
+
+
+def test_ctrl_c_ends_with_status_0(tuned_run: Path, hlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        def __iter__(self) -> Iterator[str]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    assert hlora("chat", tuned_run)[0] == 0
+
+
+def test_sampling_is_said_and_differs_from_greedy(tuned: Tuned) -> None:
+    torch.manual_seed(0)
+    talk = Chat(tuned, max_new_tokens=6, temperature=50.0)
+    assert "sampling at temperature 50" in talk.heading()
+    assert talk.answer("one")["tuned"] != continued(tuned, "one")
