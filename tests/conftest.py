@@ -84,6 +84,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
+Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
+
+
 @pytest.fixture
 def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command line in this process: (*arguments) → status, stdout, stderr."""

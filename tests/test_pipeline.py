@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import Invoke
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,8 +24,6 @@ from hlora.run import resume
 from hlora.run.phases import recorder_for
 from hlora.system.errors import ConfigError
 from hlora.system.locks import lock_directory
-
-Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
 
 
 @pytest.fixture
@@ -234,11 +233,11 @@ def test_prompt_and_completion_rows_train_without_choices(
     ("overrides", "expected"),
     [
         (["penalty.ph=1"], "penalty.ph: unknown field; did you mean 'phi'?"),
-        (["model.name=/nowhere"], "model.name: /nowhere could not be loaded"),
+        (["model.name=/nowhere"], "model.name: /nowhere: no such file"),
         (["model.device=cuda:99"], "model.device"),
         (["lora.target_modules=[nope]"], "lora.target_modules"),
-        (["general.paths=[missing.txt]"], "missing.txt: no such file"),
-        (["domain.train=missing.jsonl"], "missing.jsonl: no such file"),
+        (["general.paths=[missing.txt]"], "general.paths: missing.txt: no such file"),
+        (["domain.train=missing.jsonl"], "domain.train: missing.jsonl: no such file"),
         (["domain.task=piqa"], "24 of 24 rows cannot be used"),
         (["training.common.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["training.tune.lr_scheduler_type=nope"], "training"),

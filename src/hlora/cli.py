@@ -12,23 +12,28 @@ import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hlora import __version__
 from hlora.after.commands import chat, merge, push
-from hlora.system.errors import ConfigError, HloraError, culprit, first_line
-from hlora.system.files import of_the_disk
-from hlora.system.redaction import RedactingFormatter, redact_argument, redact_text
+from hlora.system.errors import LOST_PEER, ConfigError, HloraError, culprit, io_message
+from hlora.system.files import is_io_error
+from hlora.system.redaction import RedactingFormatter, redact_argument
+
+if TYPE_CHECKING:
+    from hlora.config.run import RunConfig
 
 app = typer.Typer(
     help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
 
@@ -39,7 +44,10 @@ class Engine(StrEnum):
 
 
 ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; `hlora config` prints one to start from.")
+    Path, typer.Argument(metavar="CONFIG", help="YAML file. `hlora config` prints one to start from.")
+]
+ComparisonPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file. `hlora config --compare` prints one to start from.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set penalty.phi=9")
@@ -60,36 +68,40 @@ Overwrite = Annotated[
 def run(
     config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
 ) -> None:
-    """Record importance on general text, tune on the domain under it, evaluate, report."""
+    """Record importance on general text, tune on the domain under its protection, evaluate, report."""
+    settings = _load(config, overrides, importance)
     from hlora import pipeline
 
-    _show(pipeline.run(_load(config, overrides, importance), _command(), overwrite))
+    _show(pipeline.run(settings, _command(), overwrite))
 
 
 @app.command()
 def record(config: ConfigPath, overwrite: Overwrite = False, overrides: Overrides = None) -> None:
     """The general phase alone: writes <output>/importance."""
+    settings = _load(config, overrides)
     from hlora import pipeline
 
-    console.print(f"importance: {pipeline.record(_load(config, overrides), overwrite)}", soft_wrap=True)
+    _print(f"importance: {pipeline.record(settings, overwrite)}")
 
 
 @app.command()
 def tune(
     config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
 ) -> None:
-    """The domain phase alone, under <output>/importance: writes <output>/adapter."""
+    """The domain phase alone, protected by <output>/importance: writes <output>/adapter."""
+    settings = _load(config, overrides, importance)
     from hlora import pipeline
 
-    console.print(f"adapter: {pipeline.tune(_load(config, overrides, importance), overwrite)}", soft_wrap=True)
+    _print(f"adapter: {pipeline.tune(settings, overwrite)}")
 
 
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure the base model and <output>/adapter; write results.json and report.html."""
+    settings = _load(config, overrides)
     from hlora import pipeline
 
-    _show(pipeline.evaluate_output(_load(config, overrides), _command()))
+    _show(pipeline.evaluate_output(settings, _command()))
 
 
 @app.command()
@@ -101,30 +113,30 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output
 
     compared = output / "comparison.json"
     if compared.is_file():
-        with culprit(compared, "Make it again with `hlora compare`; finished cells are kept."):
+        with culprit(compared, "Make it again with `hlora compare`, which keeps finished cells."):
             compare.write_report(json.loads(compared.read_text(encoding="utf-8")), output)
     else:
         results = read_results(output)
         with culprit(output / "results.json", "Make it again with `hlora evaluate`."):
             write_report(results, output / "report.html")
-    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    _print(f"report: {output / 'report.html'}")
 
 
 @app.command()
 def inspect(
     importance: Annotated[str, typer.Argument(metavar="IMPORTANCE", help="A directory or a hub repository.")],
     figure: Annotated[
-        Path | None, typer.Option(help="Write their heat map here, as .png and .svg. Without it nothing is written.")
+        Path | None, typer.Option(help="Also draw a heat map of the norms (Fig. 7), as FIGURE.png and FIGURE.svg.")
     ] = None,
 ) -> None:
-    """What an importance holds: provenance and the norm of each layer; with --figure their heat map (Fig. 7)."""
+    """Show what was recorded: provenance, and the norm of each matrix."""
     from hlora.importance.artefact import Importance
 
     described = Importance.load(importance).describe()
     norms = described.pop("layer_norms")
-    facts = Table("importance", importance, title="What was recorded")
+    facts = Table("importance", escape(importance), title="What was recorded")
     for name, value in described.items():
-        facts.add_row(name, str(value))
+        facts.add_row(name, escape(str(value)))
     console.print(facts)
     table = Table("matrix", "norm", title="Importance norm of each matrix")
     for name, norm in norms.items():
@@ -135,7 +147,7 @@ def inspect(
         from hlora.report.style import save
 
         png, svg = save(importance_heatmap(norms), figure.with_suffix(""))
-        console.print(f"heat map: {png}, {svg}", soft_wrap=True)
+        _print(f"heat map: {png}, {svg}")
 
 
 @app.command()
@@ -144,7 +156,7 @@ def demo(
     overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on an embedded model and data: forgetting and its cure in one picture. About 5 minutes on a CPU."""
+    """The whole job on a small model and data that need no download from the hub. About 5 minutes on a CPU."""
     from hlora import pipeline
     from hlora.config.reading import parse_config
     from hlora.data import demo
@@ -155,39 +167,44 @@ def demo(
 
 @app.command()
 def compare(
-    config: ConfigPath,
+    config: ComparisonPath,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells with an estimate of time; compute and write nothing.")
+        bool, typer.Option("--dry-run", help="List the cells and estimate their time; compute and write nothing.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Compute failed cells again.")] = False,
     engine: Annotated[
-        Engine, typer.Option(help="Where cells are computed: in this process, or as Ray tasks (docs/guides/ray.md).")
+        Engine, typer.Option(help="Compute cells in this process, or as Ray tasks (docs/guides/ray.md).")
     ] = Engine.process,
     gpus_per_cell: Annotated[
         float | None,
-        typer.Option(min=0, help="ray: GPUs that a cell has, 0.5 for two on one. 1, or 0 where there are none."),
+        typer.Option(
+            min=0, help="ray: GPUs for each cell; 0.5 lets two cells share one. Default: 1, or 0 without GPU."
+        ),
     ] = None,
-    cpus_per_cell: Annotated[float | None, typer.Option(min=0, help="ray: CPU cores that a cell has. 1.")] = None,
+    cpus_per_cell: Annotated[
+        float | None, typer.Option(min=0, help="ray: CPU cores for each cell. Default: 1.")
+    ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="ray: an existing cluster, HOST:PORT or auto; without it this machine alone, for the run."),
+        typer.Option(help="ray: address of a running cluster, HOST:PORT or auto. Default: a cluster on this machine."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
 
-    CONFIG is a comparison's, such as configs/compare-smollm2.yaml. Finished cells are kept: after an interruption, give
-    the same command again. Several processes, one for each GPU, may share one output directory.
+    Finished cells are kept: run the same command again to resume. Several processes, for example one for each GPU,
+    can share one output directory.
     """
-    from hlora.comparison import planning, ray_engine
-    from hlora.comparison.compare import compare, summary
+    from hlora.config.data_files import check_files
     from hlora.config.reading import load_comparison
 
     settings = load_comparison(config, overrides)
     if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
-        raise ConfigError(
-            "--gpus-per-cell, --cpus-per-cell and --ray-address are for --engine ray. Add it, or drop them."
-        )
+        raise ConfigError("--gpus-per-cell, --cpus-per-cell and --ray-address need --engine ray. Add it, or drop them.")
+    check_files(settings)
+    from hlora.comparison import planning, ray_engine
+    from hlora.comparison.compare import compare, summary
+
     if dry_run:
         console.print(planning.plan_table(planning.plan(settings)))
         return
@@ -197,55 +214,58 @@ def compare(
     else:
         found = compare(settings, _command(), retry)
     for line in summary(found):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"report: {Path(settings.output) / 'report.html'}", soft_wrap=True)
+        _print(line)
+    _print(f"report: {Path(settings.output) / 'report.html'}")
 
 
 @app.command()
 def cost(
     config: ConfigPath,
-    scale: Annotated[
-        float, typer.Option(help="Share of the paper's sequences to measure, for both methods. 0.005: 1/200.")
-    ] = 1 / 200,
+    scale: Annotated[float, typer.Option(help="Share of the paper's sequences to measure, for both methods.")] = 1
+    / 200,
     sequences: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead of --scale: sequences of EWC's Fisher information (paper: 20,000)."),
+        typer.Option(min=1, help="Instead of --scale: sequences for EWC's Fisher information (paper: 20,000)."),
     ] = None,
     nu_samples: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Sequences of the general text in an epoch of HLoRA, before scaling. The paper does not state it. "
-            "5 epochs of 4,000 are as many passes as EWC's 20,000, which favours neither; time is proportional to it.",
+            help="Sequences of general text in one epoch of HLoRA, before scaling. The paper does not give a number; "
+            "5 epochs of 4,000 make as many passes as EWC's 20,000. Time is proportional to it.",
         ),
     ] = 4_000,
-    output: Annotated[Path | None, typer.Option(help="Directory for what is written; CONFIG's output/cost.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output directory. Default: <output>/cost.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Time and bytes of importance, HLoRA against EWC-LoRA (Fig. 5): writes cost.json, cost.png and cost.svg."""
+    settings = _load(config, overrides)
     from hlora.comparison.cost import cost_tables, measure_cost
     from hlora.report.comparison.figures import cost_bars
     from hlora.report.style import save
 
-    settings = _load(config, overrides)
     settings.output = str(output or Path(settings.output) / "cost")
     measured = measure_cost(settings, scale, sequences, nu_samples, _command())
     for table in cost_tables(measured):
         console.print(table)
     for note in measured["notes"]:
-        console.print(note, markup=False, highlight=False)
+        _print(note)
     png, svg = save(cost_bars(measured), Path(settings.output) / "cost")
-    console.print(f"figure: {png}, {svg}", soft_wrap=True)
+    _print(f"figure: {png}, {svg}")
 
 
 @app.command("config")
 def print_config(
+    comparison: Annotated[bool, typer.Option("--compare", help="For `hlora compare` instead of `hlora run`.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a configuration instead.")] = False,
 ) -> None:
-    """Print a commented configuration to start from."""
-    from hlora.config.starting import json_schema, starting_yaml
+    """Print a commented configuration to start from, with every field."""
+    from hlora.config.starting import json_schema, starting_comparison, starting_yaml
 
-    print(json_schema() if schema else starting_yaml(), end="")
+    if schema:
+        print(json_schema(comparison), end="")
+    else:
+        print(starting_comparison() if comparison else starting_yaml(), end="")
 
 
 for command in (merge, chat, push):
@@ -265,63 +285,73 @@ def main() -> None:
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hlora").setLevel(logging.INFO)
-    if not _speaks():  # one log and one progress display for all processes of a launch
+    if not _is_main_process():  # one log and one progress display for all processes of a launch
         console.quiet = True
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
-    # On a CPU without the `kernels` package it says so at each import, about 4-bit products, whatever the model.
+    # On a CPU without the `kernels` package it logs a line about 4-bit products at each import, whatever the model.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     threading.excepthook = _in_a_thread
     try:
         app()
     except HloraError as error:
-        _say(str(error), error)
+        _print_error(str(error), error)
         sys.exit(2)
     except Exception as error:
-        from hlora.parallel.group import is_lost
-
-        if of_the_disk(error):  # full, no permission, a mount that is gone
-            place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-            reason = redact_text(f"{place}{(isinstance(error, OSError) and error.strerror) or first_line(error)}")
-            said = f"{reason}. What was finished before is whole; once mended, the same command goes on from there."
-        elif isinstance(error, RuntimeError) and is_lost(error):
-            said = (
-                "another process of this launch has ended, so this one stops; its message, or the launcher's, says "
-                "why. The same command goes on from the last checkpoint, with any number of processes."
-            )
+        if is_io_error(error):
+            _print_error(io_message(error), error)
+        elif _is_lost_peer(error):
+            _print_error(LOST_PEER, error)
         else:
             raise
-        _say(said, error)
         sys.exit(2)
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own, and raises what the disk said in the main one again."""
-    if failed.exc_value is None or not of_the_disk(failed.exc_value):
+    """TensorBoard writes in a thread, and raises an error of the disk in the main thread again."""
+    if failed.exc_value is None or not is_io_error(failed.exc_value):
         threading.__excepthook__(failed)
 
 
-def _speaks() -> bool:
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether another process of this launch has ended. Without torch in memory there is no process group."""
+    if "torch" not in sys.modules:
+        return False
+    from hlora.parallel.group import is_lost
+
+    return isinstance(error, RuntimeError) and is_lost(error)
+
+
+def _is_main_process() -> bool:
     """Whether this process is the only one, or the first of a launch by torchrun or accelerate."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
-def _say(message: str, error: Exception) -> None:
+def _print(line: str) -> None:
+    """A line with a path or a sentence of ours: brackets are no markup, and nothing is wrapped."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_error(message: str, error: Exception) -> None:
     """On stderr; in a launch of several processes once."""
     if getattr(error, "told", False):
         return
-    if not _speaks():
-        time.sleep(3)  # if the first one says the same, the launcher stops this process meanwhile
+    if not _is_main_process():
+        time.sleep(3)  # if the first process has the same error, the launcher stops this one meanwhile
     print(f"hlora: {message}", file=sys.stderr)
 
 
-def _load(path: Path, overrides: list[str] | None, importance: str | None = None) -> Any:
+def _load(path: Path, overrides: list[str] | None, importance: str | None = None) -> RunConfig:
+    """The configuration, with all its files found. Imports neither PyTorch nor Transformers, which takes seconds."""
+    from hlora.config.data_files import check_files
     from hlora.config.reading import load_config
 
     used = [] if importance is None else [f"importance={json.dumps(importance)}"]
-    return load_config(path, [*(overrides or []), *used])
+    config = load_config(path, [*(overrides or []), *used])
+    check_files(config)
+    return config
 
 
 def _command() -> str:
@@ -336,4 +366,4 @@ def _show(results: dict[str, Any]) -> None:
     found = verdict(results)
     for sentence in (found.headline, found.kept, found.learned, *found.beside):
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"report: {Path(results['config']['output']) / 'report.html'}", soft_wrap=True)
+    _print(f"report: {Path(results['config']['output']) / 'report.html'}")

@@ -13,7 +13,6 @@ from peft import PeftModel
 from hlora.config.run import Baseline, RunConfig
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
-from hlora.model.saved_adapter import load_adapter
 from hlora.parallel.group import first_does, lock_directory, together
 from hlora.parallel.launch import join_launch
 from hlora.run.job import Job
@@ -65,7 +64,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
             measure_once(job, results, "after_general", lambda: at_general_adapter(job, importance))
 
         adapter = _tuned(job, results, importance)
-        measure_once(job, results, "hlora", lambda: load_adapter(job.base, adapter))
+        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
 
         for arm in config.baselines:
             measure_once(job, results, arm, partial(_baseline, job, results, arm, importance))
@@ -109,13 +108,13 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         job = _open(config, given_importance(config), resumable=False)
         _check_adapter(job, adapter)
         first_does(job.keep_config)
-        results = first_does(lambda: starting_results(job, command))
+        results = first_does(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": earlier["history"], "seconds": seconds}
         measure_once(job, results, "base", lambda: job.base)
-        measure_once(job, results, "hlora", lambda: load_adapter(job.base, adapter))
+        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
         if job.given is not None or (job.output / "importance").is_dir():
             results["importance"] = describe(job.given or Importance.load(job.output / "importance"), config)
         return first_does(lambda: finish(job, results))
@@ -187,7 +186,7 @@ def _check_adapter(job: Job, directory: Path) -> None:
 
     The importance beside it, if there is one, knows the base model by its weights.
     """
-    model = load_adapter(job.base, directory, job.config.lora.rank)
+    model = job.with_adapter(directory, job.config.lora.rank)
     recorded = job.output / "importance"
     if recorded.is_dir():
         importance = Importance.load(recorded)
@@ -196,4 +195,4 @@ def _check_adapter(job: Job, directory: Path) -> None:
             importance.covering([matrix for matrix in matrices if matrix.name in importance.matrices])
         except ArtifactError as error:
             raise ArtifactError(f"{recorded}: {error}") from None
-    model.unload()
+    job.release(model)

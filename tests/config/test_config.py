@@ -187,7 +187,53 @@ def test_the_exact_gradient_is_for_squared_gradients() -> None:
 def test_output_directory_and_seed_of_a_phase_cannot_be_set_past_the_configuration() -> None:
     for name in ("output_dir", "seed"):
         (line,) = errors(minimal(), f"training.common.{name}=1")
-        assert line.startswith(f"my.yaml: training.common: '{name}' is not an argument")
+        assert line.startswith(f"my.yaml: training.common: {name} cannot be set here: hlora sets it from ")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("self_attn.q_proj", ["self_attn.q_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("all-linear", "all-linear"),
+        ("[all-linear]", "all-linear"),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        (r"'.*layers\.[01]\..*q_proj'", r".*layers\.[01]\..*q_proj"),
+    ],
+)
+def test_module_names_as_text_are_a_list_and_only_a_pattern_stays_text(given: str, expected: Any) -> None:
+    assert parse_config(minimal(), overrides=[f"lora.target_modules={given}"]).lora.target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.tune.eval_strategy=steps", "training.tune: eval_strategy cannot be set here: hlora measures before"),
+        ("training.common.load_best_model_at_end=true", "training.common: load_best_model_at_end cannot be set here"),
+        ("training.common.resume_from_checkpoint=x", "training.common: resume_from_checkpoint cannot be set here: the"),
+        ("training.record.push_to_hub=true", "training.record: push_to_hub cannot be set here"),
+        ("training.tune.assistant_only_loss=true", "training.tune: assistant_only_loss cannot be set here"),
+        ("training.common.dataset_text_field=body", "training.common: dataset_text_field cannot be set here: name the"),
+        (
+            "training.common.chat_template_path=x",
+            "training.common: chat_template_path cannot be set here",
+        ),
+        ("training.common.fsdp=full_shard", "training.common: fsdp cannot be set here: ask for it in the launch"),
+        ("training.common.lr_scheduler_type=cosin", "training.common: lr_scheduler_type: expected one of linear, "),
+        ("training.common.report_to=[wanbd]", "training.common: report_to: 'wanbd' is not a tracker; did you mean"),
+        ("training.tune.num_train_epochs=0", "training.tune: num_train_epochs: expected more than 0, got 0"),
+    ],
+)
+def test_a_training_argument_that_could_only_be_ignored_or_fail_is_refused(override: str, expected: str) -> None:
+    (line,) = errors(minimal(), override)
+    assert line.startswith(f"my.yaml: {expected}"), line
+
+
+def test_a_plain_no_is_read_as_the_choice_that_it_is_and_an_argument_that_is_off_is_accepted() -> None:
+    off = ["eval_strategy=no", "save_strategy=no", "load_best_model_at_end=false", "push_to_hub=false"]
+    read = parse_config(minimal(), overrides=[f"training.common.{each}" for each in off]).training.common
+    assert read == {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
 
 def test_several_mistakes_are_reported_together_one_line_each() -> None:

@@ -25,7 +25,8 @@ from hlora.config.sections import ModelConfig
 from hlora.importance.artefact import Importance
 from hlora.model.base import check_lengths, load_base, pick_device
 from hlora.model.saved_adapter import load_adapter
-from hlora.run.job import Job, lengths
+from hlora.run.job import Job
+from hlora.run.lengths import lengths
 from hlora.system import files
 from hlora.system.errors import ArtifactError, ConfigError, HloraError
 from hlora.system.locks import lock_directory, try_lock
@@ -78,7 +79,7 @@ def test_an_adapter_of_another_base_says_what_is_unlike(
 
 
 def test_an_adapter_of_another_rank_names_both(base: PreTrainedModel, adapter: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"adapter: the adapter is of rank 4, lora\.rank is 8"):
+    with pytest.raises(ArtifactError, match=r"adapter: the adapter has rank 4, lora\.rank is 8"):
         load_adapter(base, adapter, rank=8)
     change(adapter, r=8)
     with pytest.raises(ArtifactError, match=r"says rank 8, the matrices have 4"):

@@ -24,14 +24,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hlora import pipeline
 from hlora.comparison import cost
 from hlora.comparison.compare import compare
-from hlora.config.reading import load_config
+from hlora.config.reading import load_config, parse_config
 from hlora.importance.shares import balanced, rows_of
 from hlora.model.adapters import adapted_matrices, check_trained_by
 from hlora.parallel.launch import join_launch
 from hlora.run.job import check_sharding
 from hlora.system.errors import AdapterError, ConfigError
 from hlora.system.locks import lock_directory
-from hlora.training.train import sft_arguments
 
 pytestmark = pytest.mark.slow  # each starts processes
 
@@ -262,8 +261,8 @@ def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
     for each in (cut, cut_again):
         assert each["statuses"][1] == -9 and set(each["statuses"]) <= {2, -9, -15}
         assert each["said"].count("another process of this launch has ended") == 1
-    assert f"going on from {tmp_path}/out/logs/record/checkpoint-2" in cut_again["said"]
-    assert f"going on from {tmp_path}/out/logs/tune/checkpoint-2" in done["said"]
+    assert f"resuming from {tmp_path}/out/logs/record/checkpoint-2" in cut_again["said"]
+    assert f"resuming from {tmp_path}/out/logs/tune/checkpoint-2" in done["said"]
     assert done["statuses"] == [0], done["said"]
     assert_same_run(tmp_path / "out", run_alone)
 
@@ -283,7 +282,7 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
         f"4 sharded record 3 -- run {configured(4, **more)}", f"2 sharded -- run {configured(2, **more)}"
     )
     assert cut["statuses"][1] == -9, cut["said"]
-    assert f"going on from {tmp_path}/out/logs/record/checkpoint-2" in done["said"]
+    assert f"resuming from {tmp_path}/out/logs/record/checkpoint-2" in done["said"]
     assert done["statuses"] == [0, 0], done["said"]
     assert_same_run(tmp_path / "out", tmp_path / "alone")
     assert done["said"].count("evaluating: hlora") == 1 and "Traceback" not in done["said"]
@@ -409,9 +408,10 @@ def test_a_launch_by_fsdp1_or_deepspeed_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_sharding_is_asked_of_the_launcher_not_of_the_configuration(tmp_path: Path, engine: str) -> None:
-    with pytest.raises(ConfigError, match=f"training: {engine} .*accelerate launch --use_fsdp --fsdp_version 2"):
-        sft_arguments(tmp_path, {engine: {"version": 2}}, 0)
+def test_sharding_is_asked_of_the_launcher_not_of_the_configuration(job_fields: dict[str, Any], engine: str) -> None:
+    job_fields["training"]["common"][engine] = "full_shard"
+    with pytest.raises(ConfigError, match=f"{engine} cannot be set here.*accelerate launch --use_fsdp --fsdp_version"):
+        parse_config(job_fields)
 
 
 def test_what_does_not_divide_its_work_is_refused_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:

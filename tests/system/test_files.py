@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hlora.system.files import beside, building, of_the_disk, write_text
+from hlora.system.files import beside, building, is_io_error, write_text
 from hlora.system.locks import lock_directory
 
 
@@ -148,7 +148,7 @@ def save_a_tokenizer(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [0, 100, 4096])
-def test_a_short_write_of_any_library_is_known_for_one_of_the_disk(
+def test_a_short_write_of_any_library_is_known_for_one_is_io_error(
     tmp_path: Path, save: Callable[[Path], Any], size: int
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -158,5 +158,5 @@ def test_a_short_write_of_any_library_is_known_for_one_of_the_disk(
             save(tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert of_the_disk(caught.value), caught.value
-    assert not of_the_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_io_error(caught.value), caught.value
+    assert not is_io_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -25,15 +25,16 @@ from hlora.data.general import GeneralText, general_text, hold_out_documents, me
 from hlora.data.tasks import Example
 from hlora.evaluation.evaluate import evaluate
 from hlora.methods import METHODS
-from hlora.model.base import check_lengths, load_base
-from hlora.run.job import Job, lengths
+from hlora.model.base import load_base, pick_device
+from hlora.run.job import Job
+from hlora.run.lengths import fit_lengths
 from hlora.run.results import describe
+from hlora.run.trial import check_arguments, try_phases
 from hlora.system.digest import digest
-from hlora.system.errors import CannotRun, DataError, HloraError, first_line
+from hlora.system.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.system.files import check_directory, make_directory, refuse_links, write_json, write_text
 from hlora.system.locks import try_lock
 from hlora.system.redaction import redacted, without_secret_fields
-from hlora.training.train import sft_arguments
 
 logger = logging.getLogger("hlora")
 
@@ -70,16 +71,27 @@ class Grid:
             refuse_links(output)
         for name in config.arms:  # before the model is there
             cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
-        for arguments in (config.training.of_record(), config.training.of_tune()):
-            sft_arguments(output, arguments, config.seeds[0])
+        check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
         base, tokenizer = load_base(config.model)
-        check_lengths(base, lengths(config))
-        grid = cls(config, output, base, tokenizer, dry_run=dry_run)
-        grid.first_cells()  # a wrong arm or row is reported now
+        grid = cls(fit_lengths(config, base), output, base, tokenizer, dry_run=dry_run)
+        cells = grid.first_cells()  # a wrong arm or row is reported now
+        grid.try_phases(cells)
         if not dry_run:
             shown = redacted(config.model_dump())
             write_text(output / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         return grid
+
+    def try_phases(self, cells: Iterable[Cell]) -> None:
+        """Build the trainers of every arm on a few rows (see run.trial). Raises ConfigError that names the arm."""
+        tried = set()
+        for cell in cells:
+            settings = digest(cell.config.model_dump(include={"training", "lora", "importance"}))
+            if settings not in tried:
+                tried.add(settings)
+                try:
+                    try_phases(self.job(cell))
+                except ConfigError as error:
+                    raise ConfigError(f"arms.{cell.arm}: {error}") from None
 
     def first_cells(self) -> list[Cell]:
         """Every strength of every arm on the first seeds."""

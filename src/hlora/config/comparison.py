@@ -31,11 +31,11 @@ Strength = Annotated[float, Field(ge=0)]
 
 class FisherConfig(Section):
     examples: int = Field(default=128, ge=1)
-    """Sequences of general text that EWC-LoRA's Fisher information is taken on (paper: 20,000)."""
+    """Number of sequences of general text that EWC-LoRA's Fisher information is estimated on (paper: 20,000)."""
     max_length: int = Field(default=128, ge=2)
-    """Tokens of each."""
+    """Length of each sequence, in tokens."""
     batch_size: int = Field(default=8, ge=1)
-    """Sequences in one backward pass (paper: at most 8)."""
+    """Number of sequences in one backward pass (paper: at most 8)."""
 
 
 class ArmConfig(Section):
@@ -44,30 +44,30 @@ class ArmConfig(Section):
     strengths: Annotated[list[Strength], AfterValidator(each_once)] = []
     """Values of the method's strength to choose from, such as phi of hlora; for methods that have a strength."""
     tasks: list[str] = []
-    """Tasks that it runs on; all of them when empty."""
+    """Tasks that this arm runs on. Empty: all of them."""
     seeds: Annotated[list[int], AfterValidator(each_once)] = []
-    """Seeds that it runs with; all of them when empty."""
+    """Seeds that this arm runs with. Empty: all of them."""
     settings: dict[str, Any] = {}
-    """What this arm changes in the settings of a run, by path: {importance.xi: 1e-6}."""
+    """Fields of a run that this arm changes, by path: {importance.xi: 1e-6}."""
 
 
 class SelectionConfig(Section):
     rows: int = Field(default=100, ge=1)
-    """Training rows held out from every arm, to choose strengths on."""
+    """Number of training rows that no arm trains on, to choose strengths with."""
     texts: dict[str, str] = {}
-    """More general texts to choose on, name to file. The held-out tenth of the general text is always one."""
+    """More general texts to choose strengths with, name to file. The last tenth of the general text always is one."""
     seeds: int = Field(default=1, ge=1)
-    """Every strength runs on the first so many seeds; the chosen one on all."""
+    """Number of seeds that every strength runs with, from the first one. The chosen strength runs with all seeds."""
     kept_learning: float = Field(default=0.9, ge=0, le=1)
-    """Of the strengths that keep this share of what unprotected LoRA learned (fall of the answers' NLL on the held-out
-    rows), the one with the lowest general loss is chosen."""
+    """A strength must keep this share of what plain LoRA learns (the fall of the answer NLL on the held-out rows).
+    Of those that do, the one with the lowest general loss is chosen."""
 
 
 class CompareConfig(Preset):
     output: str
-    """Directory of the grid: finished cells, tables, figures, report."""
+    """Directory for finished cells, tables, figures and the report."""
     seeds: Annotated[list[Seed], AfterValidator(each_once)] = Field(default=[0, 1, 2], min_length=1)
-    """Seeds of adapters, data order and sampling."""
+    """Seeds of new adapters, data order and sampling."""
     model: ModelConfig
     """The base model."""
     lora: LoraSettings = LoraSettings()
@@ -75,29 +75,29 @@ class CompareConfig(Preset):
     general: GeneralConfig
     """The general task: what the model should not forget."""
     tasks: dict[str, DomainConfig] = Field(min_length=1)
-    """The domain tasks by name."""
+    """The domain tasks, each by a name of your choice."""
     arms: dict[str, ArmConfig] = Field(min_length=1)
-    """The methods to compare, by the name that tables and figures show."""
+    """The methods to compare, each by the name that tables and figures show."""
     importance: ImportanceConfig = ImportanceConfig()
     """How importance is recorded."""
     penalty: PenaltyConfig = PenaltyConfig()
-    """How it protects; phi is the strength where an arm names none."""
+    """How importance protects. phi is the strength of arms that name none."""
     fisher: FisherConfig = FisherConfig()
     """EWC-LoRA's importance."""
     training: TrainingConfig = TrainingConfig()
-    """Arguments handed to TRL, the same for every arm."""
+    """Arguments of TRL's SFTTrainer, the same for every arm."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured."""
     selection: SelectionConfig = SelectionConfig()
-    """How strengths are chosen."""
+    """How a strength is chosen for each arm."""
     ours: str = "HLoRA"
-    """Arm that tests and figures are about."""
+    """Arm that tests and figures single out."""
     rival: str = "EWC-LoRA"
-    """Arm that it is tested against."""
+    """Arm that `ours` is tested against."""
     unprotected: str = "LoRA(μ)"
-    """Arm that says what can be learned without protection."""
+    """Arm that shows what can be learned without protection."""
     ablation: list[str] = ["LoRA(ν+μ)", "HLoRA w/o layer weights", "HLoRA"]
-    """Arms of Table 2."""
+    """Arms of Table 2 (ablation)."""
 
     @model_validator(mode="after")
     def _records_its_own(self) -> CompareConfig:
@@ -128,8 +128,8 @@ class CellConfig(RunConfig):
     method: MethodName
     """How the model is tuned."""
     strength: Strength | None = None
-    """Of the method's protection, where it has one."""
+    """Strength of the method's protection, if it has one."""
     fisher: FisherConfig = FisherConfig()
     """EWC-LoRA's importance."""
     held_out_rows: int = 0
-    """Training rows that no arm trains on."""
+    """Number of training rows that no arm trains on."""

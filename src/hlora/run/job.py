@@ -12,76 +12,96 @@ from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hlora.config.comparison import CompareConfig
+from hlora.config.data_files import check_files
 from hlora.config.run import RunConfig
 from hlora.config.sections import ImportanceConfig
 from hlora.data.domain import DomainRows, Space, domain_rows
 from hlora.data.general import GeneralText, general_text, probe_texts
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
-from hlora.model.base import check_lengths, load_base, pick_device
+from hlora.model.base import load_base, pick_device
 from hlora.model.lora import attach_lora
+from hlora.model.saved_adapter import changes_base, load_adapter
 from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import first_goes_first, together
 from hlora.parallel.launch import sharding
+from hlora.run.lengths import fit_lengths
+from hlora.run.trial import check_arguments, try_phases
 from hlora.system.errors import ConfigError
 from hlora.system.files import make_directory, write_text
 from hlora.system.redaction import redacted
-from hlora.training.train import sft_arguments
-
-_PARTS = ("common", "record", "tune")
 
 
 @dataclass
 class Job:
-    """A configuration, its base model and its output directory. Data are read when first asked for."""
+    """A configuration, its base model and its output directory. Data are read when first used."""
 
     config: RunConfig
-    base: PreTrainedModel
+    _base: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     output: Path
     recorded: tuple[ImportanceConfig, ...] = ()
-    """A comparison's: every kind of importance that its general phases record at once."""
+    """In a comparison: every kind of importance that its general phases record at once."""
     resumable: bool = False
-    """Whether its phases keep checkpoints, and go on from those that are there."""
+    """Whether the phases write checkpoints, and resume from those on the disk."""
     given: Importance | None = None
-    """An importance recorded before, for its domain phase: the one that `importance.use` names, or that is there."""
+    """An importance recorded earlier, for the domain phase: the one that `importance.use` names, or the one on disk."""
+    _base_changed: bool = False
+    """Whether an adapter on the base model has changed its weights."""
 
     @classmethod
     def open(cls, config: RunConfig, resumable: bool = False, given: Importance | None = None) -> Job:
-        """Load the model, make the output directory, and check what can be checked before hours of training.
+        """Check everything that can be checked before hours of training: files, rows, model, lengths, both trainers.
 
-        Nothing that is there is changed until all of it fits.
+        Changes nothing on disk until every check has passed, except that it makes the output directory.
         """
         output = Path(config.output)
         with together():
             check_sharding(config)
+            check_files(config)
             make_directory(output)
-            on_cpu = {"use_cpu": pick_device(config.model.device).type == "cpu"}
-            for arguments in (config.training.of_record(), config.training.of_tune()):
-                sft_arguments(output, {**on_cpu, **arguments}, config.seed)
+            check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
         base, tokenizer = first_goes_first(lambda: load_base(config.model))
-        check_lengths(base, lengths(config))
-        job = cls(config, base, tokenizer, output, resumable=resumable, given=given)
+        job = cls(fit_lengths(config, base), base, tokenizer, output, resumable=resumable, given=given)
         with together():
-            job.domain  # noqa: B018  # a wrong row is reported now, not after the general phase
+            job.domain  # noqa: B018  # an unusable row is reported now, not after the general phase
         job.general  # noqa: B018  # read by every process
         with together():
             probe_texts(config.penalty.probe_texts, job.general)
             model = attach_lora(base, config.lora, config.seed)
             adapted_matrices(model)
             model.unload()
+        try_phases(job)
         return job
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model with the weights it was loaded with.
+
+        In several processes: the first use after `release` may load the base again, so every process makes it.
+        """
+        if self._base is None:
+            self._base, _ = first_goes_first(lambda: load_base(self.config.model))
+        return self._base
+
+    @base.setter
+    def base(self, base: PreTrainedModel) -> None:
+        self._base = base
+
+    def with_adapter(self, directory: Path, rank: int | None = None) -> PeftModel:
+        """The base model with a saved adapter on it (see `load_adapter`). `release` takes the adapter off again."""
+        self._base_changed = changes_base(directory)
+        return load_adapter(self.base, directory, rank)
+
     def release(self, model: Any) -> None:
-        """Take the adapter off the base model. One that was sharded stays so, and is loaded anew instead."""
-        if is_sharded(model):
-            self.base, _ = first_goes_first(lambda: load_base(self.config.model))
+        """Take the adapter off the base model, or drop a base that is sharded or changed: `base` loads it again."""
+        if is_sharded(model) or self._base_changed:
+            self._base, self._base_changed = None, False
         elif isinstance(model, PeftModel):
             model.unload()
 
     def keep_config(self) -> None:
-        """Write the resolved configuration beside what it makes."""
+        """Write the resolved configuration to the output directory."""
         write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.model_dump()), sort_keys=False))
 
     @cached_property
@@ -97,7 +117,7 @@ class Job:
 
 
 def check_sharding(config: RunConfig) -> None:
-    """Raises ConfigError for what a launch that shards (FSDP2) cannot do, by field."""
+    """Raises ConfigError that names the first field which a launch that shards (FSDP2) cannot serve."""
     if not sharding():
         return
     unsupported = {
@@ -110,24 +130,11 @@ def check_sharding(config: RunConfig) -> None:
     for field, is_set in unsupported.items():
         if is_set:
             raise ConfigError(
-                f"{field} cannot be used where the model is sharded (FSDP2). Launch with torchrun (DDP), or leave it "
-                "out (docs/guides/distributed.md)."
+                f"{field} cannot be used with a sharded model (FSDP2). Launch with torchrun (DDP), or remove it "
+                "(docs/guides/distributed.md)."
             )
     on_cpu = pick_device(config.model.device).type == "cpu"
     if Accelerator(cpu=on_cpu).distributed_type is not DistributedType.FSDP:
         raise ConfigError(
-            "this launch asks for FSDP2, and Accelerate shards on accelerators alone. Launch with torchrun (DDP) here."
+            "this launch asks for FSDP2, but Accelerate shards on accelerators only. Launch with torchrun (DDP) here."
         )
-
-
-def lengths(config: RunConfig | CompareConfig) -> dict[str, int | None]:
-    """Tokens of a row by field, for those that the user has set; TRL's own default of max_length is for any model."""
-    training, importance, evaluation = config.training, config.importance, config.evaluation
-    found = {f"training.{part}.max_length": getattr(training, part).get("max_length") for part in _PARTS}
-    if "window" in evaluation.model_fields_set:
-        found["evaluation.window"] = min(evaluation.window, evaluation.max_tokens)
-    if importance.method == "squared_gradients" and config.penalty.anchor == "base":
-        found["importance.sequence_length"] = importance.sequence_length
-    if config.general.source == "model":
-        found["general.sample_tokens"] = config.general.sample_tokens
-    return found

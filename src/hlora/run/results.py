@@ -61,15 +61,15 @@ def read_results(output: Path) -> dict[str, Any]:
         ) from None
 
 
-def starting_results(job: Job, command: str) -> dict[str, Any]:
-    """What results.json will hold, before anything is measured."""
+def starting_results(job: Job, base: PreTrainedModel, command: str) -> dict[str, Any]:
+    """What results.json holds before anything is measured. base: `job.base`."""
     facts = {"general": job.general.facts, "domain": job.domain.facts}
     return {
         "arms": {},
         "seconds": {},
         "history": {},
         "importance": {},
-        "provenance": {"seed": job.config.seed, **provenance(job.base, facts)},
+        "provenance": {"seed": job.config.seed, **provenance(base, facts)},
         "config": job.config.model_dump(),
         "command": command,
     }

@@ -80,7 +80,7 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     for of_another_run in ("results.json", "report.html"):
         (job.output / of_another_run).unlink(missing_ok=True)
     job.keep_config()
-    results = starting_results(job, command)
+    results = starting_results(job, job.base, command)
     write_json(job.output / UNFINISHED, {**mine, "results": results})
     return results
 

@@ -3,13 +3,13 @@
 HloraError
 ├── ConfigError    a field of the configuration is wrong or unknown
 ├── DataError      a file, row or column cannot be used
-├── AdapterError   the model holds something that importance cannot protect
-├── ArtifactError  a saved importance is damaged or belongs to another model
+├── AdapterError   the model has parts that importance cannot protect
+├── ArtifactError  a saved importance or adapter is damaged, or belongs to another model
 ├── TrainingError  a loss or weight is not finite any more
-├── ClusterError   the machines that compute a grid's cells are not there, or die
+├── ClusterError   the machines that compute a grid's cells are missing, or die
 └── CannotRun      a method of a comparison does not work on this model
 
-Each message says what was expected, what came and what to do next. The CLI prints it without a
+Each message has what was expected, what came and what to do next. The CLI prints the message without a
 traceback and exits with status 2.
 """
 
@@ -21,14 +21,14 @@ from hlora.system.redaction import redact_text
 
 
 class HloraError(Exception):
-    """Base of every error that hlora raises on purpose. Its message holds no secret, whatever it quotes."""
+    """Base of every error that hlora raises on purpose. Secrets in its message are redacted."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact_text(str(message)))
 
 
 class ConfigError(HloraError):
-    """A configuration field is unknown, missing or out of range."""
+    """A field of the configuration is unknown, missing, out of range, or refused by a library."""
 
 
 class DataError(HloraError):
@@ -36,41 +36,58 @@ class DataError(HloraError):
 
 
 class AdapterError(HloraError):
-    """The model's adapter is missing, or has parts that importance cannot protect."""
+    """The model's adapter is missing, or the model has trained parts that importance cannot protect."""
 
 
 class ArtifactError(HloraError):
-    """A saved importance is damaged, or does not fit the model it is put on."""
+    """A saved importance or adapter is damaged, or does not fit the model."""
 
 
 class TrainingError(HloraError):
-    """Training has diverged: a loss, the penalty or a weight is not finite any more."""
+    """Training has diverged: a loss, the penalty or a weight is not finite."""
 
 
 class ClusterError(HloraError):
-    """The machines that compute a grid's cells are not there, see other files than the driver, or die."""
+    """The machines that compute a grid's cells are missing, see other files than the driver, or die."""
 
 
 class CannotRun(HloraError):
-    """A method of a comparison does not work on this model; the comparison says so in the cell and goes on."""
+    """A method of a comparison does not work on this model. The comparison reports it in the cell and continues."""
 
 
-def first_line(error: Exception) -> str:
-    """Kind and first line of another library's error, at most 200 characters, to quote in one of ours."""
+def first_line(error: BaseException) -> str:
+    """Type and first line of another library's error, at most 200 characters, to quote in one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def how_to_install(extra: str) -> str:
-    """The command that brings an extra of hlora, as a sentence. hlora is on no package index: a clone has it."""
+    """The command that installs an extra of hlora, as a sentence. hlora is on no package index, only in a clone."""
     return f"In your clone of hlora: pip install '.[{extra}]'"
+
+
+def io_message(error: BaseException) -> str:
+    """What the command line prints for an error of the disk: full, no permission, a mount that is gone."""
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+    return (
+        f"{redact_text(f'{place}{reason}')}. Everything completed so far is intact. Fix the cause, then run the same "
+        "command again to resume."
+    )
+
+
+LOST_PEER = (
+    "another process of this launch has ended, so this one stops. The reason is in its message, or in the launcher's. "
+    "Run the same command again, with any number of processes, to resume from the last checkpoint."
+)
+"""What the command line prints when another process of the launch dies."""
 
 
 @contextmanager
 def culprit(path: Path, remedy: str) -> Iterator[None]:
-    """Raises DataError that names a file for whatever goes wrong, but with the disk, while its content is worked on."""
+    """Turn any error but the disk's, while the content of a file is used, into a DataError that names the file."""
     try:
         yield
     except (HloraError, OSError):
         raise
-    except Exception as error:  # a file that anyone may have changed can make any of Python's errors
+    except Exception as error:  # anyone may have edited the file, which can cause any error
         raise DataError(f"{path}: not as hlora writes it ({first_line(error)}). {remedy}") from None

@@ -60,11 +60,11 @@ def refuse_links(directory: Path) -> None:
             )
 
 
-def of_the_disk(error: BaseException) -> bool:
-    """Whether an error says that a file could not be read or written.
+def is_io_error(error: BaseException) -> bool:
+    """Whether an error means that a file could not be read or written.
 
-    The libraries below us have their own ways to say so: safetensors an error of its own, tokenizers "(os error 28)" in
-    a bare Exception, torch.save a RuntimeError of its stream writer.
+    Libraries have their own: safetensors an error type, tokenizers "(os error 28)" in a bare Exception, torch.save a
+    RuntimeError of its stream writer.
     """
     if isinstance(error, OSError | SafetensorError):
         return True

@@ -31,10 +31,10 @@ _QUICK = 10_000  # rows that TRL prepares in a few seconds, not worth its five p
 
 
 class StopWhenDiverged(TrainerCallback):
-    """Ends a training whose adapter is not finite, as no later step can mend that: when the loss that is logged is not
-    finite either, before a checkpoint is completed, and before what was trained is handed on.
+    """Ends a training whose adapter is not finite, since no later step can repair it.
 
-    A single such loss that a gradient scaler or the recorder leaves out does not end it.
+    Checked when a logged loss is not finite, before a checkpoint is completed, and at the end. A loss that is not
+    finite does not end the training if a gradient scaler or the recorder skips its step.
     """
 
     def on_log(
@@ -67,11 +67,11 @@ class StopWhenDiverged(TrainerCallback):
 
 
 def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Add a callback ahead of Trainer's trackers, so that what it adds to a log entry is reported.
+    """Add a callback before Trainer's trackers, so that they report what the callback adds to a log entry.
 
-    One with a method `after_trackers(trainer)` brings a second callback, which goes behind the trackers.
+    If it has a method `after_trackers(trainer)`, the callback which that returns is added after the trackers.
     """
-    # Not trainer.add_callback, which warns of a second recorder: a comparison has several on one training.
+    # Not trainer.add_callback, which warns of a second recorder: a comparison attaches several to one training.
     trainer.callback_handler.callbacks.insert(0, callback)
     after_trackers = getattr(callback, "after_trackers", None)
     if after_trackers is not None:
@@ -79,7 +79,7 @@ def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
 
 
 def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> SFTConfig:
-    """TRL's SFTConfig with our defaults below `arguments`. Raises ConfigError when TRL refuses a value."""
+    """TRL's SFTConfig, with our defaults for what `arguments` does not set. Raises ConfigError if TRL refuses one."""
     from trl import SFTConfig
 
     defaults: dict[str, Any] = {
@@ -88,23 +88,63 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
         "report_to": ["tensorboard"],
         "gradient_checkpointing": False,
         "bf16": False,
-        "logging_nan_inf_filter": False,  # it shows the mean of earlier losses where there is none
+        "logging_nan_inf_filter": False,  # replaces a loss that is not finite by the mean of earlier ones
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
-        # TRL's own bfd cuts what is longer than a row off its documents, and lays the whole batch out as one row:
+        # TRL's default, bfd, cuts the end off a document longer than a row, and makes one row of the whole batch:
         # without flash attention a step takes 1.4 times as long at 8×128 tokens and 2.2 times at 8×512 (CPU).
         "packing_strategy": "wrapped",
     }
-    for engine in ("fsdp", "deepspeed"):
-        if arguments.get(engine):
-            raise ConfigError(
-                f"training: {engine} is not asked for here, as evaluation has to know of it too. Shard by `accelerate "
-                "launch --use_fsdp --fsdp_version 2` (docs/guides/distributed.md)."
-            )
     try:
         return SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from error
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    output: Path,
+    arguments: dict[str, Any],
+    seed: int,
+    trainer_class: type[SFTTrainer] | None = None,
+    resumable: bool = False,
+) -> SFTTrainer:
+    """The trainer of a phase, without callbacks. Arguments as for `train`.
+
+    Raises:
+        ConfigError: SFTConfig refuses an argument.
+        Exception: What else TRL and Transformers raise; training.trial tries it out as a run opens.
+    """
+    from trl import SFTTrainer
+
+    # Trainer moves the model to an accelerator if there is one, even where model.device asks for the CPU.
+    defaults: dict[str, Any] = {"use_cpu": device_for(model).type == "cpu"}
+    if world() > 1:
+        defaults["ddp_find_unused_parameters"] = False  # every LoRA layer is used; a search costs one pass a step
+    if resumable:
+        defaults |= {"save_only_model": True, "save_total_limit": 2}  # two, in case the newest is incomplete
+    run_name, phase = output.resolve().parents[1].name, output.name  # <output>/logs/<phase>
+    named = {"run_name": f"{arguments.get('run_name', run_name)}/{phase}"}  # each phase is a run in the trackers
+    config = sft_arguments(output, {**defaults, **arguments, **named}, seed)
+    config.hub_token = None  # Trainer pickles its arguments into each checkpoint
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    if len(dataset) < _QUICK or not is_first():
+        disable_progress_bars()
+    try:
+        trainer_class = trainer_class or SFTTrainer
+        with their_errors(model):
+            trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    finally:
+        enable_progress_bars()
+    for parameter, before in trained:
+        # TRL rounds the adapter of a quantised base to bfloat16, in which small steps of the optimizer are lost.
+        if parameter.dtype != before.dtype:
+            parameter.data = before.to(parameter.device)
+    trainer.remove_callback(PrinterCallback)  # which disable_tqdm adds
+    return trainer
 
 
 def train(
@@ -118,46 +158,40 @@ def train(
     trainer_class: type[SFTTrainer] | None = None,
     resumable: bool = False,
 ) -> list[dict[str, Any]]:
-    """One SFTTrainer run; returns its log entries (loss in nats per token by step).
+    """One phase of training by TRL's SFTTrainer.
 
-    dataset: rows as TRL reads them (text, prompt/completion or messages). arguments: those of trl.SFTConfig.
-    trainer_class: a subclass of trl.SFTTrainer, for another loss. resumable: keep checkpoints in `output`, and go on
-    from the last complete one that is there.
+    Args:
+        model: The base model with its adapter.
+        tokenizer: The model's.
+        dataset: Rows as TRL reads them.
+        output: <output>/logs/<phase>, for checkpoints and TensorBoard.
+        arguments: Those of trl.SFTConfig.
+        seed: Of data order and dropout.
+        callbacks: Added before the trackers, in reverse order.
+        trainer_class: A subclass of trl.SFTTrainer, for another loss.
+        resumable: Write checkpoints to `output`, and resume from the last complete one there.
+
+    Returns:
+        Trainer's log entries, with the loss in nats per token by step.
     """
-    from trl import SFTTrainer
-
-    # Trainer moves the model to an accelerator that it finds, also when model.device asked for the CPU.
-    defaults: dict[str, Any] = {"use_cpu": device_for(model).type == "cpu"}
-    if world() > 1:
-        defaults["ddp_find_unused_parameters"] = False  # LoRA layers are all used; looking for others takes a pass
-    if resumable:
-        defaults |= {"save_only_model": True, "save_total_limit": 2}  # two: the newest may be cut short
-    of, phase = Path(output).resolve().parents[1].name, Path(output).name  # <output>/logs/<phase>
-    named = {"run_name": f"{arguments.get('run_name', of)}/{phase}"}  # in trackers, where a phase is a run
-    config = sft_arguments(output, {**defaults, **arguments, **named}, seed)
-    if not config.push_to_hub:
-        config.hub_token = None  # Trainer pickles its arguments into each checkpoint
-    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    if len(dataset) < _QUICK or not is_first():
-        disable_progress_bars()
-    try:
-        trainer_class = trainer_class or SFTTrainer
-        with their_errors(model):
-            trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
-    finally:
-        enable_progress_bars()
-    for parameter, before in trained:
-        # TRL rounds the adapter of a quantised base to bfloat16, where small steps of the optimizer are lost.
-        if parameter.dtype != before.dtype:
-            parameter.data = before.to(parameter.device)
-    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in its place
-    line = ProgressLine(Path(output).name)
+    output = Path(output)
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        dataset,
+        output=output,
+        arguments=arguments,
+        seed=seed,
+        trainer_class=trainer_class,
+        resumable=resumable,
+    )
+    line = ProgressLine(output.name)
     last = [Checkpoints()] if resumable else []
     for callback in (*last, line, StopWhenDiverged(), *callbacks):
         add_callback_first(trainer, callback)
-    found = first_does(lambda: _latest(Path(output))) if resumable else None
+    found = first_does(lambda: _latest(output)) if resumable else None
     if found is not None:
-        logger.info("going on from %s", found)
+        logger.info("resuming from %s", found)
     try:
         with run_of_its_own(), their_errors(model):
             trainer.train(resume_from_checkpoint=found)
@@ -165,7 +199,7 @@ def train(
         line.stop()  # Trainer does not call on_train_end after an error
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
     for entry in history:
-        entry.pop("num_tokens", None)  # TRL counts anew where a training goes on
+        entry.pop("num_tokens", None)  # TRL counts from 0 again after a resume
     return history
 
 

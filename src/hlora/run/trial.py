@@ -1,0 +1,106 @@
+"""Both phases tried out as a job opens: an error of TRL, Transformers or a template names the field that causes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hlora.config.training import TrainingConfig
+from hlora.model.lora import attach_lora
+from hlora.parallel.group import world
+from hlora.system.errors import ConfigError, HloraError
+from hlora.system.files import is_io_error
+from hlora.system.redaction import MARK, is_secret_name
+from hlora.training.checkpoint import random_state, set_random_state
+from hlora.training.train import sft_arguments
+from hlora.training.trial import ROWS, build_on_trial
+
+if TYPE_CHECKING:
+    from hlora.run.job import Job
+
+_CHARACTERS = 5_000  # of a general document; enough for the rows of a trial
+
+Build = Callable[[dict[str, Any]], object]
+
+
+def check_arguments(training: TrainingConfig, output: Path, on_cpu: bool) -> None:
+    """Build the arguments of each phase, which needs no model. Raises ConfigError as `try_phases`."""
+    for phase, arguments in (("record", training.of_record()), ("tune", training.of_tune())):
+        _blaming(training, phase, arguments, lambda given: sft_arguments(output, {"use_cpu": on_cpu, **given}, 0))
+
+
+def try_phases(job: Job) -> None:
+    """Build the trainer of each phase on a few rows, with optimizer and schedule.
+
+    Trains and writes nothing. Random numbers and the base model are afterwards as before.
+
+    In several processes: every process calls it.
+
+    Raises:
+        ConfigError: A library refuses a value, with the field and the library's message.
+    """
+    config = job.config
+    domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset()
+    general = replace(job.general, train=[text[:_CHARACTERS] for text in job.general.train[:ROWS]]).dataset()
+    phases = [("tune", domain, config.training.of_tune())]
+    if not config.in_one_pass and job.given is None:
+        phases.insert(0, ("record", general, config.training.of_record()))
+    random = random_state()
+    model = attach_lora(job.base, config.lora, config.seed)
+    try:
+        for phase, rows, arguments in phases:
+            build = partial(build_on_trial, model, job.tokenizer, rows, config.seed)
+            try:
+                _blaming(config.training, phase, arguments, build)
+            except ConfigError as error:
+                targets = config.lora.target_modules
+                names = [targets] if isinstance(targets, str) else targets
+                if str(error).startswith(f"training.{phase}: ") and any(
+                    name.split(".")[-1] in str(error) for name in names
+                ):
+                    problem = str(error).removeprefix(f"training.{phase}: ")
+                    raise ConfigError(f"lora.target_modules: {targets!r} cannot be used here. {problem}") from None
+                raise
+    finally:
+        model.unload()
+        set_random_state(random)
+
+
+def _blaming(training: TrainingConfig, phase: str, arguments: dict[str, Any], build: Build) -> None:
+    """Build; an error of a library becomes a ConfigError that names the argument without which there is none."""
+    try:
+        build(arguments)
+    except Exception as error:  # any library's, of any kind
+        cause = error.__cause__ if isinstance(error, HloraError) and error.__cause__ else error
+        message = f"{' '.join(str(cause).split())[:600]} ({type(cause).__name__})"
+        for name in _suspects(training, phase, str(cause)):
+            if _is_to_blame(build, arguments, name):
+                part = phase if name in getattr(training, phase) else "common"
+                value = MARK if is_secret_name(name) else repr(arguments[name])
+                raise ConfigError(f"training.{part}.{name}: {value} cannot be used here. {message}") from None
+        if is_io_error(error) or (isinstance(error, HloraError) and not isinstance(error, ConfigError)):
+            raise
+        raise ConfigError(f"training.{phase}: {message}") from None
+
+
+def _suspects(training: TrainingConfig, phase: str, message: str) -> Iterator[str]:
+    """The arguments that the user has set, those that the message names first."""
+    given = {**training.common, **getattr(training, phase)}
+    named = [name for name in given if re.search(rf"\b{name}\b", message)]
+    yield from named
+    yield from (name for name in given if name not in named)
+
+
+def _is_to_blame(build: Build, arguments: dict[str, Any], name: str) -> bool:
+    """Whether the trial succeeds without the argument."""
+    if world() > 1:  # an error in one process alone would leave the others waiting: the first suspect is blamed
+        return True
+    try:
+        build({key: value for key, value in arguments.items() if key != name})
+    except Exception:
+        return False
+    return True

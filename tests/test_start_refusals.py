@@ -1,0 +1,89 @@
+"""What a library would refuse when a trainer is built is refused as the run opens, by the field that causes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Invoke
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from hlora.config.reading import parse_config
+from hlora.run.job import Job
+from hlora.run.trial import try_phases
+from hlora.training.checkpoint import random_state
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(job_fields), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("training.tune.eval_strategy=steps", "training.tune: eval_strategy"),
+        ("training.common.load_best_model_at_end=true", "training.common: load_best_model_at_end"),
+        ("training.common.resume_from_checkpoint=there", "training.common: resume_from_checkpoint"),
+        ("training.common.push_to_hub=true", "training.common: push_to_hub"),
+        ("training.tune.assistant_only_loss=true", "training.tune: assistant_only_loss"),
+        ("training.common.dataset_text_field=body", "training.common: dataset_text_field"),
+        ("training.common.chat_template_path=none.jinja", "training.common: chat_template_path"),
+        ("training.tune.optim=adamw_tosrch", "training.tune: optim: expected one of"),
+        ("training.tune.optim=galore_adamw", "training.tune.optim: 'galore_adamw' cannot be used here"),
+        ("training.tune.padding_free=true", "training.tune.padding_free: True cannot be used here"),
+        ("training.common.report_to=comet_ml", "training.common.report_to: 'comet_ml' cannot be used here"),
+        ("training.tune.lr_scheduler_type=cosine_with_min_lr", "training.tune.lr_scheduler_type: 'cosine_with_min_lr'"),
+        ("training.record.max_length=null", "training.record.max_length: None cannot be used here"),
+        ("training.tune.save_strategy=best", "training.tune.save_strategy: 'best' cannot be used here"),
+        ("training.tune.loss_type=nope", "training.tune.loss_type: 'nope' cannot be used here"),
+        ("training.tune.router_aux_loss_coef=0.1", "training.tune.router_aux_loss_coef: 0.1 cannot be used here"),
+        ("lora.target_modules=[q_proj, lm_head]", "lora.target_modules: ['q_proj', 'lm_head'] cannot be used here"),
+        ("lora.target_modules='(q_proj'", "lora.target_modules: "),
+    ],
+)
+def test_a_refusal_of_a_library_comes_first_and_names_the_field(
+    hlora: Invoke, config: Path, tmp_path: Path, override: str, field: str
+) -> None:
+    status, _, err = hlora("run", config, "--set", override)
+    assert status == 2, err
+    assert field in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "logs").exists() and not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_the_arm_of_a_comparison_that_changes_a_refused_argument_is_named(
+    hlora: Invoke, comparison_file: Path, tmp_path: Path
+) -> None:
+    changes = 'arms.EWC-LoRA.settings={"training.tune": {"optim": "galore_adamw"}}'
+    status, _, err = hlora("compare", comparison_file, "--set", changes)
+    assert status == 2 and "arms.EWC-LoRA: training.tune.optim: 'galore_adamw' cannot be used here" in err, err
+    assert not (tmp_path / "grid" / "cells").exists()
+
+
+def snapshot(job: Job) -> Iterator[Any]:
+    """What a trial must leave as it was."""
+    for part in (job.base, job.base.config, job.base.generation_config):
+        yield {name: str(value) for name, value in vars(part).items()}
+    yield {name: (id(p), p._version, p.data_ptr()) for name, p in job.base.named_parameters()}
+    yield AutoTokenizer.from_pretrained(job.config.model.name).special_tokens_map == job.tokenizer.special_tokens_map
+    yield json.dumps(random_state(), default=lambda tensor: tensor.tolist())
+
+
+def test_a_trial_changes_neither_random_numbers_nor_model_nor_disk(job_fields: dict[str, Any], tmp_path: Path) -> None:
+    job = Job.open(parse_config(job_fields, overrides=["training.common.gradient_checkpointing=true"]))
+    torch.manual_seed(7)
+    before, files = list(snapshot(job)), sorted(tmp_path.rglob("*"))
+    try_phases(job)
+    assert list(snapshot(job)) == before
+    assert sorted(tmp_path.rglob("*")) == files
+    assert not isinstance(job.base, PeftModel) and not any("lora" in name for name, _ in job.base.named_modules())
