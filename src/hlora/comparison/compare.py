@@ -22,7 +22,7 @@ from hlora.config.comparison import CompareConfig
 from hlora.evaluation.evaluate import add_forgetting
 from hlora.parallel.launch import only_alone
 from hlora.run.results import provenance
-from hlora.system.files import building, write_json
+from hlora.system.files import building, write_json, write_text
 from hlora.system.redaction import redacted
 
 
@@ -103,14 +103,15 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
     from hlora.report.comparison.page import write_comparison_report
     from hlora.report.comparison.table_formats import write_tables
     from hlora.report.comparison.tables import all_tables
-    from hlora.report.style import save
+    from hlora.report.style import svg, svg_file
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     comparison = redacted(comparison)
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
+    drawings = {name: svg(figure) for name, figure in figures.items()}  # once: the page and the files show the same
     with building(output / "tables") as fresh_tables, building(output / "figures") as fresh_figures:
         write_tables(tables, fresh_tables)
-        for name, figure in figures.items():
-            save(figure, fresh_figures / name)
-        write_comparison_report(comparison, tables, figures, output / "report.html", cost)
+        for name, drawing in drawings.items():
+            write_text(fresh_figures / f"{name}.svg", svg_file(drawing))
+        write_comparison_report(comparison, tables, drawings, output / "report.html", cost)

@@ -90,14 +90,14 @@ class CompareConfig(Preset):
     """What is measured."""
     selection: SelectionConfig = SelectionConfig()
     """How a strength is chosen for each arm."""
-    ours: str = "HLoRA"
-    """Arm that tests and figures single out."""
-    rival: str = "EWC-LoRA"
-    """Arm that `ours` is tested against."""
-    unprotected: str = "LoRA(μ)"
-    """Arm that shows what can be learned without protection."""
-    ablation: list[str] = ["LoRA(ν+μ)", "HLoRA w/o layer weights", "HLoRA"]
-    """Arms of Table 2 (ablation)."""
+    ours: str = ""
+    """Arm that tests and figures single out; by default the first of method hlora."""
+    rival: str = ""
+    """Arm that `ours` is tested against; by default the first of method ewc."""
+    unprotected: str = ""
+    """Arm that shows what can be learned without protection; by default the first of method lora."""
+    ablation: list[str] = []
+    """Arms of Table 2 (ablation); no such table when empty."""
 
     @model_validator(mode="after")
     def _records_its_own(self) -> CompareConfig:
@@ -107,8 +107,14 @@ class CompareConfig(Preset):
 
     @model_validator(mode="after")
     def _roles_are_arms(self) -> CompareConfig:
-        if self.unprotected not in self.arms and any(len(arm.strengths) > 1 for arm in self.arms.values()):
-            raise ValueError(f"unprotected: no arm {self.unprotected!r}, yet strengths are chosen by what it learns")
+        roles = [(field, getattr(self, field)) for field in ("ours", "rival", "unprotected")]
+        for field, role in [*roles, *(("ablation", each) for each in self.ablation)]:
+            if role and role not in self.arms:
+                raise ValueError(f"{field}: no arm {role!r}; arms has {', '.join(self.arms)}")
+        self.ours = self.ours or self._first("hlora") or list(self.arms)[-1]
+        self.rival, self.unprotected = self.rival or self._first("ewc"), self.unprotected or self._first("lora")
+        if not self.unprotected and any(len(arm.strengths) > 1 for arm in self.arms.values()):
+            raise ValueError("unprotected: strengths are chosen by what an arm of method lora learns; add one to arms")
         for name, arm in self.arms.items():
             if arm.strengths and METHODS[arm.method].strength is None:
                 raise ValueError(f"arms: {name!r} has strengths, but its method, {arm.method}, takes none; remove them")
@@ -120,6 +126,10 @@ class CompareConfig(Preset):
         if not any(arm.method == "base" for arm in self.arms.values()):
             self.arms = {"Base": ArmConfig(method="base"), **self.arms}  # what forgetting is counted from
         return self
+
+    def _first(self, method: str) -> str:
+        """The first arm of a method; empty where none has it."""
+        return next((name for name, arm in self.arms.items() if arm.method == method), "")
 
 
 class CellConfig(RunConfig):

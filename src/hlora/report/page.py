@@ -6,7 +6,7 @@ Without what a model can write that a page cannot hold or should not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,29 @@ def render(package: str, values: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     head, body = files(__package__).joinpath("head.html"), files(package).joinpath("page.html")
     return environment.from_string(head.read_text("utf-8") + body.read_text("utf-8")).render(values)
+
+
+def about(
+    kind: str, config: Mapping[str, Any], provenance: Mapping[str, Any], domain: Sequence[str]
+) -> tuple[str, list[tuple[str, str]]]:
+    """The title of a page, and what it is of: model, domain, general text and date, as far as each is known.
+
+    kind: what the page is called. domain: names of the domain's tasks or files.
+    """
+    general = config.get("general") or {}
+    sources = [general, *(general.get("mixture") or [])]
+    texts = [name for source in sources for name in (*(source.get("paths") or []), source.get("dataset") or "")]
+    if any(source.get("source") == "model" for source in sources):
+        texts.append("the model's own samples")
+    facts = {
+        "Model": str((config.get("model") or {}).get("name") or ""),
+        "Domain": ", ".join(domain),
+        "General text": ", ".join(text for text in texts if text),
+        "Date": str(provenance.get("finished") or provenance.get("started") or "")[:10],
+    }
+    known = [(name, fact) for name, fact in facts.items() if fact]
+    shown = [fact for name, fact in known if name != "General text"]
+    return f"{kind}: {', '.join(shown)}" if shown else kind, known
 
 
 def write_page(page: str, path: Path) -> None:

@@ -27,6 +27,8 @@ _COLOURS = {
     "purple": PURPLE, "grey": GREY,
 }  # fmt: skip
 
+_SVG = "http://www.w3.org/2000/svg"
+
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -66,6 +68,11 @@ def svg(figure: Figure) -> str:
     # Matplotlib numbers its groups from one in each file: prefixed, several figures can share a page.
     prefix = "f" + hashlib.sha256(text.encode()).hexdigest()[:10]
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+
+
+def svg_file(drawing: str) -> str:
+    """What `svg` returned, as a file of its own."""
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + drawing.replace("<svg", f'<svg xmlns="{_SVG}"', 1)
 
 
 def save(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:

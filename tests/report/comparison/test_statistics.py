@@ -13,17 +13,17 @@ from scipy import stats
 
 from hlora.report.comparison.cells import cells_of, measure, untuned, values_of
 from hlora.report.comparison.equal_domain import (
-    _curve,
+    _losses,
     equal_domain,
     equal_domain_ratio,
     equal_domain_target,
     nll_at,
     pareto_front,
 )
-from hlora.report.comparison.significance import Interval, holm, interval_of_paired, mean_sd, welch
+from hlora.report.comparison.significance import Interval, Sample, holm, mean_sd, welch
 from hlora.system.errors import DataError
 
-BLOCKS, ROWS = 40, 60
+BLOCKS, ROWS, QUESTIONS = 40, 60, 200
 HARD = np.random.default_rng(1)
 BLOCK_SPREAD, ROW_SPREAD = HARD.normal(0, 0.5, BLOCKS), HARD.normal(0, 20, ROWS)  # what every model finds hard
 BLOCK_SPREAD, ROW_SPREAD = BLOCK_SPREAD - BLOCK_SPREAD.mean(), ROW_SPREAD - ROW_SPREAD.mean()
@@ -51,7 +51,7 @@ def cell(
     }
     rows: dict[str, Any] = {"rows": ROWS, "answer_nll": domain, "answer_nll_each": list(domain + ROW_SPREAD)}
     if acc is not None:
-        rows |= {"acc": acc}
+        rows |= {"acc": acc, "acc_each": [1.0] * round(QUESTIONS * acc) + [0.0] * round(QUESTIONS * (1 - acc))}
     return {
         "key": f"{arm}{task}{seed}{strength}",
         "arm": arm,
@@ -122,9 +122,14 @@ def test_a_loss_that_is_not_finite_spoils_the_mean_instead_of_vanishing():
     assert mean_sd([1.0, math.inf])[0] == math.inf
 
 
-def test_welch_equals_scipy_and_its_interval():
+def seeds(values: list[float]) -> Sample:
+    """Values over seeds on questions that make no noise."""
+    return Sample(values, np.zeros(2))
+
+
+def test_welch_without_noise_of_questions_equals_scipy_and_its_interval():
     ours, theirs = [18.9, 19.1, 19.0], [19.6, 19.2, 20.1, 19.9]
-    found, expected = welch(ours, theirs), stats.ttest_ind(ours, theirs, equal_var=False)
+    found, expected = welch(seeds(ours), seeds(theirs)), stats.ttest_ind(ours, theirs, equal_var=False)
     bounds = expected.confidence_interval(0.95)
     assert found.difference == pytest.approx(-0.7)
     assert (found.t, found.df, found.p) == pytest.approx((expected.statistic, expected.df, expected.pvalue))
@@ -133,34 +138,33 @@ def test_welch_equals_scipy_and_its_interval():
 
 def test_hedges_g_is_cohens_d_by_the_exact_correction():
     # Means 1 and 3, both of variance 1 over 3 values: d = −2, m = 4, J = Γ(2) / (√2 Γ(1.5)) = 0.797885.
-    assert welch([0.0, 1.0, 2.0], [2.0, 3.0, 4.0]).hedges_g == pytest.approx(-2 * 0.797885, abs=1e-5)
+    assert welch(seeds([0.0, 1.0, 2.0]), seeds([2.0, 3.0, 4.0])).hedges_g == pytest.approx(-2 * 0.797885, abs=1e-5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [3.0]), ([1.0, math.nan], [1.0, 2.0])])
 def test_welch_claims_nothing_where_a_side_has_no_spread_to_know(ours, theirs):
-    found = welch(ours, theirs)
+    found = welch(seeds(ours), seeds(theirs))
     assert all(math.isnan(x) for x in found[1:])
     assert found.difference == pytest.approx(np.mean(ours) - np.mean(theirs), nan_ok=True)
 
 
 def test_welch_without_any_variance_is_certain():
-    assert welch([0.1] * 3, [0.1] * 2) == (0.0, 0.0, 0.0, 0.0, 3, 1.0, 0.0)
-    assert welch([1.0, 1.0], [2.0, 2.0]) == (-1.0, -1.0, -1.0, -math.inf, 2, 0.0, -math.inf)
+    assert welch(seeds([0.1] * 3), seeds([0.1] * 2)) == (0.0, 0.0, 0.0, 0.0, math.inf, 1.0, 0.0)
+    assert welch(seeds([1.0] * 2), seeds([2.0] * 2)) == (-1.0, -1.0, -1.0, -math.inf, math.inf, 0.0, -math.inf)
 
 
 def test_welch_with_one_constant_side_has_the_degrees_of_freedom_of_the_other():
-    found = welch([1.0, 1.0, 1.0], [2.0, 3.0, 4.0])
+    found = welch(seeds([1.0] * 3), seeds([2.0, 3.0, 4.0]))
     assert found.df == pytest.approx(2)
     assert found.p == pytest.approx(stats.ttest_1samp([2.0, 3.0, 4.0], 1.0).pvalue)
 
 
-def test_paired_interval_is_the_t_interval_of_the_differences():
-    ours, theirs = [1.0, 2.0, 4.0], [1.5, 2.0, 3.0]
-    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert interval_of_paired(ours, theirs) == pytest.approx((0.5 / 3, expected.low, expected.high))
-    assert interval_of_paired([1.0], [3.0])[0] == -2.0
-    with pytest.raises(DataError, match="3 and 2"):
-        interval_of_paired(ours, theirs[:2])
+def test_a_model_without_seeds_is_tested_as_a_constant_with_the_noise_of_its_questions():
+    parts = np.array([0.0, 1.0, 2.0])
+    found = welch(seeds([2.0, 3.0, 4.0])._replace(parts=parts), Sample([1.0], np.zeros(3), seedless=True))
+    # Variances of the means: 1/3 over three seeds and 1/3 over three questions, each with 2 degrees of freedom.
+    assert (found.difference, found.df) == (2.0, pytest.approx(4.0))
+    assert found.high - found.difference == pytest.approx(stats.t.ppf(0.975, 4) * math.sqrt(2 / 3))
 
 
 def test_holm_by_hand():
@@ -319,17 +323,17 @@ def test_the_curve_is_of_the_seeds_that_have_every_strength(trade_off):
     trade_off["cells"] = [
         each for each in trade_off["cells"] if each["arm"] != "HLoRA" or each["seed"] == 0 or each["strength"] == 3.0
     ]
-    assert _curve(trade_off, "HLoRA", "piqa", "wikitext").points() == pytest.approx(
+    assert _losses(trade_off, "HLoRA", "piqa", "wikitext").points() == pytest.approx(
         np.array([(70.0, 3.38), (72.0, 3.18), (76.0, 2.98)])
     )
 
 
-def test_a_diverged_strength_leaves_the_curve(trade_off):
+def test_a_diverged_strength_leaves_the_losses(trade_off):
     for each in trade_off["cells"]:
         if each["arm"] == "HLoRA" and each["strength"] == 1.0:
             each["test"]["texts"]["wikitext"]["nll"] = math.nan
-    assert len(_curve(trade_off, "HLoRA", "piqa", "wikitext").points()) == 2
-    assert len(_curve(trade_off, "HLoRA", "piqa", "other").points()) == 3
+    assert len(_losses(trade_off, "HLoRA", "piqa", "wikitext").points()) == 2
+    assert len(_losses(trade_off, "HLoRA", "piqa", "other").points()) == 3
 
 
 def test_cells_scored_on_different_rows_are_refused(trade_off):

@@ -9,7 +9,7 @@ import pytest
 from drawn import labels, lines, rings, words
 from made_comparison import SEEDS, cell
 
-from hlora.report.comparison.equal_domain import _curve
+from hlora.report.comparison.equal_domain import _losses
 from hlora.report.comparison.trade_off import strength_sweep, trade_off
 from hlora.report.style import BLACK, GREEN, svg
 
@@ -32,7 +32,7 @@ def test_strength_sweep_draws_the_arms_with_several_strengths_and_rings_the_chos
 def test_trade_off_goes_through_the_points_of_one_set_of_seeds(small_comparison):
     figure = trade_off(small_comparison)
     ours = lines(figure.axes[0], GREEN)[0]
-    points = _curve(small_comparison, "HLoRA", "piqa", "wikitext").points()  # (answer NLL, log of perplexity), seed 0
+    points = _losses(small_comparison, "HLoRA", "piqa", "wikitext").points()  # (answer NLL, log of perplexity), seed 0
     np.testing.assert_allclose(sorted(map(tuple, ours)), sorted((x, math.exp(y)) for x, y in points))
     assert len(ours) == 4
     accuracy = [

@@ -128,8 +128,8 @@ def test_forgetting_picture_shows_rise_of_loss_and_answer_measures_of_every_arm(
     figure = forgetting_picture(arms)
     assert [axes.get_title(loc="left").split("?\n")[1] for axes in figure.axes] == ["wiki", "answer NLL", "accuracy"]
     shown = words(figure)
-    assert "−0.10 (−10%)" in shown
-    assert "+0.20 (+22%)" in shown
+    assert "−0.100 (−9.5 %)" in shown
+    assert "+0.200 (+22 %)" in shown
     assert {"5.00", "4.00", "3.90", "20.0 %", "30.0 %", "31.0 %"} <= set(shown)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Base", "HLoRA", "mine"]
 

@@ -77,16 +77,18 @@ def test_verdict_says_forgotten_when_the_loss_rose_beyond_noise():
     found = verdict(results(hlora=evaluation(3.1, answer_nll=4.0)))
     assert found.kept_state == "forgotten"
     assert found.tone == "bad"
-    assert found.headline == "Forgot what it knew. Learned the domain."
-    assert found.kept == "Forgotten: perplexity on wiki 20.1 → 22.2 (+11 %)."
+    assert found.headline == "Forgot some of what it knew. Learned a fair amount."
+    assert found.kept == "General text got harder to predict: perplexity on wiki 20.1 → 22.2 (+11 %)."
 
 
 def test_verdict_says_kept_when_the_rise_is_within_noise_and_names_the_noise():
     found = verdict(results(hlora=evaluation(3.02, answer_nll=4.0, acc=0.3)))
     assert found.kept_state == "kept"
     assert found.tone == "good"
-    assert found.kept == "Kept: perplexity on wiki 20.1 → 20.5 (+2.0 %, within the noise of ±2.9 %)."
-    assert found.learned == "Learned: answer NLL 5.00 → 4.00, accuracy 20.0 → 30.0 %."
+    assert found.kept == (
+        "General text got no harder to predict: perplexity on wiki 20.1 → 20.5 (+2.0 %, within the noise of ±2.9 %)."
+    )
+    assert found.learned == "75 of 250 questions right, before 50; answer NLL 5.00 → 4.00."
 
 
 def test_a_rise_within_unpaired_noise_is_forgetting_when_the_same_tokens_show_it():
@@ -99,8 +101,64 @@ def test_a_rise_within_unpaired_noise_is_forgetting_when_the_same_tokens_show_it
 def test_verdict_says_learned_nothing_when_the_domain_did_not_improve():
     found = verdict(results(hlora=evaluation(2.5, answer_nll=4.9, acc=0.21)))
     assert found.learned_state == "nothing"
-    assert found.headline == "Kept what it knew. Learned nothing."
-    assert found.learned.startswith("Learned nothing beyond noise: answer NLL 5.00 → 4.90")
+    assert found.headline == "Kept what it knew. Learned next to nothing."
+    assert found.learned == (
+        "52 of 250 questions right, before 50 (within noise); answer NLL 5.00 → 4.90 (within noise)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer_nll", "headline"),
+    [(4.95, "next to nothing"), (4.8, "a little"), (4.0, "a fair amount"), (1.0, "a lot"), (5.2, "")],
+)
+def test_what_was_learned_is_sized_and_too_little_is_not_called_learning(answer_nll: float, headline: str):
+    content = results(hlora=evaluation(3.0, answer_nll=answer_nll, acc=None))
+    for arm in content["arms"].values():
+        arm["domain"] |= {"answer_nll_stderr": 0.001}
+        arm["domain"].pop("acc", None)
+    found = verdict(content)
+    assert found.headline.endswith(f"Learned {headline}." if headline else "Got worse at the domain.")
+    assert (found.learned_state == "learned") == (headline not in ("", "next to nothing"))
+
+
+@pytest.mark.parametrize(("rise", "words", "tone"), [(0.009, "held", "good"), (0.013, "was exceeded", "mixed")])
+def test_whether_a_budget_held_is_in_the_headline(rise: float, words: str, tone: str):
+    content = results(hlora=evaluation(3.0, answer_nll=4.0))
+    content["history"] = {"tune": [{"step": 1, "loss": 3.0}, {"step": 1, "probe_rise": rise, "budget": 0.00995}]}
+    found = verdict(content)
+    assert found.headline == f"Kept what it knew. The budget of 1.0 % {words}. Learned a fair amount."
+    assert found.kept.endswith(f"The budget allowed +1.0 % on its probe; the probe measured +{100 * rise:.1f} %.")
+    assert found.tone == tone
+
+
+def test_text_of_the_general_phases_kind_alone_is_cautioned_against(tmp_path):
+    content = results(hlora=evaluation(2.9, answer_nll=4.0))
+    assert verdict(content).cautions == ()
+    for arm in content["arms"].values():
+        arm["texts"] = {"general (held out)": arm["texts"]["wiki"]}
+        arm.pop("forgetting", None)
+    assert "Caution. Only held-out text of the general phase's own kind" in write(content, tmp_path).text
+
+
+def test_a_page_says_what_it_is_of_in_its_title_and_at_its_top(tmp_path):
+    content = results(hlora=evaluation(2.9))
+    content["config"] = {
+        "model": {"name": "smollm2-135m"},
+        "domain": {"task": "piqa", "train": "data/train.jsonl"},
+        "general": {"paths": ["general.txt"]},
+    }
+    content["provenance"] = {"finished": "2026-11-28T21:00:00+0000"}
+    page = write(content, tmp_path)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>hlora report: smollm2-135m, piqa, data/train.jsonl, 2026-11-28</title>" in source
+    top = page.text[: page.text.index("Kept what it knew")]
+    assert all(fact in top for fact in ("smollm2-135m", "piqa, data/train.jsonl", "general.txt", "2026-11-28"))
+
+
+def test_an_empty_answer_is_shown_as_nothing(tmp_path):
+    content = results(hlora=evaluation(2.9))
+    content["arms"]["hlora"]["samples"][0]["answer"] = " "
+    assert "(nothing)" in write(content, tmp_path).text
 
 
 def test_verdict_says_worse_and_mixed_when_so():
@@ -116,7 +174,8 @@ def test_verdict_names_each_text_that_was_forgotten_beside_those_kept():
     found = verdict(content)
     assert found.kept_state == "forgotten in part"
     assert found.kept == (
-        "Forgotten: perplexity on novels 7.39 → 9.03 (+22 %). Kept: wiki 20.1 → 12.2 (−39 %). "
+        "Some general text got harder to predict: perplexity on novels 7.39 → 9.03 (+22 %). "
+        "No harder: wiki 20.1 → 12.2 (−39 %). "
         "Worst text: novels, +22 %; mean of all: −14 %."
     )
     measured = {row.measure: row.after for row in summary_rows(content)}
@@ -142,7 +201,7 @@ def test_verdict_without_standard_errors_says_that_the_noise_is_unknown():
 def test_verdict_tells_of_the_baselines_on_the_same_data():
     found = verdict(results(hlora=evaluation(2.9, answer_nll=4.0), lora=evaluation(3.4, answer_nll=3.9)))
     (line,) = found.beside
-    assert line.startswith("LoRA (domain only) on the same data. Forgotten: perplexity on wiki 20.1 → 30.0 (+49 %).")
+    assert line.startswith("LoRA (domain only), on the same data. General text got harder to predict: perplexity")
 
 
 def test_verdict_of_the_base_alone_claims_nothing():
@@ -229,7 +288,7 @@ def test_report_shows_what_users_and_models_wrote_as_text(full, tmp_path):
 def test_report_has_the_verdict_first_and_the_command_last(full, tmp_path):
     text = write(full, tmp_path).text
     order = [
-        "Kept what it knew. Learned the domain.",
+        "Kept what it knew. Learned a fair amount.",
         "What was forgotten",
         "Numbers",
         "Time and importance",
@@ -244,7 +303,7 @@ def test_report_has_the_verdict_first_and_the_command_last(full, tmp_path):
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     assert "2 min 21 s" in text
-    assert "225 KiB" in text
+    assert "230 kB" in text
     assert "60303ae2" in text
 
 

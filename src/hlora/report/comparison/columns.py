@@ -24,7 +24,7 @@ def column_of(
     text: str | None = None,
     lower: bool = True,
     scale: float = 1.0,
-    decimals: int = 2,
+    digits: int = 2,
     why: bool = False,
 ) -> list[Cell]:
     """A measure of each arm on a task, mean ± standard deviation, best and second marked; `why`: or why there is none.
@@ -33,10 +33,10 @@ def column_of(
     """
     values = {arm: [scale * v for v in values_of(comparison, arm, task, name, text).values()] for arm in arms}
     tuned = [arm for arm in arms if arm not in untuned(comparison)]
-    rounded = {arm: round(mean_sd(values[arm])[0], decimals) for arm in tuned}
+    rounded = {arm: round(mean_sd(values[arm])[0], digits) for arm in tuned}
     looks = best_and_second(rounded, lower)
     status = {arm: status_of(comparison, arm, task) if why else "" for arm in arms}
-    return [Cell(status[arm] or mean_and_sd(values[arm], decimals), looks.get(arm, "")) for arm in arms]
+    return [Cell(status[arm] or mean_and_sd(values[arm], digits), looks.get(arm, "")) for arm in arms]
 
 
 def best_and_second(values: Mapping[str, float], lower: bool) -> dict[str, Look]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hlora.report.comparison.cells import base_arm, cells_of, measure, values_of
+from hlora.report.comparison.cells import base_arm, cells_of, values_of
+from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.significance import Interval, mean_sd
 from hlora.system.errors import DataError
 
@@ -33,8 +34,8 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
 def nll_at(points: Iterable[Point], target: float) -> float:
     """General NLL that a method attains at a domain NLL of at most `target`; NaN when none of its points gets there.
 
-    Straight between neighbours of the Pareto front, as the strength between two strengths would give about that;
-    beyond the front's last point that point's value, which already meets the target.
+    Linear interpolation along the Pareto front, which approximates an intermediate strength. Beyond the front's last
+    point it is that point's value, which already meets the target.
     """
     front = pareto_front(points)
     above = bisect_right(front, (target, math.inf))
@@ -61,7 +62,7 @@ def equal_domain(
 ) -> Interval:
     """Perplexity of a text that an arm attains at a domain NLL of at most `target`, with a 95 % bootstrap interval.
 
-    Each resample draws anew, with replacement, the seeds (those with the fullest curve), the text's blocks
+    Each resample draws anew, with replacement, the seeds (those with every strength), the text's blocks
     (`nll_each`) and the domain's rows (`answer_nll_each`): the same for every strength, as the strengths are paired.
     The target moves with the rows drawn, being a mixture of what Base and the unprotected arm reach on them: easy
     rows must not pass for a good method. The value is NaN when the target is not reached; the upper bound is
@@ -70,7 +71,7 @@ def equal_domain(
 
     Raises DataError when the cells of the arm were scored on different rows or blocks.
     """
-    curve = _curve(comparison, arm, task, text)
+    curve = _losses(comparison, arm, task, text)
     return _percentile(*_draws(comparison, curve, task, target, seed, resamples))
 
 
@@ -91,7 +92,7 @@ def equal_domain_ratio(
     none. The second value is the share of the resamples in which `other` misses the target. Nothing bounds the ratio
     from below there, so that from 2.5 % on its bounds are NaN.
     """
-    one, two = (_curve(comparison, name, task, text) for name in (arm, other))
+    one, two = (_losses(comparison, name, task, text) for name in (arm, other))
     shared = [each for each in one.seeds if each in two.seeds] if one and two else []
     if not (one and two and shared):
         return _NO_INTERVAL, math.nan
@@ -103,7 +104,7 @@ def equal_domain_ratio(
     return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
 
 
-class _Curve(NamedTuple):
+class _Losses(NamedTuple):
     """K strengths by S seeds, with the b blocks and m rows of each cell."""
 
     general: np.ndarray  # (K, S) nats/token
@@ -112,35 +113,29 @@ class _Curve(NamedTuple):
     rows: np.ndarray  # (K, S, m)
     seeds: list[int | None]
 
-    def of(self, seeds: list[int | None]) -> _Curve:
+    def of(self, seeds: list[int | None]) -> _Losses:
         chosen = [self.seeds.index(seed) for seed in seeds]
         general, domain = self.general[:, chosen], self.domain[:, chosen]
-        return _Curve(general, domain, self.blocks[:, chosen], self.rows[:, chosen], seeds)
+        return _Losses(general, domain, self.blocks[:, chosen], self.rows[:, chosen], seeds)
 
     def points(self) -> list[Point]:
         means = zip(self.domain.mean(1), self.general.mean(1), strict=True)
         return [(float(domain), float(general)) for domain, general in means]
 
 
-def _curve(comparison: Mapping[str, Any], arm: str, task: str, text: str) -> _Curve | None:
-    found: dict[int | None, dict[float | None, Mapping[str, Any]]] = {}
-    for cell in cells_of(comparison, arm, task, "all"):
-        ends = measure(cell, "answer_nll"), measure(cell, "nll", text)
-        if all(end is not None and math.isfinite(end) for end in ends):
-            found.setdefault(cell["seed"], {})[cell["strength"]] = cell["test"]
-    if not found:
+def _losses(comparison: Mapping[str, Any], arm: str, task: str, text: str) -> _Losses | None:
+    found = curve_of(comparison, arm, task, text)
+    if not found.cells:
         return None
-    strengths = max(found.values(), key=len)
-    seeds = sorted((s for s in found if strengths.keys() <= found[s].keys()), key=str)  # one order for all arms: paired
-    grid = [[found[seed][strength] for seed in seeds] for strength in strengths]
-    return _Curve(
+    grid = [[cell["test"] for cell in cells] for cells in found.cells]
+    return _Losses(
         np.array([[test["texts"][text]["nll"] for test in tests] for tests in grid]),
         np.array([[test["domain"]["answer_nll"] for test in tests] for tests in grid]),
         _stacked([[test["texts"][text].get("nll_each") for test in tests] for tests in grid], arm, task, text),
         _stacked(
             [[test["domain"].get("answer_nll_each") for test in tests] for tests in grid], arm, task, "the domain"
         ),
-        seeds,
+        found.seeds,
     )
 
 
@@ -158,7 +153,7 @@ def _stacked(parts: list[list[Any]], arm: str, task: str, what: str) -> np.ndarr
 
 
 def _draws(
-    comparison: Mapping[str, Any], curve: _Curve | None, task: str, target: float, seed: int, resamples: int
+    comparison: Mapping[str, Any], curve: _Losses | None, task: str, target: float, seed: int, resamples: int
 ) -> tuple[float, np.ndarray]:
     """General NLL at the target, NaN if missed, and of each resample, (resamples,), ∞ if missed."""
     if curve is None:

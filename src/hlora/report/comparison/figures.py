@@ -21,9 +21,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from hlora.report.comparison.arm_styles import HALO, OURS, RIVAL, blank
 from hlora.report.comparison.cells import cells_of
-from hlora.report.comparison.measures import Panel, t_tests
+from hlora.report.comparison.measures import TestPanel, t_tests
 from hlora.report.comparison.trade_off import strength_sweep, trade_off
-from hlora.report.format import number
+from hlora.report.format import decimals, number, p_value, size
 from hlora.report.heatmap import importance_heatmap
 from hlora.report.style import BLACK, BLUE, GREEN, GREY, STYLE, VERMILION, nothing, printable, running_mean
 
@@ -33,16 +33,17 @@ logger = logging.getLogger("hlora")
 def violins(comparison: Mapping[str, Any]) -> Figure:
     """Fig. 3: perplexity of each text and accuracy over seeds, ours beside the rival, a row for each task.
 
-    Above each panel: Welch's p, the same after Holm's correction over all panels, and Hedges' g (ours less rival). The
-    short line is the mean. Fewer than three seeds, or equal values, have no violin.
+    Above each panel: Welch's p over seeds and questions, the same after Holm's correction over all panels, and Hedges'
+    g over seeds (ours less rival). The short line is the mean. Fewer than three seeds, or equal values, have no violin.
     """
     tests = t_tests(comparison)
     with matplotlib.rc_context(STYLE):
         tasks = [task for task in comparison["tasks"] if any(t.ours or t.theirs for t in tests if t.task == task)]
+        tasks = tasks if comparison["rival"] in comparison["arms"] else []
         columns = len(comparison["texts"]) + 1
         figure = blank(2.9 * columns, 2.6 * len(tasks))
         if not tasks:
-            return nothing(figure, "neither arm has a finished cell")
+            return nothing(figure, "no rival, or no finished cell")
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         shown = [test for test in tests if test.task in tasks]
         for axes, test in zip(grid.flat, shown, strict=True):
@@ -50,7 +51,7 @@ def violins(comparison: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_violins(axes: Axes, test: Panel, names: tuple[str, str]) -> None:
+def _draw_violins(axes: Axes, test: TestPanel, names: tuple[str, str]) -> None:
     for place, (found, (colour, marker, _)) in enumerate(zip((test.ours, test.theirs), (OURS, RIVAL), strict=True)):
         sample = [value for value in found if math.isfinite(value)]
         if len(sample) > 2 and len(set(sample)) > 1:
@@ -74,9 +75,9 @@ def _draw_violins(axes: Axes, test: Panel, names: tuple[str, str]) -> None:
     axes.set_ylabel("% of questions" if test.measure.name == "acc" else "perplexity")
     axes.set_title(f"{printable(test.task, 18)} · {printable(label, 24)}", pad=19)
     finite = all(map(math.isfinite, test.ours + test.theirs))
-    result = "too few seeds to test" if finite else "not tested: values that are not finite"
+    result = "too few seeds or questions to test" if finite else "not tested: values that are not finite"
     if math.isfinite(test.welch.p):
-        result = f"p {_p(test.welch.p)} · Holm {_p(test.p_holm)} · g {_signed(test.welch.hedges_g)}"
+        result = f"p {p_value(test.welch.p)} · Holm {p_value(test.p_holm)} · g {decimals(test.welch.hedges_g, 2)}"
     axes.text(0, 1.03, result, transform=axes.transAxes, fontsize=8.5).set_in_layout(False)
 
 
@@ -154,7 +155,7 @@ def cost_bars(cost: Mapping[str, Any]) -> Figure:
             share = f" × 1/{1 / scale:,.4g}" if counting == "paper" and scale else ""
             title = f"{titles.get(counting, printable(counting))}{share}"
             _draw_bars(left, shown, ("seconds", "seconds_beyond_training"), _seconds)
-            _draw_bars(right, shown, ("bytes", "whole_model_bytes"), _bytes)
+            _draw_bars(right, shown, ("bytes", "whole_model_bytes"), size)
             left.set_title(f"Time, {title}")
             right.set_title("Storage")
             left.set_yticks(range(len(shown)), [_counted(row) for row in shown])
@@ -239,20 +240,5 @@ def all_figures(comparison: Mapping[str, Any], cost: Mapping[str, Any] | None = 
     return {name: figure for name, figure in figures.items() if figure.axes}
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return (f"{value:+.3g}" if math.isfinite(value) else "∞" if value > 0 else "−∞").replace("-", "−")
-
-
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 1000 else f"{value:,.0f} s"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"

@@ -1,4 +1,4 @@
-"""What figures and the report compare arms by, and the tests of our arm against the rival.
+"""What figures, tables and the verdict compare arms by, and the tests of our arm against the rival.
 
 `comparison` is what comparison.json holds (see cells.py).
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hlora.report.comparison.cells import values_of
-from hlora.report.comparison.significance import Comparison, holm, welch
+import numpy as np
+
+from hlora.report.comparison.cells import cells_of, untuned, values_of
+from hlora.report.comparison.significance import Sample, WelchTest, holm, welch
+from hlora.report.format import number
 
 
 class Measure(NamedTuple):
-    """A measure that figures and the report compare arms by."""
+    """A measure that arms are compared by."""
 
     label: str
     name: str
@@ -23,14 +26,14 @@ class Measure(NamedTuple):
     lower_is_better: bool
 
 
-class Panel(NamedTuple):
+class TestPanel(NamedTuple):
     """One panel of Fig. 3: a measure on a task, ours against the rival."""
 
     task: str
     measure: Measure
     ours: list[float]
     theirs: list[float]
-    welch: Comparison
+    welch: WelchTest
     p_holm: float
     """Corrected over the panels that have a p."""
 
@@ -46,13 +49,39 @@ def values(comparison: Mapping[str, Any], arm: str, task: str, what: Measure) ->
     return [what.scale * value for value in values_of(comparison, arm, task, what.name, what.text).values()]
 
 
-def t_tests(comparison: Mapping[str, Any]) -> list[Panel]:
-    """Fig. 3's tests, task by task: perplexity of each text and accuracy, as in tables.t_test_table."""
+def digits_of(what: Measure) -> int:
+    """Digits behind the point, in tables, sentences and figures alike."""
+    return 1 if what.name == "acc" else 2
+
+
+def sample_of(comparison: Mapping[str, Any], arm: str, task: str, what: Measure) -> Sample:
+    """The same with the values of the test questions, or of the text's blocks."""
+    rows = []
+    for cell in cells_of(comparison, arm, task):
+        test = cell["test"] if cell["status"] == "done" else None
+        place = (test or {}).get("domain") if what.text is None else ((test or {}).get("texts") or {}).get(what.text)
+        if place and what.name in place:
+            rows.append(_parts(place, what))
+    same = len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    share = what.scale if what.name == "acc" else None
+    seedless = arm in untuned(comparison, "base")
+    return Sample(values(comparison, arm, task, what), np.mean(rows, axis=0) if same else None, share, seedless)
+
+
+def _parts(found: Mapping[str, Any], what: Measure) -> list[float]:
+    """A perplexity moves by itself times the change of the loss, to first order (the delta method)."""
+    if what.name == "perplexity":
+        return [number(found["perplexity"]) * number(loss) for loss in found.get("nll_each") or []]
+    return [what.scale * number(value) for value in found.get(f"{what.name}_each") or []]
+
+
+def t_tests(comparison: Mapping[str, Any]) -> list[TestPanel]:
+    """Fig. 3's tests, task by task: perplexity of each text and accuracy, ours against the rival."""
     panels = []
     for task in comparison["tasks"]:
         for what in measures(comparison):
             if what.name != "answer_nll":
-                ours, theirs = (values(comparison, comparison[side], task, what) for side in ("ours", "rival"))
-                panels.append((task, what, ours, theirs, welch(ours, theirs)))
+                ours, theirs = (sample_of(comparison, comparison[side], task, what) for side in ("ours", "rival"))
+                panels.append((task, what, list(ours.seeds), list(theirs.seeds), welch(ours, theirs)))
     corrected = holm(panel[-1].p for panel in panels)
-    return [Panel(*panel, p) for panel, p in zip(panels, corrected, strict=True)]
+    return [TestPanel(*panel, p) for panel, p in zip(panels, corrected, strict=True)]

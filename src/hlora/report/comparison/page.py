@@ -7,33 +7,33 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from hlora.report.comparison.cells import measure
 from hlora.report.comparison.measures import measures
 from hlora.report.comparison.table_formats import Table
 from hlora.report.comparison.verdict import comparison_verdict, name_of, outcomes
-from hlora.report.format import three_digits
-from hlora.report.page import render, write_page
-from hlora.report.style import svg
+from hlora.report.format import decimals
+from hlora.report.page import about, render, write_page
 
 _CAPTIONS = {
     "trade_off": (
         "Trade-off",
         "General perplexity against what was learned: a single point can be bought by pulling harder, a curve cannot. "
         "Each line goes through the strengths of an arm; lower is better, and left (answer NLL) or right (accuracy). "
-        "A point is the mean over the seeds that have most strengths.",
+        "A point is the mean over the seeds that have every strength.",
     ),
     "figure_3_violins": (
         "Fig. 3. Over seeds",
-        "Welch's t-test: p, p after Holm's correction over all panels, and Hedges' g (ours less the rival, in standard "
-        "deviations). The short line is the mean. Fewer than three seeds have no violin.",
+        "Welch's t-test over seeds and test questions: p, p after Holm's correction over all panels, and Hedges' g "
+        "(ours less the rival, in standard deviations over seeds). The short line is the mean. What is drawn is "
+        "the spread over seeds; the test also counts the questions. Fewer than three seeds have no violin.",
     ),
     "figure_4_training_curves": (
         "Fig. 4. Training",
@@ -57,24 +57,31 @@ _CAPTIONS = {
 def write_comparison_report(
     comparison: Mapping[str, Any],
     tables: Sequence[Table],
-    drawn: Mapping[str, Figure],
+    drawings: Mapping[str, str],
     path: Path,
     cost: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML file without scripts and outside addresses, everything in it escaped.
 
-    tables, drawn: those of tables.all_tables and figures.all_figures.
+    Args:
+        tables: those of tables.all_tables.
+        drawings: file name → SVG element of each of figures.all_figures.
+        cost: what cost.json holds.
     """
-    write_page(render(__package__, _page(comparison, tables, drawn, cost or {})), path)
+    write_page(render(__package__, _page(comparison, tables, drawings, cost or {})), path)
 
 
 def _page(
-    comparison: Mapping[str, Any], tables: Sequence[Table], drawn: Mapping[str, Figure], cost: Mapping[str, Any]
+    comparison: Mapping[str, Any], tables: Sequence[Table], drawings: Mapping[str, str], cost: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the template shows, as plain values."""
     cells = comparison["cells"]
+    provenance = comparison.get("provenance") or {}
+    title, facts = about("hlora comparison", comparison.get("config") or {}, provenance, comparison["tasks"])
     command = str(comparison.get("command") or "hlora compare CONFIG")
     return {
+        "title": title,
+        "facts": facts,
         "verdict": comparison_verdict(comparison),
         "seeds": len(comparison["seeds"]),
         "ours": comparison["ours"],
@@ -85,13 +92,13 @@ def _page(
             (table.labels, Markup(table.html().replace("<td>cannot run", '<td class="reason">cannot run')))
             for table in tables
         ],
-        "figures": [(*_CAPTIONS[name], Markup(svg(each))) for name, each in drawn.items()],
+        "figures": [(*_CAPTIONS[name], Markup(drawing)) for name, drawing in drawings.items()],
         "cost": cost,
         "texts": comparison["texts"],
         "undone": [_cell(comparison, cell) for cell in cells if cell["status"] != "done"],
         "statuses": {cell["status"] for cell in cells},
         "cells": [_cell(comparison, cell) for cell in cells if cell["status"] == "done"],
-        "provenance": comparison.get("provenance") or {},
+        "provenance": provenance,
         "config": yaml.safe_dump(
             json.loads(json.dumps(comparison.get("config") or {}, default=str)), sort_keys=False, allow_unicode=True
         ),
@@ -135,7 +142,7 @@ def _cell(comparison: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, A
         "strength": "–" if cell.get("strength") is None else f"{cell['strength']:g}",
         "chosen": cell.get("strength") is not None and cell["strength"] == chosen,
         "status": {"cannot": "cannot run", "missing": "not run yet"}.get(cell["status"], cell["status"]),
-        "values": [*perplexities, _number(measure(cell, "answer_nll")), "–" if acc is None else f"{100 * acc:.1f}"],
+        "values": [*perplexities, _number(measure(cell, "answer_nll")), _number(None if acc is None else 100 * acc, 1)],
         "seconds": [f"{seconds[key]:.0f}" if key in seconds else "–" for key in ("train", "evaluate")],
         "error": cell.get("error") or "",
         "traceback": cell.get("traceback") or "",
@@ -144,5 +151,5 @@ def _cell(comparison: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if abs(value) < 1e4 else three_digits(value)
+def _number(value: float | None, digits: int = 2) -> str:
+    return decimals(math.nan if value is None else value, digits)

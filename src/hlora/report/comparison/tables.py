@@ -11,29 +11,32 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hlora.report.comparison.cells import cells_of, measure, untuned, values_of
+from hlora.report.comparison.cells import cells_of, untuned
 from hlora.report.comparison.columns import best_and_second, column_of, status_of, unfinished
+from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.equal_domain import equal_domain, equal_domain_ratio, equal_domain_target
+from hlora.report.comparison.measures import digits_of, t_tests
 from hlora.report.comparison.published import published_numbers
-from hlora.report.comparison.significance import Interval, holm, interval_of_paired, welch
+from hlora.report.comparison.significance import Interval
 from hlora.report.comparison.table_formats import Cell, Table
-from hlora.report.comparison.table_numbers import (
-    NONE,
-    largest_of,
-    mean_and_sd,
-    mean_of,
-    p_value,
-    shown_number,
-    with_bounds,
-)
+from hlora.report.comparison.table_numbers import NONE, largest_of, mean_and_sd, mean_of, with_bounds
+from hlora.report.format import decimals, p_value
 
 
 def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """Tables 1 and 2 on each general text, forgetting, perplexity at equal domain NLL, and the t-tests."""
+    """Tables 1 and 2 on each general text, forgetting, perplexity at equal domain NLL, and the t-tests.
+
+    A table that needs an arm which is not configured (a rival, an unprotected one, an ablation) is left out.
+    """
+    configured = comparison["arms"]
     tables = [table_1(comparison, text) for text in comparison["texts"]]
     if comparison.get("ablation"):
         tables += [table_2(comparison, text) for text in comparison["texts"]]
-    tables += [forgetting_table(comparison), equal_domain_table(comparison), t_test_table(comparison)]
+    tables.append(forgetting_table(comparison))
+    if comparison["unprotected"] in configured:
+        tables.append(equal_domain_table(comparison))
+    if comparison["rival"] in configured:
+        tables.append(t_test_table(comparison))
     taken: dict[str, int] = {}
     for table in tables:  # two texts whose names make one file name
         taken[table.name] = taken.get(table.name, 0) + 1
@@ -70,7 +73,7 @@ def _perplexity_and_accuracy(
         groups.append((task, beside("PPL") + beside("Acc %")))
         columns = (
             column_of(comparison, arms, task, "perplexity", text=text, why=True),
-            column_of(comparison, arms, task, "acc", lower=False, scale=100),
+            column_of(comparison, arms, task, "acc", lower=False, scale=100, digits=1),
         )
         for place, column in enumerate(columns):
             for row, arm, cell in zip(rows, arms, column, strict=True):
@@ -95,11 +98,11 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
     for task in comparison["tasks"]:
         columns = [
             *(
-                column_of(comparison, arms, task, "forgetting", text=text, decimals=3, why=text == texts[0])
+                column_of(comparison, arms, task, "forgetting", text=text, digits=3, why=text == texts[0])
                 for text in texts
             ),
             column_of(comparison, arms, task, "answer_nll"),
-            column_of(comparison, arms, task, "acc", lower=False, scale=100),
+            column_of(comparison, arms, task, "acc", lower=False, scale=100, digits=1),
         ]
         for arm, cells in zip(arms, zip(*columns, strict=True), strict=True):
             done = [cell for cell in cells_of(comparison, arm, task) if cell["status"] == "done"]
@@ -113,15 +116,15 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
                     Cell(arm),
                     Cell(NONE if strength is None else f"{strength:g}"),
                     *cells,
-                    Cell(mean_of(seconds, "{:.0f}")),
-                    Cell(largest_of(memory, 2**30, "{:.2f}")),
-                    Cell(largest_of(stored, 1e6, "{:.2f}")),
+                    Cell(mean_of(seconds, 0)),
+                    Cell(largest_of(memory, 1e9, 2)),
+                    Cell(largest_of(stored, 1e6, 2)),
                 ]
             )
     groups = [
         ("", ["Task", "Method", "Strength"]),
         ("Forgetting, nats/token", list(texts)),
-        ("", ["Answer NLL, nats", "Acc %", "Train s", "Peak GiB", "Importance MB"]),
+        ("", ["Answer NLL, nats", "Acc %", "Train s", "Peak GB", "Importance MB"]),
     ]
     title = f"Forgetting (rise of the mean token loss over Base), domain and cost, {_of(comparison)}"
     notes = [_about_numbers(comparison), *unfinished(comparison, arms)]
@@ -149,7 +152,7 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
             for row, arm, interval in zip(rows, arms, found, strict=True):
                 status = status_of(comparison, arm, task)
                 without = NONE if math.isnan(target) else "not reached"
-                row.append(Cell(status or with_bounds(interval, without), looks[arm]))
+                row.append(Cell(status or with_bounds(interval, without, 2), looks[arm]))
                 ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
                 row.append(Cell(NONE if arm == ours else _excess(ratio, missed, ours)))
     at = "; ".join(
@@ -161,10 +164,11 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
         f"improvement over Base, {_of(comparison)}"
     )
     about = (
-        "Straight between neighbouring strengths of each trade-off curve; intervals by bootstrap over seeds, blocks of "
-        "text and domain rows, the difference on those that both arms share. ∞: more than 2.5 % of the resamples do "
-        f"not reach the domain NLL. {ours} misses in n %: in n % of the resamples {ours} itself does not reach it, and "
-        "the difference has no interval. –: not both reach it on the seeds that they share."
+        "Between two strengths of an arm, perplexity is interpolated linearly along its trade-off curve. Intervals are "
+        "by bootstrap over seeds, blocks of text and domain rows; those of a difference use what both arms share. ∞: "
+        "more than 2.5 % of the resamples do not reach the domain NLL. "
+        f"{ours} misses in n %: in n % of the resamples {ours} itself does not reach it, so the difference has no "
+        "interval. –: the two arms do not both reach it on the seeds that they share."
     )
     return Table("equal_domain", title, groups, rows, [about, *_curve_seeds(comparison, arms)])
 
@@ -172,70 +176,43 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
 def t_test_table(comparison: Mapping[str, Any]) -> Table:
     """Welch's t-test of our arm against the rival: perplexity on each text and accuracy, each on every task.
 
-    Holm corrects over all rows that have a p. Bold p: below 0.05 after correction. The paired interval is of the same
-    difference over the seeds that both have, which share data order and start.
+    Holm corrects over all rows that have a p. Bold p: below 0.05 after correction.
     """
     ours, rival = comparison["ours"], comparison["rival"]
-    panels = [
-        (task, label, name, text, scale)
-        for task in comparison["tasks"]
-        for label, name, text, scale in (
-            *((f"PPL {text}", "perplexity", text, 1) for text in comparison["texts"]),
-            ("Acc %", "acc", None, 100),
-        )
-    ]
-    sides = [
-        [
-            {s: scale * v for s, v in values_of(comparison, arm, task, name, text).items()}
-            for task, _, name, text, scale in panels
-        ]
-        for arm in (ours, rival)
-    ]
-    tests = [welch(list(mine.values()), list(theirs.values())) for mine, theirs in zip(*sides, strict=True)]
-    corrected = holm(test.p for test in tests)
     rows = []
-    for (task, label, *_), mine, theirs, test, p in zip(panels, *sides, tests, corrected, strict=True):
-        both = sorted((seed for seed in mine if seed in theirs), key=str)
-        paired = interval_of_paired([mine[seed] for seed in both], [theirs[seed] for seed in both])
+    for task, what, mine, theirs, test, p in t_tests(comparison):
+        digits = digits_of(what)
         rows.append(
             [
                 Cell(task),
-                Cell(label),
-                Cell(mean_and_sd(mine.values())),
-                Cell(mean_and_sd(theirs.values())),
-                Cell(with_bounds(Interval(test.difference, test.low, test.high), NONE, sign=True)),
-                Cell(with_bounds(paired, NONE, sign=True)),
-                Cell(shown_number(test.t, "{:.2f}")),
-                Cell(shown_number(test.df, "{:.1f}")),
+                Cell(what.label),
+                Cell(mean_and_sd(mine, digits)),
+                Cell(mean_and_sd(theirs, digits)),
+                Cell(with_bounds(Interval(test.difference, test.low, test.high), NONE, digits, sign=True)),
+                Cell(decimals(test.t, 2)),
+                Cell(decimals(test.df, 1)),
                 Cell(p_value(test.p)),
                 Cell(p_value(p), "best" if p < 0.05 else ""),
-                Cell(shown_number(test.hedges_g, "{:.2f}")),
+                Cell(decimals(test.hedges_g, 2)),
             ]
         )
-    columns = [
-        "Task", "Measure", ours, rival, "Difference [95 %]", "Paired difference [95 %]", "t", "df", "p", "p, Holm",
-        "Hedges' g",
-    ]  # fmt: skip
-    title = f"{ours} against {rival}: Welch's t-test over seeds, {_of(comparison)}"
+    columns = ["Task", "Measure", ours, rival, "Difference [95 %]", "t", "df", "p", "p, Holm", "Hedges' g"]
+    title = f"{ours} against {rival}: Welch's t-test over seeds and test questions, {_of(comparison)}"
     notes = [
-        f"Difference: {ours} less {rival}. p, Holm: corrected over all rows of this table; bold below 0.05. "
-        f"{_about_numbers(comparison)}",
+        f"Difference: {ours} less {rival}. Its interval and p count the noise of the seeds and that of the questions, "
+        "or of the text's blocks of 64 tokens, which both arms share. p, Holm: corrected over all rows of this table; "
+        f"bold below 0.05. Hedges' g counts the seeds only. {_about_numbers(comparison)}",
         *unfinished(comparison, [ours, rival]),
     ]
     return Table("t_test", title, [("", columns)], rows, notes, labels=2)
 
 
 def _curve_seeds(comparison: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
-    """Which arms have their whole curve for fewer seeds than the comparison: their intervals hold less."""
+    """Which arms have every strength for fewer seeds than the comparison has: their intervals count fewer."""
     all_seeds, short = len(comparison["seeds"]), []
     for arm in arms:
         for task in comparison["tasks"]:
-            strengths: dict[Any, set[Any]] = {}
-            for cell in cells_of(comparison, arm, task, "all"):
-                if measure(cell, "answer_nll") is not None:
-                    strengths.setdefault(cell["seed"], set()).add(cell["strength"])
-            fullest = max(strengths.values(), key=len, default=set())
-            count = sum(fullest <= found for found in strengths.values())
+            count = len(curve_of(comparison, arm, task).seeds)
             if 0 < count < all_seeds:
                 short.append(f"{arm} on {task} ({count})")
     return [f"Curves of fewer than {all_seeds} seeds: {', '.join(short)}."] if short else []
@@ -253,7 +230,7 @@ def _about_numbers(comparison: Mapping[str, Any]) -> str:
 
 def _excess(ratio: Interval, missed: float, ours: str) -> str:
     """How far a ratio to ours is above 1 in %, with its interval, or why it has none: ours misses the target."""
-    shown = with_bounds(Interval(*(100 * (bound - 1) for bound in ratio)), NONE, sign=True)
+    shown = with_bounds(Interval(*(100 * (bound - 1) for bound in ratio)), NONE, 1, sign=True)
     unbounded = math.isfinite(ratio.value) and math.isnan(ratio.low)
     return f"{shown}, {ours} misses in {100 * missed:.0f} %" if unbounded else shown
 

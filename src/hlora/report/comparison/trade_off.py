@@ -17,21 +17,22 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from hlora.report.comparison.arm_styles import HALO, OTHER_GREYS, Look, arm_looks, blank
-from hlora.report.comparison.cells import cells_of, measure, untuned
+from hlora.report.comparison.cells import measure, untuned
+from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.measures import Measure, measures
 from hlora.report.style import BLACK, GREY, STYLE, nothing, printable
 
 _SMALL_MARKERS = ("*", (4, 1, 0), (6, 1, 0), (4, 1, 45))
 
-Curve = dict[float | None, list[dict[str, Any]]]
-"""Strength → finished cells of the seeds that have most strengths, by rising strength."""
+Points = dict[float | None, list[Mapping[str, Any]]]
+"""Strength → finished cells of the seeds that have every strength (see curve.py)."""
 
 
 def trade_off(comparison: Mapping[str, Any]) -> Figure:
     """General perplexity against what was learned: a line through the strengths of each arm, a column for each text.
 
     Two rows for each task: against the answers' NLL (better: lower left) and against accuracy (better: lower right).
-    A point is the mean over the seeds that have most strengths; the ringed one was chosen on validation. The base model
+    A point is the mean over the seeds that have every strength; the ringed one was chosen on validation. The base model
     is a level line with a cross, at the edge where it is far off. Points that are not finite are left out.
     """
     curves = _curves(comparison)
@@ -72,7 +73,7 @@ def trade_off(comparison: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _points(curve: Curve, domain: Measure, text: Measure) -> dict[float | None, tuple[float, float]]:
+def _points(curve: Points, domain: Measure, text: Measure) -> dict[float | None, tuple[float, float]]:
     """Strength → (domain, perplexity), where both were measured."""
     found = {strength: (_mean(cells, domain), _mean(cells, text)) for strength, cells in curve.items()}
     return {strength: (x, y) for strength, (x, y) in found.items() if x is not None and y is not None}
@@ -115,13 +116,13 @@ def _draw_reference(axes: Axes, x: float, y: float, look: Look) -> None:
 def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
     """Fig. 6: each measure on test over the strength (log axis) of every arm that has several, a row for each task.
 
-    Values are means over the seeds that have most strengths. Rings are the chosen strengths; level lines the base
+    Values are means over the seeds that have every strength. Rings are the chosen strengths; level lines the base
     model and the unprotected arm.
     """
     curves = _curves(comparison)
     tasks = [task for task in comparison["tasks"] if any(len(_positive(c)) > 1 for c in curves[task].values())]
     arms = [arm for arm in comparison["arms"] if any(len(_positive(curves[task].get(arm, {}))) > 1 for task in tasks)]
-    level = [*untuned(comparison, "base"), comparison["unprotected"]]
+    level = [arm for arm in (*untuned(comparison, "base"), comparison["unprotected"]) if arm in comparison["arms"]]
     level = [arm for arm in dict.fromkeys(level) if arm not in arms]
     with matplotlib.rc_context(STYLE):
         what = [m for m in measures(comparison) if any(_mean(c, m) is not None for t in tasks for c in _all(curves[t]))]
@@ -149,7 +150,7 @@ def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
                 axes.grid(alpha=0.25)
                 axes.yaxis.set_major_locator(MaxNLocator(5))
                 if task == tasks[-1]:
-                    axes.set_xlabel("strength (φ, λ, p or β)")
+                    axes.set_xlabel("strength, in each method's own unit")
         handles = [_handle(arm, looks[arm]) for arm in arms]
         handles += [
             Line2D([], [], color=looks[arm][0], linestyle=looks[arm][2], label=printable(arm, 30)) for arm in level
@@ -158,30 +159,19 @@ def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _curves(comparison: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
+def _curves(comparison: Mapping[str, Any]) -> dict[str, dict[str, Points]]:
     """Task → arm → curve."""
     return {
-        task: {arm: curve for arm in comparison["arms"] if (curve := _curve(comparison, arm, task))}
+        task: {arm: points for arm in comparison["arms"] if (points := curve_of(comparison, arm, task).points())}
         for task in comparison["tasks"]
     }
 
 
-def _curve(comparison: Mapping[str, Any], arm: str, task: str) -> Curve:
-    """The points of a curve must be of the same seeds, or a change of seed would look like one of strength."""
-    by_seed: dict[Any, dict[float | None, dict[str, Any]]] = {}
-    for cell in cells_of(comparison, arm, task, "all"):
-        if cell["status"] == "done":
-            by_seed.setdefault(cell["seed"], {})[cell["strength"]] = cell
-    strengths = max((set(found) for found in by_seed.values()), key=len, default=set())
-    whole = [found for found in by_seed.values() if strengths <= found.keys()]
-    return {s: [found[s] for found in whole] for s in sorted(strengths, key=lambda s: -math.inf if s is None else s)}
-
-
-def _all(curves: Mapping[str, Curve]) -> Iterable[list[dict[str, Any]]]:
+def _all(curves: Mapping[str, Points]) -> Iterable[list[Mapping[str, Any]]]:
     return (cells for curve in curves.values() for cells in curve.values())
 
 
-def _positive(curve: Curve) -> dict[float, list[dict[str, Any]]]:
+def _positive(curve: Points) -> dict[float, list[Mapping[str, Any]]]:
     """Without the strengths that a log axis has no place for."""
     return {strength: cells for strength, cells in curve.items() if strength is not None and strength > 0}
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from hlora.report.comparison.cells import untuned
-from hlora.report.comparison.measures import Measure, measures, t_tests, values
-from hlora.report.comparison.significance import interval_of_paired, mean_sd, welch
-from hlora.report.format import Tone, three_digits
+from hlora.report.comparison.measures import Measure, digits_of, measures, sample_of, t_tests
+from hlora.report.comparison.significance import mean_sd, welch
+from hlora.report.format import Tone, decimals, p_value
 
 State = Literal["better", "worse", "same", "untested"]
 
 
 class Outcome(NamedTuple):
-    """Our arm against another on one task by one measure, over seeds on test at the chosen strengths."""
+    """Our arm against another on one task by one measure, on test at the chosen strengths."""
 
     other: str
     task: str
@@ -23,7 +23,8 @@ class Outcome(NamedTuple):
     ours: float
     theirs: float
     state: State
-    """better or worse: zero is outside the difference's 95 % interval. untested: no interval, for want of seeds."""
+    """better or worse: zero is outside the 95 % interval of the difference, which counts the noise of seeds and of test
+    questions. untested: no interval, for want of seeds or of questions."""
     ahead: bool
     """Whether our mean is on the better side, whatever the state."""
 
@@ -39,34 +40,32 @@ class ComparisonVerdict(NamedTuple):
 
 def outcomes(comparison: Mapping[str, Any]) -> list[Outcome]:
     """Ours against every other arm, on every task, by every measure that both have."""
-    found = []
-    for other in comparison["arms"]:
-        for task in comparison["tasks"]:
-            for what in measures(comparison):
-                ours, theirs = (values(comparison, arm, task, what) for arm in (comparison["ours"], other))
-                if other != comparison["ours"] and ours and theirs:
-                    found.append(_outcome(comparison, other, task, what, ours, theirs))
-    return found
+    others = [arm for arm in comparison["arms"] if arm != comparison["ours"]]
+    found = [
+        _outcome(comparison, other, task, what)
+        for other in others
+        for task in comparison["tasks"]
+        for what in measures(comparison)
+    ]
+    return [outcome for outcome in found if outcome is not None]
 
 
-def _outcome(
-    comparison: Mapping[str, Any], other: str, task: str, what: Measure, ours: list[float], theirs: list[float]
-) -> Outcome:
-    means = mean_sd(ours)[0], mean_sd(theirs)[0]
+def _outcome(comparison: Mapping[str, Any], other: str, task: str, what: Measure) -> Outcome | None:
+    """None where one of the two has no value."""
+    ours, theirs = (sample_of(comparison, arm, task, what) for arm in (comparison["ours"], other))
+    if not ours.seeds or not theirs.seeds:
+        return None
+    means = mean_sd(ours.seeds)[0], mean_sd(theirs.seeds)[0]
     ahead = (means[0] < means[1]) == what.lower_is_better
     state: State = "better" if ahead else "worse"
-    diverged = [not all(map(math.isfinite, side)) for side in (ours, theirs)]
+    diverged = [not all(map(math.isfinite, side.seeds)) for side in (ours, theirs)]
     if any(diverged):  # no interval; whoever stayed finite wins
         state = "same" if all(diverged) else "worse" if diverged[0] else "better"
         return Outcome(other, task, what, *means, state, ahead=not diverged[0])
-    if other in untuned(comparison, "base"):  # no seeds: a constant
-        _, low, high = interval_of_paired(ours, theirs[:1] * len(ours))
-    else:
-        test = welch(ours, theirs)
-        low, high = test.low, test.high
-    if math.isnan(low):
+    test = welch(ours, theirs)
+    if math.isnan(test.low):
         state = "untested"
-    elif low <= 0 <= high:
+    elif test.low <= 0 <= test.high:
         state = "same"
     return Outcome(other, task, what, *means, state, ahead)
 
@@ -93,29 +92,39 @@ def comparison_verdict(comparison: Mapping[str, Any]) -> ComparisonVerdict:
 
 
 def _headline(comparison: Mapping[str, Any], other: str, found: list[Outcome]) -> str:
-    ours, tasks = comparison["ours"], len(comparison["tasks"])
-    texts = dict.fromkeys(outcome.measure for outcome in found if outcome.measure.text is not None)
-    kept = " and ".join(f"{_kept([o for o in found if o.measure == text], tasks)} on {text.text}" for text in texts)
-    learned = [o for o in found if o.measure.name == "acc"] or [o for o in found if o.measure.name == "answer_nll"]
-    lower = sum(outcome.state == "worse" for outcome in learned)
-    name = "accuracy" if learned and learned[0].measure.name == "acc" else "domain likelihood"
-    if not learned:
-        at = "the domain was not measured"
-    elif lower:
-        at = f"at lower {name}" + (f" on {lower} of {len(learned)} tasks" if lower < len(learned) else "")
-    elif any(outcome.state == "untested" for outcome in learned):
-        at = f"{name} untested"
-    else:
-        at = f"with no loss of {name} beyond noise"
-    return f"Against {other}, {ours} keeps {kept}, {at}." if kept else f"Against {other}, {ours}: {at}."
+    """Under 15 words; the paragraphs below say on which task and text."""
+    kept = [outcome.state for outcome in found if outcome.measure.text is not None]
+    learned = [o.state for o in found if o.measure.name == "acc"] or [
+        o.state for o in found if o.measure.name == "answer_nll"
+    ]
+    tests = len(comparison["tasks"]) * len(comparison["texts"])
+    one, two = _kept(kept, other, tests), _learned(learned)
+    return f"{comparison['ours']} {one}{' and' if two.startswith('learns') and ',' not in one else ';'} {two}."
 
 
-def _kept(found: list[Outcome], tasks: int) -> str:
-    """more, less, as much, … over the tasks of one text, with their numbers unless it is so on every task."""
-    words = {"better": "more", "worse": "less", "same": "as much within noise"}
-    told = [words.get(o.state, "more, untested" if o.ahead else "less, untested") for o in found]
-    counts = {word: told.count(word) for word in (*words.values(), *told) if word in told}
-    return ", ".join(f"{word} ({n} of {tasks} tasks)" if n < tasks else word for word, n in counts.items())
+def _kept(states: list[State], other: str, tests: int) -> str:
+    better, worse = states.count("better"), states.count("worse")
+    if not states:
+        return f"and {other}: general text was not measured"
+    if set(states) == {"untested"}:
+        return f"is not tested against {other} on general text"
+    if not better and not worse:
+        return f"keeps as much as {other} within noise"
+    if better and worse:
+        return f"keeps more than {other} in {better} test{'s' if better > 1 else ''}, less in {worse}"
+    word, count = ("more", better) if better else ("less", worse)
+    return f"keeps {word} than {other}" + (f" in {count} of {tests} tests" if count < tests else "")
+
+
+def _learned(states: list[State]) -> str:
+    better, worse = states.count("better"), states.count("worse")
+    if not states:
+        return "learning was not measured"
+    if set(states) == {"untested"}:
+        return "learning is not tested"
+    if better and worse:
+        return "learns unevenly"
+    return "learns " + ("more" if better else "less" if worse else "as much")
 
 
 def _against(found: list[Outcome], p_values: Mapping[Any, tuple[float, float]]) -> list[str]:
@@ -126,7 +135,7 @@ def _against(found: list[Outcome], p_values: Mapping[Any, tuple[float, float]]) 
         for outcome in found:
             if outcome.measure == what:
                 p, p_holm = p_values.get((outcome.task, what), (math.nan, math.nan))
-                tested = "" if math.isnan(p) else f"; p\u00a0{shown_p(p)}, Holm\u00a0{shown_p(p_holm)}"
+                tested = "" if math.isnan(p) else f"; p\u00a0{p_value(p)}, Holm\u00a0{p_value(p_holm)}"
                 ours, theirs = shown_value(what, outcome.ours), shown_value(what, outcome.theirs)
                 shown = f"{outcome.task} ({ours} against {theirs}{tested})"
                 groups.setdefault(state_words(outcome), []).append(shown)
@@ -141,9 +150,13 @@ def _losses(comparison: Mapping[str, Any], found: list[Outcome]) -> list[tuple[s
     lost = _by_measure(comparison, [o for o in found if o.state == "worse"])
     untested = _by_measure(comparison, [o for o in found if o.state == "untested" and not o.ahead])
     tested = any(outcome.state != "untested" for outcome in found)
-    none = "To no arm, by no measure." if tested else "Not known: too few seeds to test."
+    none = "To no arm, by no measure." if tested else "Not known: too few seeds or questions to test."
     paragraphs = [(f"Where {ours} loses beyond noise", lost or [none])]
-    return [*paragraphs, ("Where it is behind, with too few seeds to test", untested)] if untested else paragraphs
+    return (
+        [*paragraphs, ("Where it is behind, with too few seeds or questions to test", untested)]
+        if untested
+        else paragraphs
+    )
 
 
 def _by_measure(comparison: Mapping[str, Any], losing: list[Outcome]) -> list[str]:
@@ -193,9 +206,5 @@ def title_of(what: Measure) -> str:
 
 
 def shown_value(what: Measure, value: float) -> str:
-    return f"{value:.1f} %" if what.name == "acc" and math.isfinite(value) else three_digits(value)
-
-
-def shown_p(p: float) -> str:
-    """Three digits; a smaller one is < 0.001."""
-    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
+    """As the tables round it."""
+    return decimals(value, digits_of(what)) + (" %" if what.name == "acc" and math.isfinite(value) else "")

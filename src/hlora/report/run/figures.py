@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hlora.methods import label_of
-from hlora.report.format import change, number
+from hlora.report.format import change, number, percent
+from hlora.report.run.measures import shown_value
 from hlora.report.style import (
     BLACK,
     BLUE,
@@ -150,8 +151,7 @@ def _text_panels(arms: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any])
                 points[arm] = (0.0, 0.0, "")
             elif after is not None:
                 rise = change(before, after, "nll")
-                # exp overflows at 709 nats; nobody reads such a perplexity
-                label = f"{rise.value:+.2f} ({math.expm1(min(rise.value, 50)):+.0%})"
+                label = f"{shown_value({'forgetting': rise.value}, 'forgetting')} ({_share(rise.value)})"
                 points[arm] = (rise.value, 2 * rise.stderr, label)
         if len(points) > 1:
             title = f"Forgotten?\n{printable(text, 22)}"
@@ -168,9 +168,14 @@ def _domain_panels(arms: Mapping[str, Mapping[str, Any]]) -> Iterable[_Panel]:
             domain = evaluation.get("domain") or {}
             if measure in domain:
                 value, stderr = factor * number(domain[measure]), factor * number(domain.get(f"{measure}_stderr"))
-                points[arm] = (value, 2 * stderr, f"{value:.1f} %" if factor == 100 else f"{value:.2f}")
+                points[arm] = (value, 2 * stderr, shown_value(domain, measure) + (" %" if factor == 100 else ""))
         if points:
             yield _Panel(title, unit, points.get("base", (math.nan,))[0], points, lower)
+
+
+def _share(rise: float) -> str:
+    """The change of perplexity that a rise of the loss is; exp overflows at 709 nats."""
+    return percent(math.expm1(min(rise, 700)))
 
 
 def _draw_panel(axes: Axes, panel: _Panel, names: list[str], same_axis: list[_Panel]) -> None:
@@ -192,7 +197,7 @@ def _draw_panel(axes: Axes, panel: _Panel, names: list[str], same_axis: list[_Pa
             error = half if math.isfinite(half) else None
             axes.errorbar(value, row, xerr=error, fmt=marker, color=colour, markersize=7, elinewidth=1.5)
             inside = min(max((value - low) / (high - low), 0.27), 0.73)  # keeps the label within the panel
-            text = axes.text(inside, row - 0.2, label.replace("-", "−"), ha="center", va="bottom")
+            text = axes.text(inside, row - 0.2, label, ha="center", va="bottom")
             text.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6})
         else:
             text = axes.text(0.5, row, "not finite", ha="center", va="center", color=VERMILION, weight="bold")

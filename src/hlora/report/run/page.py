@@ -26,9 +26,9 @@ import yaml
 from markupsafe import Markup
 
 from hlora.methods import label_of
-from hlora.report.format import change, number, percent, three_digits
+from hlora.report.format import change, duration, number, percent, size, three_digits
 from hlora.report.heatmap import importance_heatmap
-from hlora.report.page import render, write_page
+from hlora.report.page import about, render, write_page
 from hlora.report.run.figures import budget_curves, forgetting_picture, loss_curves
 from hlora.report.run.measures import DOMAIN_MEASURES, rise_spread, shown_difference, shown_spread, shown_value
 from hlora.report.run.verdict import improved, main_arm, verdict
@@ -51,8 +51,13 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         (entries for entries in history.values() if any("probe_rise" in entry for entry in entries)), []
     )
     heading, numbers = _numbers(arms)
+    domain = (results.get("config") or {}).get("domain") or {}
+    named = [str(domain[key]) for key in ("task", "train") if domain.get(key)]
+    title, facts = about("hlora report", results.get("config") or {}, results.get("provenance") or {}, named)
     config = json.loads(json.dumps(results.get("config") or {}, default=str))
     return {
+        "title": title,
+        "facts": facts,
         "verdict": verdict(results),
         "forgetting": Markup(svg(forgetting_picture(arms))) if len(arms) > 1 else None,
         "heading": heading,
@@ -113,10 +118,10 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
 def _costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What it took: seconds of each phase, and size and making of the importance."""
     importance = results.get("importance") or {}
-    rows = [(phase_label(phase), _duration(number(value))) for phase, value in (results.get("seconds") or {}).items()]
+    rows = [(phase_label(phase), duration(number(value))) for phase, value in (results.get("seconds") or {}).items()]
     if "bytes" in importance:
         rows.append(
-            (f"Importance, {importance.get('encoding', 'encoding unknown')}", _size(number(importance["bytes"])))
+            (f"Importance, {importance.get('encoding', 'encoding unknown')}", size(number(importance["bytes"])))
         )
     for key, label in (("method", "Importance is"), ("recorded", "Recorded")):
         if key in importance:
@@ -134,22 +139,6 @@ def _costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("Importance clamped at zero", f"{100 * number(importance['clamped_share']):.2g} % of the elements")
         )
     return rows
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "not measured"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _size(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{three_digits(count / size)} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def _weights(importance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -186,7 +175,7 @@ def _samples(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, arm in arms.items():
         for sample in arm.get("samples") or []:
             key = (str(sample.get("prompt", "")), str(sample.get("expected", "")))
-            answers.setdefault(key, {})[name] = str(sample.get("answer", ""))
+            answers.setdefault(key, {})[name] = str(sample.get("answer", "")).strip() or "(nothing)"
     shown = [arm for arm in arms if arms[arm].get("samples")]
     return [
         {"prompt": prompt, "expected": expected, "answers": [by_arm.get(arm, "–") for arm in shown]}
