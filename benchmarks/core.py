@@ -132,8 +132,9 @@ def beside_a_layer(d_out: int, d_in: int, rows: int, tokens: int, rank: int, dev
         torch.matmul(gradient, weight)
 
     def sketch() -> None:
-        signs_in, signs_out = squares.random_signs(d_in + d_out, 0).to(device).split([d_in, d_out])
-        squares.sketched_sums(x, gradient, signs_in, signs_out)
+        signs_in, signs_out = squares.random_signs(d_in + d_out, 0).to(device).split([d_in, d_out], 1)
+        seen = squares.seen_through(x, signs_in), squares.seen_through(gradient, signs_out)
+        squares.sketched_sums(x, gradient, *seen)
 
     matrix = drawn(d_out, d_in, rank, device)
     weight, counted = matrix.dense, torch.ones((), dtype=torch.bool, device=device)

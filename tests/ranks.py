@@ -119,7 +119,7 @@ def record_and_tune(
         rows = rows[:, :EXACT]
     running = trained_by(kind, model)
     found: dict[str, Tensor] = {}
-    recorder = ImportanceRecorder(running, encoding, method=method)
+    recorder = ImportanceRecorder(running, encoding, method=method, share=1.0)
     penalty: ImportancePenalty | None = None
 
     def phase(first: int, optimizer: Any) -> list[float]:
@@ -230,7 +230,7 @@ def by_trainer(
         def recorded(**more: Any) -> tuple[ImportanceRecorder, Trainer]:
             model = adapted(directory, torch.float32 if "bf16" in given else torch.float64, ["q_proj", "v_proj"])
             encoding = "float32" if method == "path_integral" else "factored"
-            recorder = ImportanceRecorder(model, encoding, method=method)
+            recorder = ImportanceRecorder(model, encoding, method=method, share=1.0)
             training = trainer(model, **more)
             add_callback_first(training, Checkpoints())
             add_callback_first(training, recorder.callback())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hlora.numerics import equations, squares
+from hlora.numerics.encodings import Factored
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 7, 13), (3, 9, 13, 7), (4, 6, 1, 5), (1, 17, 6, 6)]  # n, T, d_out, d_in
 
@@ -15,6 +16,10 @@ def drawn(n: int, tokens: int, d_out: int, d_in: int, seed: int = 0) -> tuple[Te
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, tokens, d_in, dtype=torch.float64, generator=generator)
     return x, torch.randn(n, tokens, d_out, dtype=torch.float64, generator=generator)
+
+
+def sketched(x: Tensor, gradient: Tensor, P: Tensor, Q: Tensor) -> Factored:
+    return squares.sketched_sums(x, gradient, squares.seen_through(x, P), squares.seen_through(gradient, Q))
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
@@ -31,8 +36,8 @@ def test_exact_sums_are_those_of_the_dense_squares(sizes: tuple[int, int, int, i
 def test_sketched_sums_are_those_of_the_reference_at_the_same_signs(sizes: tuple[int, int, int, int]) -> None:
     x, gradient = drawn(*sizes)
     P, Q = (squares.random_signs(d, 3, d).double() for d in (x.shape[2], gradient.shape[2]))
-    expected = equations.sketched_squares(x, gradient, P, Q)
-    for mine, other in zip(squares.sketched_sums(x, gradient, P, Q), expected, strict=True):
+    expected = equations.sketched_squares(x, gradient, P.T, Q.T)
+    for mine, other in zip(sketched(x, gradient, P, Q), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
@@ -43,7 +48,7 @@ def test_a_sketch_is_unbiased_and_has_the_stated_variance() -> None:
     found = []
     for number in range(4000):
         P, Q = squares.random_signs(9, number, 0).double(), squares.random_signs(5, number, 1).double()
-        found.append(torch.cat(squares.sketched_sums(x, gradient, P, Q)))
+        found.append(torch.cat(sketched(x, gradient, P, Q)))
     estimates = torch.stack(found)
     for vectors, estimate in ((G, estimates[:, :5]), (G.T, estimates[:, 5:])):
         expected = vectors.square().sum(1)
@@ -56,8 +61,8 @@ def test_a_sketch_is_unbiased_and_has_the_stated_variance() -> None:
 def test_signs_are_balanced_independent_and_determined_by_their_key() -> None:
     signs = (squares.random_signs(20_000, 1, 2) * squares.SKETCH**0.5).round()
     assert signs.dtype == torch.float32 and set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert signs.mean(0).abs().max() < 0.04  # 5.6 standard errors
-    correlation = signs.T @ signs / len(signs) - torch.eye(squares.SKETCH)
+    assert signs.mean(1).abs().max() < 0.04  # 5.6 standard errors
+    correlation = signs @ signs.T / signs.shape[1] - torch.eye(squares.SKETCH)
     assert correlation.abs().max() < 0.04
     assert torch.equal(squares.random_signs(20_000, 1, 2), squares.random_signs(20_000, 1, 2))
     assert not torch.equal(squares.random_signs(20_000, 1, 2), squares.random_signs(20_000, 1, 3))

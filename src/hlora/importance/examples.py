@@ -21,8 +21,8 @@ from torch import Tensor, nn
 class Batch:
     """One forward pass of a model in training."""
 
-    predicted: Tensor | None
-    """Number of tokens with a label, a scalar; None where the model was given no labels."""
+    labelled: Tensor | None  # (rows, T) of 0 and 1
+    """Where a token is predicted that has a label; None where the model was given no labels."""
     divisor: Tensor | int | None
     """What the model divides the sum of its tokens' losses by."""
     lengths: list[int] | None
@@ -31,12 +31,40 @@ class Batch:
     """∂ loss / ∂ (loss of one token), a scalar; None until the backward pass gets there, and without labels."""
     seen: set[str] = field(default_factory=set)
     """Names of the matrices whose gradient has come."""
+    taken: range | None = None
+    """Numbers of the examples that are recorded, modulo how many there are; None until the first gradient comes."""
 
-    def of_examples(self, tensor: Tensor) -> Tensor:  # (rows, T, d) → (examples, longest, d)
+    def take(self, rows: int, share: float, draw: tuple[float, float]) -> None:
+        """Choose the examples to record: a share of them, at least one, from a random place on.
+
+        Args:
+            rows: Rows of the batch.
+            share: Of the examples, on average over draws.
+            draw: Two numbers from 0 to 1.
+        """
+        count = rows if self.lengths is None else len(self.lengths)
+        chosen = min(count, max(1, int(count * share + draw[0])))
+        start = int(count * draw[1]) if chosen < count else 0
+        self.taken = range(start, start + chosen)
+
+    def of_examples(self, tensor: Tensor) -> Tensor:  # (rows, T, d) → (examples taken, longest, d)
         """The tensor with one example in each row, padded with zeros, which count nothing."""
+        assert self.taken is not None
         if self.lengths is None:
-            return tensor
-        return nn.utils.rnn.pad_sequence(tensor.flatten(0, 1).split(self.lengths), batch_first=True)
+            return _rows(tensor, self.taken)
+        examples = tensor.flatten(0, 1).split(self.lengths)
+        return nn.utils.rnn.pad_sequence([examples[number % len(examples)] for number in self.taken], batch_first=True)
+
+    def predicted_taken(self) -> Tensor | None:  # a scalar
+        """Number of tokens with a label in the examples that are recorded."""
+        return None if self.labelled is None else self.of_examples(self.labelled[..., None]).sum()
+
+
+def _rows(tensor: Tensor, taken: range) -> Tensor:
+    """Rows of the tensor by number, beginning anew after the last; a view where they are next to each other."""
+    if taken.stop <= len(tensor):
+        return tensor[taken.start : taken.stop]
+    return torch.cat([tensor[taken.start :], tensor[: taken.stop - len(tensor)]])
 
 
 @contextmanager
@@ -72,14 +100,16 @@ def batch_of(given: dict[str, Any]) -> Batch:
     """The batch of a forward pass by its named arguments, as Transformers and TRL call their models."""
     labels = given.get("shift_labels")
     if labels is None and given.get("labels") is not None:
-        labels = given["labels"][..., 1:]
-    predicted = None if labels is None else (labels != -100).sum()
+        labels = nn.functional.pad(given["labels"][..., 1:], (0, 1), value=-100)
+    labelled = None if labels is None else (labels != -100).long()
     divisor = given.get("num_items_in_batch")
+    if divisor is None and labelled is not None:
+        divisor = labelled.sum()
     tokens, positions = given.get("input_ids"), given.get("position_ids")
     lengths = None
     if positions is not None and tokens is not None and positions.shape == tokens.shape:
         lengths = _lengths(positions)
-    return Batch(predicted, predicted if divisor is None else divisor, lengths)
+    return Batch(labelled, divisor, lengths)
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)
@@ -95,7 +125,7 @@ def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)
 
 def _watch_loss(begun: list[Batch], output: Any) -> None:
     """Learn the weight of a token when the backward pass starts: from log-probabilities by token, or the mean loss."""
-    if not begun or begun[0].predicted is None:
+    if not begun or begun[0].labelled is None:
         return
     batch = begun[0]
     likelihoods, loss = getattr(output, "log_probs", None), getattr(output, "loss", None)

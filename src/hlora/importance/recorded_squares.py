@@ -6,6 +6,7 @@ tokens: d_out + d_in numbers. They come from the backward pass that trains the a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -25,24 +26,42 @@ from hlora.parallel.dtensor import local
 from hlora.parallel.group import rank, world
 from hlora.system.errors import AdapterError
 
+_AFFORDED = 0.01  # of a training step's time
+_SLOWER = 9  # times as long a product of the sketch takes as one of the step: SmolLM2-135M, 8×128 tokens, one core
+
+
+def affordable_share(model: nn.Module, matrices: Sequence[AdaptedMatrix]) -> float:
+    """Share of each batch's examples whose sketch takes about 1 % of a training step: 0.3 for SmolLM2-135M's q and v,
+    all of LLaMA-3.2-3B's."""
+    sketch = squares.SKETCH * sum(m.B.shape[0] + m.A.shape[1] for m in matrices)
+    step = sum(parameter.numel() for parameter in model.parameters())
+    return min(1.0, _AFFORDED * step / (_SLOWER * sketch))
+
 
 class RecordedSquares:
     """Sums of squared gradients of every matrix, in one flat tensor: [rows, columns] of each in turn.
+
+    Of each backward pass a random share of the examples is taken, so that recording stays cheap beside a small model.
 
     In a group of processes each adds up the examples that it sees, of all matrices. The sums are added up at
     `gathered` and `consolidated`, which every process calls.
     """
 
-    def __init__(self, model: nn.Module, matrices: Sequence[AdaptedMatrix], seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, matrices: Sequence[AdaptedMatrix], seed: int, *, share: float | None = None
+    ) -> None:
         self.model = model
         self.matrices = list(matrices)
         self.seed = seed
+        self.share = affordable_share(model, matrices) if share is None else share
         self.steps = 0  # optimizer steps, of which each has random signs of its own
         self.listening = ExitStack()
         self._sizes = [size for m in self.matrices for size in (m.B.shape[0], m.A.shape[1])]
         self._places = {m.name: 2 * number for number, m in enumerate(self.matrices)}
         self._batch: Batch | None = None
         self._signs: list[Tensor] = []
+        self._passes = 0  # backward passes of the step under way
+        self._input: tuple[Tensor, Tensor] | None = None  # of the last layer: x, and x through random signs
         self._gradient_norm: Tensor | None = None
         self.reset()
 
@@ -81,7 +100,7 @@ class RecordedSquares:
 
     def _begin(self, batch: Batch) -> None:
         self.follow(True)
-        self._batch = batch
+        self._batch, self._input = batch, None
 
     def _add(self, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
         """Add the examples of one batch and matrix to the step's sums."""
@@ -99,34 +118,49 @@ class RecordedSquares:
                 "method path_integral."
             )
         batch.seen.add(matrix.name)
-        x, gradient = batch.of_examples(x.to(self.total.dtype)), batch.of_examples(gradient.to(self.total.dtype))
+        if batch.taken is None:
+            self._passes += 1
+            draw = random.Random(repr((self.seed, self.steps, rank(), self._passes)))
+            batch.take(x.shape[0], self.share, (draw.random(), draw.random()))
+        shared = x
+        x, gradient = (batch.of_examples(each).to(self.total.dtype) for each in (x, gradient))
         if len(batch.seen) == 1:
             self._count(batch, x)
-        if batch.token_weight is not None:
-            # Before squaring: with a gradient scaler's factor the square of a float32 could overflow.
-            gradient = gradient / on_device(gradient.device, batch.token_weight)
         place = self._places[matrix.name]
         if squares.is_exact_cheaper(x.shape[1]):
             sums = squares.exact_sums(x, gradient)
         else:
-            signs_out, signs_in = (self._signs_of(place + which).to(x) for which in (0, 1))
-            sums = squares.sketched_sums(x, gradient, signs_in, signs_out)
+            gradient_seen = squares.seen_through(gradient, self._signs_of(place).to(x))
+            sums = squares.sketched_sums(x, gradient, self._input_seen(shared, x, place + 1), gradient_seen)
         for part, mine in zip(self._split(self._coming)[place : place + 2], sums, strict=True):
+            if batch.token_weight is not None:
+                mine = mine / on_device(mine.device, batch.token_weight) ** 2
             part.add_(mine.to(part.device))
+
+    def _input_seen(self, shared: Tensor, x: Tensor, part: int) -> Tensor:
+        """x through random signs: once for the layers that read the same input, as q_proj and v_proj do."""
+        if self._input is not None:
+            last, seen = self._input
+            if last.data_ptr() == shared.data_ptr() and last.shape == shared.shape:
+                return seen
+        seen = squares.seen_through(x, self._signs_of(part).to(x))
+        self._input = shared, seen
+        return seen
 
     def _count(self, batch: Batch, x: Tensor) -> None:
         """The batch's tokens and examples, at its first gradient."""
         if batch.token_weight is None:
             self.as_called = True
-        tokens = x.shape[0] * x.shape[1] if batch.predicted is None else batch.predicted.to(self.counts.device)
+        predicted = batch.predicted_taken()
+        tokens = x.shape[0] * x.shape[1] if predicted is None else predicted.to(self.counts.device)
         self._coming_counts[0] += tokens
         self._coming_counts[1] += x.shape[0]
 
     def _signs_of(self, part: int) -> Tensor:
-        """Random signs (d, k) of the step under way, for the rows or columns of one matrix."""
+        """Random signs (k, d) of the step under way, for the rows or columns of one matrix."""
         if not self._signs:
             drawn = squares.random_signs(sum(self._sizes), self.seed, self.steps, rank())
-            self._signs = list(drawn.to(self.total.device).split(self._sizes))
+            self._signs = list(drawn.to(self.total.device).split(self._sizes, 1))
         return self._signs[part]
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +180,8 @@ class RecordedSquares:
 
     def discard(self) -> None:
         """Leave out the examples of the step under way; the optimizer did not step."""
-        self._gradient_norm = None
+        self._gradient_norm = self._input = None
+        self._passes = 0
         self._coming.zero_()
         self._coming_counts.zero_()
 

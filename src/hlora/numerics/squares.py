@@ -4,7 +4,7 @@ An example's gradient is G = Σ_t gradient[t] ⊗ x[t]. What is kept is Σ_b G_b
 sums. Neither form below makes a (d_out, d_in) tensor:
 
 exact    by Gram matrices over tokens, 2 T² (d_in + d_out) products an example
-sketch   by random signs, 2 T k (d_in + d_out) products an example, unbiased
+sketch   by k random signs a feature, 2 T k (d_in + d_out) products an example, unbiased
 
 The reference is `equations.squared_gradients`.
 """
@@ -15,6 +15,7 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from hlora.numerics.encodings import Factored
 
@@ -31,17 +32,23 @@ def exact_sums(x: Tensor, gradient: Tensor) -> Factored:  # (n, T, d_in), (n, T,
 def sketched_sums(
     x: Tensor,  # (n, T, d_in)
     gradient: Tensor,  # (n, T, d_out)
-    signs_in: Tensor,  # (d_in, k), each ±1/√k
-    signs_out: Tensor,  # (d_out, k), each ±1/√k
+    x_seen: Tensor,  # (n, T, k), x through random signs: `seen_through(x, signs)`
+    gradient_seen: Tensor,  # (n, T, k), gradient through others
 ) -> Factored:
-    """Estimates of `exact_sums`: row i is Σ_b ‖(G_b P)_i‖², column j is Σ_b ‖(G_bᵀ Q)_j‖².
+    """Estimates of `exact_sums`: row i is Σ_b ‖(G_b P)_i‖², column j is Σ_b ‖(G_bᵀ Q)_j‖², P and Q the random signs.
 
-    Unbiased over random signs P and Q. The variance of row i of one example is 2/k (‖g‖⁴ − Σ_j g_j⁴), with g the row
-    of G_b. It is never more than 2/k ‖g‖⁴, which Gaussian numbers in place of signs have.
+    Unbiased. The variance of row i of one example is 2/k (‖g‖⁴ − Σ_j g_j⁴), with g the row of G_b. It is never more
+    than 2/k ‖g‖⁴, which Gaussian numbers in place of signs have.
     """
-    row = torch.bmm(gradient.mT, x @ signs_in).square_().sum((0, 2))
-    column = torch.bmm(x.mT, gradient @ signs_out).square_().sum((0, 2))
+    # (n, k, d), not (n, d, k): for 8×128 tokens and d 576 that took 0.34 in place of 1.3 ms.
+    row = torch.bmm(x_seen.mT, gradient).square_().sum((0, 1))
+    column = torch.bmm(gradient_seen.mT, x).square_().sum((0, 1))
     return Factored(row, column)
+
+
+def seen_through(tensor: Tensor, signs: Tensor) -> Tensor:  # (n, T, d), (k, d) → (n, T, k)
+    """The tensor through random signs, one number for each of them."""
+    return linear(tensor.flatten(0, 1), signs).unflatten(0, tensor.shape[:2])
 
 
 def is_exact_cheaper(tokens: int) -> bool:
@@ -49,10 +56,10 @@ def is_exact_cheaper(tokens: int) -> bool:
     return tokens <= SKETCH
 
 
-def random_signs(features: int, *key: int) -> Tensor:  # (features, k) float32, each ±1/√k, on the CPU
+def random_signs(features: int, *key: int) -> Tensor:  # (k, features) float32, each ±1/√k, on the CPU
     """Signs that depend on the key alone, such as seed, step and process: a resumed run draws the same ones."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    drawn = torch.randint(256, (features, 1), dtype=torch.uint8, generator=generator)
-    bits = (drawn >> torch.arange(SKETCH, dtype=torch.uint8)) & 1
+    drawn = torch.randint(256, (features,), dtype=torch.uint8, generator=generator)
+    bits = (drawn >> torch.arange(SKETCH, dtype=torch.uint8)[:, None]) & 1
     return bits.to(torch.float32).mul_(2).sub_(1).mul_(SKETCH**-0.5)
