@@ -1,5 +1,7 @@
-"""Links hold on GitHub: every one points to a file and a heading that are there. The site's are tested where it is
-built (test_site.py)."""
+"""The pages as GitHub shows them: links lead somewhere, no page is lost, no public name and no method is left out.
+
+The links of the site are tested where it is built (test_site.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import pytest
 from pages import PAGES, REPOSITORY, anchors, links, prose, source
 
 import hlora
+from hlora.methods import METHODS
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -31,6 +34,11 @@ def test_every_page_stands_in_the_navigation_of_the_site() -> None:
 def test_the_api_reference_has_every_public_name_once() -> None:
     named = [line.removeprefix("::: hlora.") for line in source("docs/reference/api.md").splitlines() if ":::" in line]
     assert sorted(named) == sorted(hlora.__all__)
+
+
+def test_the_guide_to_comparisons_has_a_row_for_every_method() -> None:
+    rows = source("docs/guides/compare.md").splitlines()
+    assert not [name for name in METHODS if not any(row.startswith(f"| `{name}` |") for row in rows)]
 
 
 FIRST_SCREEN = source("README.md").partition("## Two commands")[0]
