@@ -463,7 +463,7 @@ def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
     with pytest.raises(ConfigError, match=r"was recorded with other settings: seed \(there 0, here 1\)"):
         pipeline.run(parse_config({**fields, "seed": 1}))
     results = pipeline.run(parse_config({**fields, "seed": 1}), overwrite=True)
-    assert "had other settings or data; starting anew" in caplog.text
+    assert "had other settings or data; restarting" in caplog.text
     assert results["provenance"]["seed"] == 1 and results["history"]["record"]
 
 

@@ -61,6 +61,24 @@ def test_a_refusal_of_a_library_comes_first_and_names_the_field(
     assert not (tmp_path / "out" / "logs").exists() and not (tmp_path / "out" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("domain.task=piqa", "train.jsonl: 24 of 24 rows cannot be used"),
+        ("general.paths=[PLACE/train.jsonl]", "train.jsonl: 24 of 24 rows cannot be used"),
+        ("evaluation.texts={a: PLACE/test.jsonl}", "test.jsonl: Row 1: missing column: 'text'"),
+        ("training.tune.logging_steps=1.5", "training.tune.logging_steps: 1.5 cannot be used here"),
+    ],
+)
+def test_columns_and_arguments_are_checked_before_the_model_is_loaded(
+    hlora: Invoke, config: Path, tmp_path: Path, override: str, expected: str
+) -> None:
+    (tmp_path / "model").mkdir()  # which cannot be loaded
+    settings = ["--set", f"model.name={tmp_path}/model", "--set", override.replace("PLACE", str(tmp_path))]
+    status, _, err = hlora("run", config, *settings)
+    assert status == 2 and expected in err, err
+
+
 def test_the_arm_of_a_comparison_that_changes_a_refused_argument_is_named(
     hlora: Invoke, comparison_file: Path, tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
     planted["training"]["common"]["hub_token"] = "a newer one"
     monkeypatch.setattr(pipeline, "record_phase", lambda *_: 1 / 0)  # finished before
     assert pipeline.run(parse_config(planted))["arms"]["hlora"]
-    assert "going on with the run of" in caplog.text
+    assert "resuming the run of" in caplog.text
 
 
 @pytest.mark.slow

@@ -184,13 +184,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     damage(tmp_path / "cut" / "checkpoint-6")
     with caplog.at_level("INFO", logger="hlora"):
         assert_same(trained(tmp_path / "cut"), whole)
-    assert "checkpoint-6: " in caplog.text and "an older one is used" in caplog.text
+    assert "checkpoint-6: " in caplog.text and "resuming from an older one" in caplog.text
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-5'}" in caplog.text
 
 
 def test_recording_does_not_go_on_from_a_checkpoint_without_its_state(trained: Any, tmp_path: Path) -> None:
     trained(tmp_path / "cut", 3, encoding="float32")
-    with pytest.raises(ArtifactError, match=r"checkpoint-3: recording-factored\.json .* start it anew"):
+    with pytest.raises(ArtifactError, match=r"checkpoint-3: recording-factored\.json .* Resume from another"):
         trained(tmp_path / "cut", encoding="factored")
 
 

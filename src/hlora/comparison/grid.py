@@ -26,6 +26,7 @@ from hlora.data.tasks import Example
 from hlora.evaluation.evaluate import evaluate
 from hlora.methods import METHODS
 from hlora.model.base import load_base, pick_device
+from hlora.run.data_check import check_data
 from hlora.run.job import Job
 from hlora.run.lengths import fit_lengths
 from hlora.run.results import describe
@@ -72,6 +73,7 @@ class Grid:
         for name in config.arms:  # before the model is there
             cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
         check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
+        check_data(config)
         base, tokenizer = load_base(config.model)
         grid = cls(fit_lengths(config, base), output, base, tokenizer, dry_run=dry_run)
         cells = grid.first_cells()  # a wrong arm or row is reported now

@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 shards (DTensors), and any other tensor, read and laid out in one way."""
+"""Tensors that FSDP2 shards by rows (DTensors), read and distributed in the same way as any other tensor."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor, sharing memory; any other tensor itself."""
+    """The part of a DTensor that this process holds, sharing memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, by a collective; any other tensor itself."""
+    """All of a DTensor, by a collective operation; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """`values`, which every process has, as a DTensor where the parameter is one. Communicates nothing."""
+    """`values`, which every process has in full, distributed as the parameter is. Communicates nothing."""
     if not isinstance(parameter, DTensor):
         return values
     mesh = parameter.device_mesh

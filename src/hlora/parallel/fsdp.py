@@ -1,6 +1,6 @@
 """A model sharded over all processes (FSDP2).
 
-In a launch that asks for it `hlora run` has its models sharded, by Trainer to train and by `shard` to evaluate.
+In a launch that asks for FSDP2, Trainer shards the model to train it, and `shard` does to evaluate it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from hlora.parallel.launch import sharding
 
 
 def device_for(model: nn.Module) -> torch.device:
-    """Where this process trains and evaluates the model."""
+    """The device on which this process trains and evaluates the model."""
     if sharding() and "nccl" in dist.get_backend_config():  # gloo alone is listed for every kind of device
         return torch.device("cuda", torch.cuda.current_device())
     return next(model.parameters()).device
 
 
 def shard(model: Any) -> None:
-    """Shard a model over all processes, by blocks, in place and for good (FSDP2). One that Trainer has, stays so."""
+    """Shard a model over all processes, block by block, in place (FSDP2). It cannot be undone.
+
+    A model that Trainer has sharded stays as it is.
+    """
     if isinstance(model, FSDPModule):
         return
     mesh = init_device_mesh(device_for(model).type, (world(),))
@@ -41,7 +44,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Before factors are changed: what a forward pass has left gathered is a copy, and a change of it would be lost."""
+    """Discard the full weights that a forward pass has gathered: they are copies, and changes to them would be lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

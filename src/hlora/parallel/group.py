@@ -1,8 +1,8 @@
-"""What the processes of a training have to agree on: decisions, errors, and who goes first.
+"""What the processes of a training have to agree on: decisions, errors, and which process goes first.
 
-Tensors travel through the training's own group (importance/shares.py); decisions and errors through one of gloo beside
-it, where waiting costs nothing and may take long. Without a process group, or in one of a single process, nothing here
-communicates.
+Tensors travel through the training's own process group (importance/shares.py). Decisions and errors travel through a
+second group (gloo), in which a process may wait for long without using a device. Without a process group, or in a group
+of one, nothing here communicates.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from hlora.system.errors import HloraError
 
 Work = TypeVar("Work")
 
-_PATIENCE = timedelta(days=7)  # the others wait while the first evaluates; a process that dies ends the wait at once
+_PATIENCE = timedelta(days=7)  # the others wait while the first one evaluates; if a process dies, the wait ends at once
 
-_control: dict[Any, Any] = {}  # a gloo group beside each default group
+_control: dict[Any, Any] = {}  # the gloo group of each default group
 
 
 def world() -> int:
-    """Number of processes in the default group; 1 without one."""
+    """Number of processes in the default group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process in the default group; 0 without one."""
+    """Number of this process in the default group; 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the main process, which writes."""
     return rank() == 0
 
 
@@ -49,7 +49,7 @@ def is_lost(error: Exception) -> bool:
 
 
 def exchange(text: str) -> list[str]:
-    """The text of every process, in their order. All have to call it."""
+    """Gather the text of every process, ordered by rank. Every process must call it."""
     if world() == 1:
         return [text]
     if dist.group.WORLD not in _control:
@@ -64,15 +64,15 @@ def exchange(text: str) -> list[str]:
 
 
 def first_says(answer: bool) -> bool:
-    """The first process's answer, where another's rounding might give another one."""
+    """The main process's answer, since rounding can give other processes a different one."""
     return bool(exchange("yes" if answer else "")[0])
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What the processes do side by side: an error in one is raised in all of them when the rest are through.
+    """Run the same block in every process. An error in one is raised in all, once all have finished the block.
 
-    Nothing inside may wait for another process.
+    Nothing in the block may wait for another process.
     """
     error: Exception | None = None
     try:
@@ -82,7 +82,7 @@ def together() -> Iterator[None]:
     said = {} if error is None else {"kind": type(error).__name__, "text": str(error)}
     everyone = [json.loads(text) for text in exchange(json.dumps(said))]
     if error is not None:
-        error.__dict__["told"] = any(everyone[: rank()])  # an earlier process says it
+        error.__dict__["told"] = any(everyone[: rank()])  # an earlier process prints it
         raise error
     for number, other in enumerate(everyone):
         if other:
@@ -93,7 +93,7 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """locks.lock_directory, by the first process for all of them. Raises ConfigError at every one when refused."""
+    """Hold locks.lock_directory in the main process. A refusal raises ConfigError in every process."""
     with ExitStack() as held:
         with together():
             if is_first():
@@ -102,9 +102,11 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 def first_does(work: Callable[[], Work], in_step: bool = False) -> Work:
-    """What the first process makes of `work`, at every one; a value that JSON can hold. Its error is everyone's.
+    """Do `work` in the main process and return its result in every process. An error is raised in every process.
 
-    in_step: all do it, as a sharded model needs them to, and the first one's result counts.
+    Args:
+        work: Returns a value that JSON can hold.
+        in_step: Every process does the work, as a sharded model needs, and the main process's result counts.
     """
     if world() == 1:
         return work()
@@ -113,14 +115,17 @@ def first_does(work: Callable[[], Work], in_step: bool = False) -> Work:
         if is_first():
             result = work()
         elif in_step:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one shows its progress
+            with (
+                redirect_stdout(io.StringIO()),
+                redirect_stderr(io.StringIO()),
+            ):  # only the main process shows its progress
                 work()
     text = exchange(json.dumps(result) if is_first() else "")[0]
     return result if is_first() else json.loads(text)
 
 
 def first_goes_first(work: Callable[[], Work]) -> Work:
-    """`work` at every process, at the first one before the others: it fills a cache that they read."""
+    """Do `work` in every process, in the main one first: it fills a cache that the others read."""
     result: list[Work] = []
     for turn in (True, False):
         with together():

@@ -1,4 +1,4 @@
-"""How this process was launched: alone, or by torchrun or accelerate as one of several; for DDP or for FSDP2."""
+"""How this process was launched: alone, or as one of several by torchrun or accelerate, for DDP or for FSDP2."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from hlora.system.errors import ConfigError
 
 
 def only_alone(command: str, instead: str) -> None:
-    """Raises ConfigError in a launch of several processes, for a command that does not divide its work."""
+    """Raises ConfigError in a launch of several processes, for a command that works in one process only."""
     if _launched():
         raise ConfigError(f"`{command}` works in one process, and this is one of {os.environ['WORLD_SIZE']}. {instead}")
 
 
 def join_launch(device: str) -> None:
-    """Join the group of torchrun or accelerate launch, if one of them started this process. device: of the model."""
+    """Join the process group if torchrun or accelerate launched this process. device: `model.device`."""
     if not _launched() or dist.is_initialized():
         return
     old = _asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
     if old or _asked("DEEPSPEED"):
         raise ConfigError(
-            f"this launch asks for {'FSDP1' if old else 'DeepSpeed'}, under which the adapter cannot be read. For DDP "
-            "launch with torchrun; for a model too large for that, `accelerate launch --use_fsdp --fsdp_version 2` "
-            "(docs/guides/distributed.md)."
+            f"this launch asks for {'FSDP1' if old else 'DeepSpeed'}, which takes the adapter's factors apart. For "
+            "DDP, launch with torchrun. For a model too large for one device, use FSDP2: `accelerate launch --use_fsdp "
+            "--fsdp_version 2` (docs/guides/distributed.md)."
         )
-    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # Trainer writes no adapter alone from the other kind
-    os.environ["FSDP_SYNC_MODULE_STATES"] = "false"  # of FSDP1; Accelerate would look for a GPU here
-    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # else all blocks are gathered at once
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # with sharded ones, Trainer does not save the adapter alone
+    os.environ["FSDP_SYNC_MODULE_STATES"] = "false"  # FSDP1 only; Accelerate would look for a GPU
+    os.environ.setdefault(
+        "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
+    )  # otherwise all blocks are gathered at once
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -38,7 +40,7 @@ def join_launch(device: str) -> None:
 
 
 def sharding() -> bool:
-    """Whether this launch asks for FSDP2: a model is then in host memory, whole, until it is sharded."""
+    """Whether this launch asks for FSDP2. A model is then loaded in full into host memory, until it is sharded."""
     return _launched() and _asked("FSDP")
 
 

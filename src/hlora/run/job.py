@@ -12,7 +12,6 @@ from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hlora.config.data_files import check_files
 from hlora.config.run import RunConfig
 from hlora.config.sections import ImportanceConfig
 from hlora.data.domain import DomainRows, Space, domain_rows
@@ -25,6 +24,7 @@ from hlora.model.saved_adapter import changes_base, load_adapter
 from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import first_goes_first, together
 from hlora.parallel.launch import sharding
+from hlora.run.data_check import check_data
 from hlora.run.lengths import fit_lengths
 from hlora.run.trial import check_arguments, try_phases
 from hlora.system.errors import ConfigError
@@ -58,9 +58,9 @@ class Job:
         output = Path(config.output)
         with together():
             check_sharding(config)
-            check_files(config)
             make_directory(output)
             check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
+            check_data(config)
         base, tokenizer = first_goes_first(lambda: load_base(config.model))
         job = cls(fit_lengths(config, base), base, tokenizer, output, resumable=resumable, given=given)
         with together():

@@ -1,4 +1,4 @@
-"""An interrupted run resumes from what it had finished: kept after each phase in unfinished.json."""
+"""An interrupted run resumes from the phases it had finished, which unfinished.json records."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from hlora.training.checkpoint_files import remove_checkpoints
 
 logger = logging.getLogger("hlora")
 
-UNFINISHED = "unfinished.json"  # what a run has finished so far; absent once it is done
+UNFINISHED = "unfinished.json"  # what a run has finished so far; removed when the run is complete
 
 
 @contextmanager
 def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
-    """Seconds of a phase; when it ends, what is finished so far goes to the disk."""
+    """Time a phase. When it ends, write what is finished so far to disk."""
     started = time.perf_counter()
     yield
-    before = results["seconds"].get(phase, 0.0)  # trained, but not measured, when the run was interrupted
+    before = results["seconds"].get(
+        phase, 0.0
+    )  # of an interrupted run that had trained this phase, but not measured it
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
         with together():
@@ -42,7 +44,7 @@ def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
 
 
 def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any]) -> None:
-    """Measure the model that `make` gives, unless this run has done so before."""
+    """Measure the model that `make` returns, unless this run has already done so."""
     if arm in results["arms"]:
         return
     model = make()
@@ -56,7 +58,7 @@ def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[],
 
 
 def resumed_results(job: Job, command: str) -> dict[str, Any]:
-    """What an interrupted run of the same configuration and data had finished, or the start of a new one."""
+    """Results of an interrupted run of the same configuration and data, or those that a new run starts with."""
     return first_does(lambda: _unfinished_here(job, command))
 
 
@@ -66,16 +68,16 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     except FileNotFoundError:
         kept = {}
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s: %s; starting anew", job.output / UNFINISHED, first_line(error))
+        logger.warning("%s: %s; restarting", job.output / UNFINISHED, first_line(error))
         kept = {}
     kept = kept if isinstance(kept, dict) else {}  # changed by hand
     mine = _made_from(job)
     another_number = kept.get("processes", mine["processes"]) != mine["processes"]
     if kept.get("made_from") == mine["made_from"] or (another_number and kept.get("by_rows") == mine["by_rows"]):
-        logger.info("going on with the run of %s", kept["results"]["provenance"]["started"])
+        logger.info("resuming the run of %s", kept["results"]["provenance"]["started"])
         return dict(kept["results"])
     if kept:
-        logger.warning("output: the unfinished run in %s had other settings or data; starting anew", job.output)
+        logger.warning("output: the unfinished run in %s had other settings or data; restarting", job.output)
     forget_unfinished(job)
     for of_another_run in ("results.json", "report.html"):
         (job.output / of_another_run).unlink(missing_ok=True)
@@ -86,10 +88,10 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
 
 
 def _made_from(job: Job) -> dict[str, Any]:
-    """Digests of what determines a run's results: as it is written, and with the rows of a step in place of the batch.
+    """Two digests of everything that determines a run's results.
 
-    By the second, a run goes on in another number of processes with batches that keep the rows of a step. Another
-    token is no other run.
+    One is of the configuration as written. In the other, batch size × accumulation × processes are replaced by the rows
+    of a step: by it, a run resumes in another number of processes. Secrets count in neither.
     """
     config = without_secret_fields(job.config.model_dump(exclude={"output"}))
     facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
@@ -111,7 +113,7 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def forget_unfinished(job: Job) -> None:
-    """Remove what an interrupted run would go on from."""
+    """Remove what an interrupted run would resume from."""
     if not is_first():
         return
     (job.output / UNFINISHED).unlink(missing_ok=True)

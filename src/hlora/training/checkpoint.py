@@ -1,14 +1,14 @@
-"""Checkpoints of a training phase, to go on from as if nothing had happened: bit by bit on a CPU.
+"""Checkpoints of a training phase. On a CPU a resumed phase equals an uninterrupted one, bit by bit.
 
-Trainer's own hold pickles (optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin). With `save_only_model` it
-leaves all but the last out and writes the adapter and trainer_state.json. Added to each checkpoint-N are
+Trainer's own checkpoints contain pickles (optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin). With
+`save_only_model` it writes the adapter, trainer_state.json and the last of these. hlora adds to each checkpoint-N:
 
     resume.safetensors, resume.json              optimizer, learning-rate schedule, gradient scaler, random numbers
                                                  (of each process)
-    recording-<kind>.safetensors, … .json        what a recorder knows; RecordingCallback adds them in any Trainer
-    complete.json                                SHA-256 of every file, last: a directory without it is not complete
+    recording-<kind>.safetensors, … .json        a recorder's state, which RecordingCallback adds under any Trainer
+    complete.json                                SHA-256 of every file, written last: without it, it is incomplete
 
-Nothing of it is ever unpickled.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _EVERY = 300.0  # seconds between checkpoints
 class Checkpoints(TrainerCallback):
     """Saves a checkpoint every five minutes, and restores one when Trainer resumes.
 
-    In a group of processes the first one's clock counts, and it writes. Any number of them may go on: one that was not
-    there before takes the first one's random numbers.
+    Must be the last callback, since it completes the checkpoint.
 
-    Has to be the last callback, since it completes the checkpoint.
+    In several processes: the main process's clock counts, and the main process writes. A phase can resume with another
+    number of processes; an added process takes the main process's random numbers.
     """
 
     def __init__(self) -> None:
         self._saved = 0.0
-        self._epoch: dict[str, Any] = {}  # random numbers where the epoch began: they order its batches
+        self._epoch: dict[str, Any] = {}  # random numbers at the start of the epoch, which order its batches
         self._epoch_number = -1
         self._resumed: dict[str, Any] | None = None  # until its random numbers are restored
 
@@ -72,7 +72,9 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         number = int(state.epoch or 0)
         if self._resumed is not None and self._resumed["epoch_number"] == number:
-            set_random_state(self._resumed["epoch"])  # orders the batches as before; the rest is set at the first step
+            set_random_state(
+                self._resumed["epoch"]
+            )  # orders the batches as before; the others are set at the first step
         elif self._resumed is not None:  # the checkpoint was the last of its epoch
             set_random_state(self._resumed["random"])
             self._resumed = None
@@ -113,14 +115,14 @@ class Checkpoints(TrainerCallback):
 
 
 def _gathered(value: Any) -> Any:
-    """An optimizer's state with what FSDP2 has sharded brought together; every process calls it."""
+    """An optimizer's state in full, where FSDP2 has sharded it. Every process calls it."""
     if isinstance(value, Mapping):
         return {key: _gathered(each) for key, each in value.items()}
     return whole(value) if isinstance(value, Tensor) else value
 
 
 def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
-    """`load_state_dict`, with the sums of a sharded parameter laid out as it is."""
+    """`load_state_dict`, with the optimizer's sums distributed as their parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, sums in kept["state"].items():
         of = parameters[number]
@@ -132,7 +134,7 @@ def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, PyTorch and each of its accelerators."""
+    """State of the random number generators of Python, NumPy, PyTorch and each accelerator."""
     name, keys, *rest = np.random.get_state(legacy=True)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     python = random.getstate()
@@ -145,6 +147,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which one is complete, and nested state as safetensors and JSON."""
+"""Checkpoints on disk: which one is complete, and nested state as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from hlora.system.files import PICKLES, flush, sha256, write_json
 
 logger = logging.getLogger("hlora")
 
-_TENSOR = "tensor"  # key of a mapping that stands for a tensor in JSON
+_TENSOR = "tensor"  # key of the mapping that represents a tensor in JSON
 
 
 def checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint that Trainer has just written, or goes on from."""
+    """The checkpoint that Trainer has just written, or resumes from."""
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in Trainer's output directory. Says which newer ones are not complete, and why.
+    """The newest complete checkpoint in Trainer's output directory. Logs why newer ones are not usable.
 
-    One of the last step is left out: Trainer would go on from it with one step more.
+    A checkpoint of the last step is skipped, since Trainer would resume from it with one more step.
     """
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: _number(path.name), reverse=True)
     for checkpoint in found:
         try:
             check_checkpoint(checkpoint)
         except ArtifactError as error:
-            logger.warning("%s; an older one is used, or the phase starts again", error)
+            logger.warning("%s; resuming from an older one, or from the start of the phase", error)
             continue
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
@@ -46,7 +46,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Raises ArtifactError that names what a checkpoint lacks, what is damaged, or a pickle for Trainer to read."""
+    """Raises ArtifactError if a checkpoint is incomplete or damaged, or has a pickle, which Trainer would read."""
     try:
         sums = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["sha256"]
         for name, expected in sums.items():
@@ -54,19 +54,19 @@ def check_checkpoint(checkpoint: Path) -> None:
                 raise ArtifactError(f"{checkpoint}: {name} is damaged")
         for file in checkpoint.rglob("*"):
             if file.suffix in PICKLES:
-                raise ArtifactError(f"{checkpoint}: holds {file.name}, a pickle, as none of hlora's does")
+                raise ArtifactError(f"{checkpoint}: contains {file.name}, a pickle, which hlora does not write")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{checkpoint}: not complete ({type(error).__name__}: {error})") from None
+        raise ArtifactError(f"{checkpoint}: incomplete ({type(error).__name__}: {error})") from None
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Remove the checkpoints of a phase whose result is kept."""
+    """Remove the checkpoints of a phase whose result is saved."""
     for checkpoint in directory.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def complete_checkpoint(checkpoint: Path) -> None:
-    """Take the pickles away, bring all files to the disk, and write the list that says so."""
+    """Remove the pickles, flush all files to disk, and write the list of their sums."""
     files = []
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in PICKLES:
@@ -78,9 +78,10 @@ def complete_checkpoint(checkpoint: Path) -> None:
 
 
 def save_state(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Nested mappings, lists, numbers, text and tensors, as <name>.json and <name>.safetensors in a checkpoint.
+    """Write nested mappings, lists, numbers, text and tensors as <name>.json and <name>.safetensors.
 
-    Raises ArtifactError for anything else.
+    Raises:
+        ArtifactError: The state contains anything else.
     """
     tensors: dict[str, Tensor] = {}
     document = split_tensors(state, "", tensors)
@@ -89,20 +90,20 @@ def save_state(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path, name: str) -> dict[str, Any]:
-    """The inverse of `save_state`. Raises ArtifactError when it is not there or not readable."""
+    """The inverse of `save_state`. Raises ArtifactError if the files are missing or not readable."""
     try:
         document = json.loads((checkpoint / f"{name}.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = join_tensors(document, load_file(checkpoint / f"{name}.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(
-            f"{checkpoint}: {name}.json and {name}.safetensors cannot be read ({first_line(error)}). Training goes on "
-            "from checkpoints in its output directory that hlora's callbacks took part in; or start it anew."
+            f"{checkpoint}: {name}.json and {name}.safetensors cannot be read ({first_line(error)}). Training "
+            "resumes only from checkpoints that were written with hlora's callbacks. Resume from another, or restart."
         ) from None
     return found
 
 
 def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of `value`; mappings as lists of pairs, since their keys may be numbers. Tensors go out."""
+    """`value` for JSON: tensors move to `tensors`, and mappings become lists of pairs, as keys may be numbers."""
     if isinstance(value, Tensor):
         tensors[place] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: place}
@@ -113,13 +114,13 @@ def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ArtifactError(
-        f"a checkpoint holds numbers, text and tensors; {place.lstrip('.')} is a {type(value).__name__}. "
-        "Train with an optimizer and a schedule that PyTorch or Transformers bring."
+        f"a checkpoint can hold numbers, text and tensors; {place.lstrip('.')} is a {type(value).__name__}. "
+        "Use an optimizer and a schedule of PyTorch or Transformers."
     )
 
 
 def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `split_tensors`; mappings come back as dictionaries, tuples as lists."""
+    """The inverse of `split_tensors`. Mappings become dictionaries, tuples become lists."""
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]

@@ -1,8 +1,8 @@
 """Gradient clipping, moved behind hlora's callbacks.
 
-Trainer clips gradients before its first callback event, yet ω needs them unclipped and the penalty's gradient
-has to be clipped with the rest. So a callback takes the clipping over: it sets `max_grad_norm` to 0 for the run
-and clips by the same limit in the optimizer's own pre-step hook. Order of one step:
+Trainer clips gradients before its first callback event. But ω needs unclipped gradients, and the penalty's gradient
+must be clipped together with the others. So a callback takes over: it sets `max_grad_norm` to 0 for the run, and
+clips to the same limit in the optimizer's own pre-step hook. Order of one step:
 
     backward … → a gradient scaler unscales → recorder captures → penalty adds its gradient → clip → optimizer steps
     → recorder integrates
@@ -19,10 +19,10 @@ from transformers import TrainingArguments
 
 
 def clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:
-    """Take the clipping over from Trainer, into a pre-step hook that runs after all hooks registered so far.
+    """Take clipping over from Trainer, in a pre-step hook that runs after all hooks registered so far.
 
-    Called by each callback in turn: the hook moves to the end. The limit stays with `args`, which an interrupted
-    run leaves at 0 and a next trainer may be built from.
+    Each callback calls it in turn, which moves the hook to the end. The limit is kept on `args`: an interrupted run
+    leaves `max_grad_norm` at 0, and the next trainer may be built from the same arguments.
     """
     optimizer = unwrapped_optimizer(optimizer)
     limit = args.max_grad_norm or getattr(args, "_hlora_max_grad_norm", 0.0)
@@ -39,6 +39,7 @@ def clip_after_callbacks(args: TrainingArguments, optimizer: Any) -> None:
 
 
 def clip_as_before(args: TrainingArguments, optimizer: Any) -> None:
+    """Give the clipping back to Trainer."""
     _remove_clip(unwrapped_optimizer(optimizer))
     if hasattr(args, "_hlora_max_grad_norm"):
         args.max_grad_norm = args._hlora_max_grad_norm
@@ -52,10 +53,10 @@ def _remove_clip(optimizer: Any) -> None:
 
 
 def unscale(optimizer: Any) -> None:
-    """Divide a gradient scaler's factor out of the gradients, as Trainer's own clipping would have done before."""
+    """Divide the gradients by a gradient scaler's factor, as Trainer's own clipping would have done."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None:
-        with suppress(RuntimeError):  # another callback, or Trainer, has done it in this step
+        with suppress(RuntimeError):  # already done in this step, by another callback or Trainer
             scaler.unscale_(unwrapped_optimizer(optimizer))
 
 

@@ -1,4 +1,4 @@
-"""One progress line a training phase, with time left and losses, in place of Trainer's stream of dictionaries."""
+"""One progress line for each training phase, with time left and losses, instead of Trainer's dictionaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressLine(TrainerCallback):
-    """Shows steps done, time elapsed and left, and the newest losses. On a plain log: one line at the end."""
+    """Shows steps done, time elapsed and left, and the latest losses. Without a terminal: one line at the end."""
 
     def __init__(self, phase: str) -> None:
         self.phase = phase
@@ -56,7 +56,7 @@ class ProgressLine(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Give the terminal back; more than once does no harm."""
+        """Release the terminal. Can be called more than once."""
         if self._task is not None:
             self._progress.stop()
             self._task = None

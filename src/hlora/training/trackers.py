@@ -1,7 +1,7 @@
-"""What experiment trackers get beside the losses, and an end of their runs with the phase.
+"""What experiment trackers get in addition to the losses; each phase is a run of its own in them.
 
-Which trackers: whatever `report_to` names, through Trainer's own integrations. The losses and φ reach them as part of
-Trainer's log entries (PenaltyCallback).
+`report_to` names the trackers, which Trainer's own integrations serve. Losses and φ reach them in Trainer's log entries
+(PenaltyCallback).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _TRACKERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.val
 
 
 class LayerCoefficients(TrainerCallback):
-    """Tells the trackers layer_coefficient/<matrix>, c_l of Eq. 15, once at step 0.
+    """Sends layer_coefficient/<matrix>, c_l of Eq. 15, to the trackers once, at step 0.
 
-    To them alone: in Trainer's log a large model has hundreds. Behind the trackers among the callbacks, since they
-    open their runs as training begins.
+    Sends it to the trackers only: a large model has hundreds, too many for Trainer's log. Must come after the trackers
+    in the callback list, because they open their runs in on_train_begin.
     """
 
     def __init__(self, trainer: Trainer, coefficients: dict[str, float]) -> None:
@@ -31,7 +31,7 @@ class LayerCoefficients(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step > 0:  # resumed: they have them
+        if state.global_step > 0:  # resumed: the trackers have them
             return
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, _TRACKERS):
@@ -41,9 +41,9 @@ class LayerCoefficients(TrainerCallback):
 
 @contextmanager
 def run_of_its_own() -> Iterator[None]:
-    """A tracker's run that is opened inside ends with the block, as failed after an error; one open before stays.
+    """End every tracker's run that is opened in the block; after an error, as failed. Earlier runs stay open.
 
-    Trainer leaves W&B's open, and all others when training fails: the next phase would write into it.
+    Trainer leaves W&B's run open, and every tracker's run when training fails. The next phase would write into it.
     """
     before = {name for name in _OPEN if _is_open(name)}
     failed = True
@@ -69,5 +69,5 @@ _CLOSE: dict[str, Callable[[Any, bool], Any]] = {
 
 
 def _is_open(name: str) -> bool:
-    module = sys.modules.get(name)  # one that nobody has imported has no run
+    module = sys.modules.get(name)  # without an import there is no run
     return module is not None and _OPEN[name](module) is not None
