@@ -52,7 +52,7 @@ class Clock(TrainerCallback):
 
 
 def now() -> Span:
-    """The clocks as they are, once an accelerator has done what it was asked."""
+    """The clocks, read once the accelerator has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return Span(time.perf_counter(), time.process_time())

@@ -1,11 +1,11 @@
 """`hlora compare`: methods × tasks × seeds × strengths, each cell computed once, then tables, figures and a report.
 
-cells/<key>.json   one cell, named by the hash of all that determines it; a run that was killed goes on from here
+cells/<key>.json   one cell, named by the hash of all that determines it; a killed run resumes from these
 general/, fisher/, squares/  what several cells share, made once a seed
 comparison.json    everything that tables, figures and the report are made from
 
-Several processes may work on one output directory at a time, one for each GPU: a cell is locked while it is computed.
-ray_engine.py hands the cells to the workers of a Ray cluster instead, which write the same files.
+Several processes may share one output directory, for example one for each GPU: a cell is locked while it is computed.
+ray_engine.py distributes the cells to the workers of a Ray cluster instead, which write the same files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ from hlora.system.redaction import redacted
 def compare(
     config: CompareConfig,
     command: str = "hlora compare",
+    *,
     retry: bool = False,
     compute: Callable[[Grid, list[Cell], bool], None] | None = None,
 ) -> dict[str, Any]:
-    """Compute what is missing of the grid and write comparison.json, tables, figures and report.html.
+    """Compute the missing cells of the grid and write comparison.json, tables, figures and report.html.
 
-    retry: compute failed cells again. compute: what computes cells, Grid.compute in this process by default, or what
-    ray_engine.engine gives. Returns what comparison.json holds. A method that cannot run on the model, and one that
-    fails, says so in its cell; the rest of the grid goes on.
+    A method that cannot run on the model, or fails, says so in its cell; the rest of the grid continues.
+
+    Args:
+        retry: compute failed cells again.
+        compute: computes the cells: Grid.compute in this process by default, or what ray_engine.engine returns.
+
+    Returns what comparison.json holds.
     """
     only_alone("hlora compare", "Start it once for each GPU: several share one output directory.")
     compute = compute or Grid.compute
@@ -48,7 +53,7 @@ def compare(
 
 
 def finish(grid: Grid, chosen: dict[str, dict[str, float | None]], command: str) -> dict[str, Any]:
-    """Write comparison.json, tables, figures and report from the cells that are there."""
+    """Write comparison.json, tables, figures and report from the cells that exist."""
     config = grid.config
     cells = grid.results([*grid.first_cells(), *grid.chosen_cells(chosen)])
     bases = {cell["task"]: cell for cell in cells if cell["method"] == "base" and cell["status"] == "done"}
@@ -83,7 +88,7 @@ def finish(grid: Grid, chosen: dict[str, dict[str, float | None]], command: str)
 
 
 def summary(comparison: Mapping[str, Any]) -> list[str]:
-    """How the grid ended, in a line or more: cells by status, and the reason of each that is not done."""
+    """How the grid ended: one line with the number of cells by status, and one for each reason of a failure."""
     counts: dict[str, int] = {}
     for cell in comparison["cells"]:
         counts[cell["status"]] = counts.get(cell["status"], 0) + 1
@@ -98,7 +103,7 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(comparison: dict[str, Any], output: Path) -> None:
-    """Tables, figures and report.html beside comparison.json, and the cost figure where there is a cost/cost.json."""
+    """Write tables, figures and report.html next to comparison.json; the cost figure too if cost/cost.json exists."""
     from hlora.report.comparison.figures import all_figures
     from hlora.report.comparison.page import write_comparison_report
     from hlora.report.comparison.table_formats import write_tables

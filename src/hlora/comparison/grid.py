@@ -52,7 +52,7 @@ class Grid:
     base: Any
     tokenizer: Any
     base_is_spoilt: bool = False
-    """A method has changed the model's weights, or failed while they were in its hands."""
+    """A method has changed the model's weights, or failed while it could change them."""
     dry_run: bool = False
     """Nothing is written."""
     _read: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Grid:
         else:
             make_directory(output)
             refuse_links(output)
-        for name in config.arms:  # before the model is there
+        for name in config.arms:  # before the model is loaded
             cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
         check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
         check_data(config)
@@ -134,7 +134,7 @@ class Grid:
         return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
 
     def general(self, config: CellConfig) -> GeneralText:
-        """General text of a cell without what strengths are chosen on."""
+        """General text of a cell, without the text that strengths are chosen on."""
         key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
         if key not in self._read:
             found = self._general_text(config.general, config.seed)
@@ -164,7 +164,7 @@ class Grid:
         return self._read[key]
 
     def domain(self, config: CellConfig) -> tuple[DomainRows, list[Example]]:
-        """Domain rows without those that strengths are chosen on, and those."""
+        """Domain rows without the held-out ones, and the held-out ones, which strengths are chosen on."""
         space = Space.of(self.base, self.tokenizer, config.training.of_tune())
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
         key = digest({"domain": rows, "space": (space.context, space.cut, space.trained)})
@@ -174,11 +174,11 @@ class Grid:
         return self._read[key]
 
     def validates(self, seed: int | None) -> bool:
-        """Whether cells of this seed are measured on what strengths are chosen on; None is the base's."""
+        """Whether cells of this seed are also measured on the held-out data. None is the base's seed."""
         return seed is None or seed in self.config.seeds[: self.config.selection.seeds]
 
     def to_compute(self, cells: Iterable[Cell], retry: bool) -> list[tuple[Cell, bool]]:
-        """The cells that are not there, each once, and with `retry` the failed ones; and whether it is such a one."""
+        """The missing cells, each once, and with `retry` the failed ones; True marks a failed one."""
         found = {cell.key: (cell, self.read(cell)) for cell in cells}
         return [
             (cell, known is not None)
@@ -187,7 +187,7 @@ class Grid:
         ]
 
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
-        """Compute the cells that are not there, leaving those that another process has locked to the end."""
+        """Compute the missing cells; those that another process has locked come last."""
         started = time.perf_counter()
         todo = self.to_compute(cells, retry)
         total, done = len(todo), 0
@@ -204,7 +204,7 @@ class Grid:
             todo = left
 
     def attempt(self, cell: Cell, again: bool) -> bool:
-        """Whether the cell is there now; False while another process has it, or something that it needs."""
+        """Compute a cell; False while another process has locked the cell, or what the cell needs."""
         path = self._path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         with try_lock(path.with_name(f"{path.name}.lock")) as mine:
@@ -219,7 +219,7 @@ class Grid:
                 return False
             except CannotRun as error:
                 result = {"status": "cannot", "error": str(error)}
-            except Exception as error:  # of any library: it is one cell's, and said there
+            except Exception as error:  # of any library: recorded in its cell, and the grid continues
                 text = str(error) if isinstance(error, HloraError) else first_line(error)
                 logger.error("%s failed: %s", cell.name, text)
                 result = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
@@ -274,7 +274,7 @@ class Grid:
         return {"texts": found["texts"], "domain": found["domain"]}
 
     def job(self, cell: Cell) -> Job:
-        """What the cell's method works on. Its general phase records what any arm of the grid needs."""
+        """The cell's job. Its general phase records every kind of importance that an arm of the grid needs."""
         if self.base_is_spoilt:
             self.base = None
             self.base, self.tokenizer = load_base(self.config.model)
@@ -298,7 +298,7 @@ class Grid:
         return self.output / "cells" / f"{cell.key}.json"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell, under the names that the configuration gives now; None when it is not there."""
+        """A finished cell, under the names that the configuration gives now; None if the cell is missing."""
         try:
             kept = json.loads(self._path(cell).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -310,7 +310,7 @@ class Grid:
         return {**kept, **names_of(cell)}
 
     def results(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-        """What is known of the cells, each once; one that is not there has the status missing."""
+        """The results of the cells, each once; a cell without a result has the status missing."""
         return [
             self.read(cell) or {**names_of(cell), **NOT_COMPUTED}
             for cell in {cell.key: cell for cell in cells}.values()
@@ -318,6 +318,6 @@ class Grid:
 
 
 def log_progress(done: int, total: int, started: float) -> None:
-    """Say how many cells are done and how long the rest takes. started: of time.perf_counter()."""
+    """Log how many cells are done and how long the rest will take. started: from time.perf_counter()."""
     minutes = (time.perf_counter() - started) / done * (total - done) / 60
     logger.info("cell %d of %d done, about %.0f min left", done, total, minutes)

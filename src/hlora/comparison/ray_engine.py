@@ -166,8 +166,8 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
         raise ClusterError(
             f"{lost} of {len(orders)} cells are not computed, since workers died again and again (the last: {reason}). "
             "Usual causes: memory that runs out, or machines that go. Give a cell more with --cpus-per-cell or "
-            "--gpus-per-cell, so that fewer run at a time. Finished cells are kept; the same command goes on from "
-            "there."
+            "--gpus-per-cell, so that fewer run at a time. Finished cells are kept; the same command "
+            "resumes from them."
         )
 
 
@@ -177,8 +177,8 @@ def _written(grid: Grid, cell: Cell, machine: str) -> dict[str, Any]:
     while not (result := grid.read(cell)):
         if time.monotonic() > until:
             raise ClusterError(
-                f"{cell.name}: machine {machine} has computed it, but this one does not see it in {grid.output}. Is "
-                "the directory still there, and the same on all machines? The same command goes on from what it holds."
+                f"{cell.name}: machine {machine} has computed it, but this one does not see it in {grid.output}. "
+                "Check that the directory exists and is the same on all machines; the same command then resumes."
             )
         with suppress(OSError):
             os.listdir(grid.output / "cells")  # noqa: PTH208  # as in _open
@@ -202,7 +202,7 @@ def _work(session: _Session, cell: Cell, again: bool, shared: bool) -> str:
 
 
 def _record(grid: Grid, cell: Cell) -> bool:
-    """Whether what the cell and others need is there now; False while another process makes it."""
+    """Make what the cell and others need; False while another process makes it."""
     try:
         shared_importance(grid.job(cell))
     except Busy:

@@ -1,22 +1,20 @@
-"""What cells of a comparison share. The general phase, run once a seed and kept: ω, to be consolidated at any ξ.
+"""What the cells of a comparison share: the general phase, run once a seed, with its recorded importance.
 
 recording.json           what it was made from, losses, seconds
-adapter.safetensors      θ^ν, the factors of each matrix
-<kind>.safetensors       state of one recorder: factored, float32 or squares; all watch the same training
+adapter.safetensors      the general adapter's factors of each matrix, with adapter.json
+<kind>.safetensors       state of one recorder: factored, float32 or squares; all record the same training
 
 Squared gradients at the base model, in place of a general phase, are kept in the same way as an Importance.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from hlora.config.comparison import CellConfig
 from hlora.config.sections import ImportanceConfig
@@ -31,6 +29,7 @@ from hlora.system.digest import digest
 from hlora.system.files import building, write_json
 from hlora.system.locks import try_lock
 from hlora.system.redaction import without_secret_fields
+from hlora.training.checkpoint_files import load_state, save_state
 from hlora.training.train import train
 
 Part = Literal["", "general", "squares", "fisher"]
@@ -63,8 +62,8 @@ def importance(job: Job) -> Importance:
     directory = general_phase(job)
     model = attach_lora(job.base, config.lora, config.seed)
     recorder = recorder_for(model, config.importance, config.seed)
-    recorder.load_state_dict(_read_state(directory / f"{recorder.kind}.safetensors"))
-    factors = load_file(directory / "adapter.safetensors")
+    recorder.load_state_dict(load_state(directory, recorder.kind))
+    factors = load_state(directory, "adapter")
     with torch.no_grad():
         for matrix in recorder.matrices:
             matrix.A.copy_(factors[f"{matrix.name}.A"])
@@ -75,7 +74,7 @@ def importance(job: Job) -> Importance:
 
 
 def general_phase(job: Job) -> Path:
-    """Directory of the job's general phase; trains it when it is not there. Raises Busy."""
+    """Directory of the job's general phase; trains the phase if it does not exist. Raises Busy."""
     config = job.config
     kinds = sorted({_kind(each): each for each in (*job.recorded, config.importance)}.items())
 
@@ -90,11 +89,9 @@ def general_phase(job: Job) -> Path:
         factors: dict[str, torch.Tensor] = {}
         for matrix in adapted_matrices(model):
             factors |= {f"{matrix.name}.A": matrix.A.detach(), f"{matrix.name}.B": matrix.B.detach()}
-        save_file({name: t.contiguous().cpu() for name, t in factors.items()}, directory / "adapter.safetensors")
+        save_state(directory, "adapter", factors)
         for kind, recorder in recorders.items():
-            state = recorder.state_dict()
-            tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
-            save_file(tensors, directory / f"{kind}.safetensors", {"state": json.dumps(state)})
+            save_state(directory, kind, recorder.state_dict())
         facts = {"made_from": made_from, "history": history, "seconds": seconds}
         write_json(directory / "recording.json", facts, indent=1)
         model.unload()
@@ -147,7 +144,7 @@ def fisher(job: Job) -> Importance:
 
 
 def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """The directory of what is determined by `made_from`; `make` fills it if it is not there. Raises Busy."""
+    """The directory of what `made_from` determines; `make` fills it if it does not exist. Raises Busy."""
     directory = job.output / name / digest(made_from)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not directory.is_dir():
@@ -160,16 +157,8 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
     return directory
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()["state"])
-    return {**state, "tensors": load_file(path)}
-
-
 def shared_key(config: CellConfig) -> str:
-    """The same for cells that share that part: a digest of the settings that it is made from."""
+    """A digest of the settings that the shared part is made from: equal for cells that share it."""
     shared = shared_part(config)
     made_from = {"shared": shared, **config.model_dump(include={"seed", "model", "lora", "general", "evaluation"})}
     if shared == "general":

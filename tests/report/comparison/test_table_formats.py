@@ -8,15 +8,15 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hlora.report.comparison.table_formats import Cell, Table, write_tables
+from hlora.report.comparison.table_formats import Table, TableCell, write_tables
 
 NASTY = Table(
     "nasty",
     r"100 % of <b>a_b</b> & \emph{x} $5 #1 ~^ {",
     [("", ["*Method*"]), ("μ & ν", ["PPL|Ω", "Acc %"])],
     [
-        [Cell("[x] <script>"), Cell("1.00 ± 0.10", "best"), Cell("−2.00", "second")],
-        [Cell("a\nb, \"c\""), Cell("–"), Cell("50_% {", "best")],
+        [TableCell("[x] <script>"), TableCell("1.00 ± 0.10", "best"), TableCell("−2.00", "second")],
+        [TableCell("a\nb, \"c\""), TableCell("–"), TableCell("50_% {", "best")],
     ],
     ["Note: φ ≤ ∞ & more…"],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from test_table_formats import assert_compiles
 from hlora.report.comparison.measures import t_tests
 from hlora.report.comparison.published import PAPER
 from hlora.report.comparison.significance import holm
-from hlora.report.comparison.table_formats import Cell, Table
+from hlora.report.comparison.table_formats import Table, TableCell
 from hlora.report.comparison.tables import (
     all_tables,
     equal_domain_table,
@@ -56,7 +56,7 @@ def comparison() -> dict[str, Any]:
     return found
 
 
-def row(table: Table, *labels: str) -> dict[str, Cell]:
+def row(table: Table, *labels: str) -> dict[str, TableCell]:
     """Heading → cell of the row so labelled."""
     found = next(cells for cells in table.rows if [cell.text for cell in cells[: len(labels)]] == list(labels))
     return dict(zip(table.columns, found, strict=True))
@@ -143,7 +143,7 @@ def test_a_diverged_seed_is_not_averaged_away_nor_ranked(comparison):
     diverged = next(c for c in comparison["cells"] if c["arm"] == "HLoRA" and c["strength"] == 9.0)
     diverged["test"]["texts"]["wikitext"]["perplexity"] = math.inf
     table = table_1(comparison, "wikitext")
-    assert row(table, "HLoRA")["piqa PPL"] == Cell("∞")
+    assert row(table, "HLoRA")["piqa PPL"] == TableCell("∞")
     assert looks(table, "piqa PPL")["HLoRA w/o layer weights"] == "best"
 
 
@@ -200,7 +200,7 @@ def test_forgetting_table_has_loss_cost_and_strength(comparison):
         "Importance MB": "0.23",
     }
     base = row(table, "piqa", "Base")
-    assert base["Forgetting, nats/token wikitext"] == Cell("0.000")
+    assert base["Forgetting, nats/token wikitext"] == TableCell("0.000")
     assert base["Importance MB"].text == base["Strength"].text == "–"
     corda = row(table, "piqa", "CorDA")
     assert corda["Forgetting, nats/token wikitext"].text.startswith("cannot run")
@@ -229,7 +229,7 @@ def test_equal_domain_table_without_any_improvement_has_no_numbers(comparison):
             each["test"]["domain"]["answer_nll"] = 95.0
     table = equal_domain_table(comparison, resamples=50)
     assert "piqa none: no improvement measured" in table.title
-    assert row(table, "HLoRA")["piqa, wikitext PPL [95 %]"] == Cell("–")
+    assert row(table, "HLoRA")["piqa, wikitext PPL [95 %]"] == TableCell("–")
 
 
 def test_where_our_arm_misses_the_domain_nll_the_difference_says_so_in_place_of_an_interval(comparison):

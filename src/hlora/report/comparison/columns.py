@@ -9,7 +9,7 @@ from typing import Any
 
 from hlora.report.comparison.cells import cells_of, untuned, values_of
 from hlora.report.comparison.significance import mean_sd
-from hlora.report.comparison.table_formats import Cell, Look, one_line
+from hlora.report.comparison.table_formats import Rank, TableCell, one_line
 from hlora.report.comparison.table_numbers import NONE, mean_and_sd
 
 _SHORT = 36  # characters of a reason in a cell; the whole one is in the notes
@@ -26,7 +26,7 @@ def column_of(
     scale: float = 1.0,
     digits: int = 2,
     why: bool = False,
-) -> list[Cell]:
+) -> list[TableCell]:
     """A measure of each arm on a task, mean ± standard deviation, best and second marked; `why`: or why there is none.
 
     Arms that never see the domain take no part in the ranking.
@@ -36,13 +36,13 @@ def column_of(
     rounded = {arm: round(mean_sd(values[arm])[0], digits) for arm in tuned}
     looks = best_and_second(rounded, lower)
     status = {arm: status_of(comparison, arm, task) if why else "" for arm in arms}
-    return [Cell(status[arm] or mean_and_sd(values[arm], digits), looks.get(arm, "")) for arm in arms]
+    return [TableCell(status[arm] or mean_and_sd(values[arm], digits), looks.get(arm, "")) for arm in arms]
 
 
-def best_and_second(values: Mapping[str, float], lower: bool) -> dict[str, Look]:
+def best_and_second(values: Mapping[str, float], lower: bool) -> dict[str, Rank]:
     """Which arms are the best and the second; equal values share their place."""
     ranked = sorted({value for value in values.values() if math.isfinite(value)}, reverse=not lower)
-    places: dict[float, Look] = dict(zip(ranked, ("best", "second"), strict=False))
+    places: dict[float, Rank] = dict(zip(ranked, ("best", "second"), strict=False))
     return {arm: places.get(value, "") for arm, value in values.items()}
 
 

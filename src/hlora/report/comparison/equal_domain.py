@@ -58,7 +58,14 @@ def equal_domain_target(comparison: Mapping[str, Any], task: str, share: float =
 
 
 def equal_domain(
-    comparison: Mapping[str, Any], arm: str, task: str, text: str, target: float, seed: int = 0, resamples: int = 2000
+    comparison: Mapping[str, Any],
+    arm: str,
+    task: str,
+    text: str,
+    target: float,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> Interval:
     """Perplexity of a text that an arm attains at a domain NLL of at most `target`, with a 95 % bootstrap interval.
 
@@ -82,6 +89,7 @@ def equal_domain_ratio(
     task: str,
     text: str,
     target: float,
+    *,
     seed: int = 0,
     resamples: int = 2000,
 ) -> tuple[Interval, float]:

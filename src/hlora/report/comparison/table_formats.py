@@ -13,14 +13,14 @@ from typing import Literal, NamedTuple
 
 from hlora.system.files import write_text
 
-Look = Literal["", "best", "second"]
+Rank = Literal["", "best", "second"]
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One cell: what it says, and whether it is the best or second of its column."""
 
     text: str
-    look: Look = ""
+    look: Rank = ""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Table:
     title: str
     groups: list[tuple[str, list[str]]]
     """Heading over some columns ("" for none) and the columns' own headings."""
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     notes: list[str] = field(default_factory=list)
     labels: int = 1
     """Leading columns that name the row; the others are set flush right."""
@@ -45,7 +45,7 @@ class Table:
     def markdown(self) -> str:
         """GitHub's dialect. Best is bold, second underlined by <ins>."""
 
-        def look(cell: Cell) -> str:
+        def look(cell: TableCell) -> str:
             text = _markdown(cell.text)
             return {"": text, "best": f"**{text}**", "second": f"<ins>{text}</ins>"}[cell.look]
 
@@ -65,7 +65,7 @@ class Table:
     def latex(self) -> str:
         """A table environment for a document that uses the package booktabs."""
 
-        def look(cell: Cell) -> str:
+        def look(cell: TableCell) -> str:
             text = _latex(cell.text)
             return {"": text, "best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}"}[cell.look]
 
@@ -101,7 +101,7 @@ class Table:
     def html(self) -> str:
         """A <table> to put into a page, everything escaped; notes are its <tfoot>."""
 
-        def row(cells: Sequence[Cell]) -> str:
+        def row(cells: Sequence[TableCell]) -> str:
             looks = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}
             texts = [looks[cell.look].format(_html(cell.text)) for cell in cells]
             names = "".join(f'<th scope="row">{text}</th>' for text in texts[: self.labels])

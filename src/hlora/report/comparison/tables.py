@@ -18,7 +18,7 @@ from hlora.report.comparison.equal_domain import equal_domain, equal_domain_rati
 from hlora.report.comparison.measures import digits_of, t_tests
 from hlora.report.comparison.published import published_numbers
 from hlora.report.comparison.significance import Interval
-from hlora.report.comparison.table_formats import Cell, Table
+from hlora.report.comparison.table_formats import Table, TableCell
 from hlora.report.comparison.table_numbers import NONE, largest_of, mean_and_sd, mean_of, with_bounds
 from hlora.report.format import decimals, p_value
 
@@ -66,7 +66,7 @@ def _perplexity_and_accuracy(
 ) -> Table:
     paper = published_numbers(comparison["model"])
     groups: list[tuple[str, list[str]]] = [("", ["Method"])]
-    rows = [[Cell(arm)] for arm in arms]
+    rows = [[TableCell(arm)] for arm in arms]
     for task in comparison["tasks"]:
         known = any(task.lower() in paper.get(arm, {}) for arm in arms)
         beside = (lambda column: [column, f"{column}, paper"]) if known else (lambda column: [column])
@@ -80,7 +80,7 @@ def _perplexity_and_accuracy(
                 row.append(cell)
                 if known:
                     published = paper.get(arm, {}).get(task.lower())
-                    row.append(Cell(f"{published[place]:.2f}" if published else NONE))
+                    row.append(TableCell(f"{published[place]:.2f}" if published else NONE))
     notes = [_about_numbers(comparison)]
     if paper and len(rows[0]) > 1 + 2 * len(comparison["tasks"]):
         notes.append("Paper: its perplexity is on the Pile, its accuracy of PIQA and MedMCQA from generated answers.")
@@ -112,13 +112,13 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
             strength = comparison["chosen"].get(arm, {}).get(task)
             rows.append(
                 [
-                    Cell(task),
-                    Cell(arm),
-                    Cell(NONE if strength is None else f"{strength:g}"),
+                    TableCell(task),
+                    TableCell(arm),
+                    TableCell(NONE if strength is None else f"{strength:g}"),
                     *cells,
-                    Cell(mean_of(seconds, 0)),
-                    Cell(largest_of(memory, 1e9, 2)),
-                    Cell(largest_of(stored, 1e6, 2)),
+                    TableCell(mean_of(seconds, 0)),
+                    TableCell(largest_of(memory, 1e9, 2)),
+                    TableCell(largest_of(stored, 1e6, 2)),
                 ]
             )
     groups = [
@@ -142,7 +142,7 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
     arms = [arm for arm in comparison["arms"] if arm not in untuned(comparison)]
     targets = {task: equal_domain_target(comparison, task, share) for task in comparison["tasks"]}
     groups: list[tuple[str, list[str]]] = [("", ["Method"])]
-    rows = [[Cell(arm)] for arm in arms]
+    rows = [[TableCell(arm)] for arm in arms]
     for task, target in targets.items():
         for text in comparison["texts"]:
             groups.append((f"{task}, {text}", ["PPL [95 %]", f"% above {ours} [95 %]"]))
@@ -152,9 +152,9 @@ def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamp
             for row, arm, interval in zip(rows, arms, found, strict=True):
                 status = status_of(comparison, arm, task)
                 without = NONE if math.isnan(target) else "not reached"
-                row.append(Cell(status or with_bounds(interval, without, 2), looks[arm]))
+                row.append(TableCell(status or with_bounds(interval, without, 2), looks[arm]))
                 ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
-                row.append(Cell(NONE if arm == ours else _excess(ratio, missed, ours)))
+                row.append(TableCell(NONE if arm == ours else _excess(ratio, missed, ours)))
     at = "; ".join(
         f"{task} {target:.2f}" if math.isfinite(target) else f"{task} none: no improvement measured"
         for task, target in targets.items()
@@ -184,16 +184,16 @@ def t_test_table(comparison: Mapping[str, Any]) -> Table:
         digits = digits_of(what)
         rows.append(
             [
-                Cell(task),
-                Cell(what.label),
-                Cell(mean_and_sd(mine, digits)),
-                Cell(mean_and_sd(theirs, digits)),
-                Cell(with_bounds(Interval(test.difference, test.low, test.high), NONE, digits, sign=True)),
-                Cell(decimals(test.t, 2)),
-                Cell(decimals(test.df, 1)),
-                Cell(p_value(test.p)),
-                Cell(p_value(p), "best" if p < 0.05 else ""),
-                Cell(decimals(test.hedges_g, 2)),
+                TableCell(task),
+                TableCell(what.label),
+                TableCell(mean_and_sd(mine, digits)),
+                TableCell(mean_and_sd(theirs, digits)),
+                TableCell(with_bounds(Interval(test.difference, test.low, test.high), NONE, digits, sign=True)),
+                TableCell(decimals(test.t, 2)),
+                TableCell(decimals(test.df, 1)),
+                TableCell(p_value(test.p)),
+                TableCell(p_value(p), "best" if p < 0.05 else ""),
+                TableCell(decimals(test.hedges_g, 2)),
             ]
         )
     columns = ["Task", "Measure", ours, rival, "Difference [95 %]", "t", "df", "p", "p, Holm", "Hedges' g"]
