@@ -210,9 +210,9 @@ def compare(
         return
     if engine is Engine.ray:
         with ray_engine.engine(ray_address, gpus_per_cell, 1 if cpus_per_cell is None else cpus_per_cell) as compute:
-            found = compare(settings, _command(), retry, compute)
+            found = compare(settings, _command(), retry=retry, compute=compute)
     else:
-        found = compare(settings, _command(), retry)
+        found = compare(settings, _command(), retry=retry)
     for line in summary(found):
         _print(line)
     _print(f"report: {Path(settings.output) / 'report.html'}")
