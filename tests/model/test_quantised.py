@@ -306,10 +306,16 @@ def test_full_precision_is_still_compared_to_one_rounding(wide_dir: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "method"), [("4bit", "path_integral"), ("8bit", "path_integral"), ("4bit", "squared_gradients")]
+    ("bits", "method", "anchor"),
+    [
+        ("4bit", "path_integral", "general"),
+        ("8bit", "path_integral", "general"),
+        ("4bit", "squared_gradients", "base"),
+        ("8bit", "squared_gradients", "general"),
+    ],
 )
 def test_the_whole_job_runs_on_a_quantised_base_and_its_adapter_fits_the_plain_one(
-    job_fields: dict[str, Any], wide_dir: str, token_ids: Tensor, bits: Any, method: str
+    job_fields: dict[str, Any], wide_dir: str, token_ids: Tensor, bits: Any, method: str, anchor: str
 ) -> None:
     common = job_fields["training"]["common"]
     fields = {
@@ -317,7 +323,7 @@ def test_the_whole_job_runs_on_a_quantised_base_and_its_adapter_fits_the_plain_o
         "model": {"name": wide_dir, "device": "cpu", "quantization": bits},
         "lora": {**job_fields["lora"], "target_modules": "all-linear"},
         "importance": {"method": method, "sequences": 4, "sequence_length": 16},
-        "penalty": {"anchor": "general" if method == "path_integral" else "base"},
+        "penalty": {"anchor": anchor},
         "training": {**job_fields["training"], "common": {**common, "gradient_checkpointing": bits == "4bit"}},
         "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0, "accuracy": False},
     }
