@@ -41,6 +41,19 @@ def test_a_finished_run_is_shown_again_and_nothing_is_written(
     assert files_of(tmp_path / "out") == before
 
 
+def test_a_default_length_that_was_cut_to_the_context_is_no_other_setting(
+    settings: Path, tmp_path: Path, hlora: Any
+) -> None:
+    fields = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    kept = {**fields, "evaluation": {**fields["evaluation"], "window": 256}}
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
+    fields["evaluation"].pop("window")
+    settings.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    assert hlora("run", settings)[0] == 0
+    status, _, err = hlora("run", settings, "--set", "evaluation.window=32")
+    assert status == 2 and "evaluation.window (there 256, here 32)" in err
+
+
 @pytest.mark.parametrize("verb", ["run", "tune"])
 def test_other_settings_are_refused_by_name_before_the_model_is_loaded(
     settings: Path, tmp_path: Path, hlora: Any, verb: str
@@ -48,7 +61,7 @@ def test_other_settings_are_refused_by_name_before_the_model_is_loaded(
     before = files_of(tmp_path / "out")
     secret = "hf_" + "plantedonce0" * 2
     other = ("--set", "penalty.phi=30", "--set", "seed=7", "--set", f"training.common.hub_token={secret}")
-    status, _, err = hlora(verb, settings, *other, "--set", "model.name=/nowhere")
+    status, _, err = hlora(verb, settings, *other, "--set", "model.name=ann/nowhere")
     assert status == 2 and secret not in err
     assert re.search(r"other settings: .*penalty.phi \(there 1.0, here 30.0\)", err) and "--overwrite" in err
     assert "seed (there nothing, here 7)" in err or "seed (there 0, here 7)" in err
@@ -65,7 +78,7 @@ def test_data_that_changed_since_are_refused_too(settings: Path, tmp_path: Path,
     assert hlora("run", settings, *chosen)[0] == 0
     os.utime(mine, (2.1e9, 2.1e9))
     status, _, err = hlora("run", settings, *chosen)
-    assert status == 2 and "train.jsonl (changed since)" in err
+    assert status == 2 and "domain.train (changed since)" in err
 
 
 def test_overwrite_replaces_a_run_and_keeps_an_importance_of_the_same_settings(

@@ -66,10 +66,17 @@ Overwrite = Annotated[
 
 @app.command()
 def run(
-    config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
+    config: ConfigPath,
+    importance: UseImportance = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", metavar="OUTPUT", help="Go on from a finished run, and keep what it learned too."),
+    ] = None,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
 ) -> None:
     """Record importance on general text, tune on the domain under its protection, evaluate, report."""
-    settings = _load(config, overrides, importance)
+    settings = _load(config, overrides, importance, after)
     from hlora import pipeline
 
     _show(pipeline.run(settings, _command(), overwrite))
@@ -343,13 +350,16 @@ def _print_error(message: str, error: Exception) -> None:
     print(f"hlora: {message}", file=sys.stderr)
 
 
-def _load(path: Path, overrides: list[str] | None, importance: str | None = None) -> RunConfig:
+def _load(
+    path: Path, overrides: list[str] | None, importance: str | None = None, after: str | None = None
+) -> RunConfig:
     """The configuration, with all its files found. Imports neither PyTorch nor Transformers, which takes seconds."""
     from hlora.config.data_files import check_files
     from hlora.config.reading import load_config
 
-    used = [] if importance is None else [f"importance={json.dumps(importance)}"]
-    config = load_config(path, [*(overrides or []), *used])
+    used = {"importance": importance, "after": after}
+    named = [f"{field}={json.dumps(value)}" for field, value in used.items() if value is not None]
+    config = load_config(path, [*(overrides or []), *named])
     check_files(config)
     return config
 
@@ -359,11 +369,17 @@ def _command() -> str:
 
 
 def _show(results: dict[str, Any]) -> None:
+    from hlora.report.run.chain import chain_tables
     from hlora.report.run.summary import summary_table
     from hlora.report.run.verdict import verdict
 
     console.print(summary_table(results))
     found = verdict(results)
+    for chained in chain_tables(results["chain"]) if "chain" in results else []:
+        matrix = Table(*chained["heading"], title=chained["name"], caption=chained["said"])
+        for row in chained["rows"]:
+            matrix.add_row(*row)
+        console.print(matrix)
     for sentence in (found.headline, found.kept, found.learned, *found.beside):
         console.print(sentence, markup=False, highlight=False)
     _print(f"report: {Path(results['config']['output']) / 'report.html'}")

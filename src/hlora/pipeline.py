@@ -15,8 +15,9 @@ from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.parallel.group import first_does, lock_directory, together
 from hlora.parallel.launch import join_launch
+from hlora.run.chain import BEFORE, earlier_runs, measure_earlier
 from hlora.run.job import Job
-from hlora.run.once import given_importance, importance_here, is_finished
+from hlora.run.once import CONTINUED, given_importance, importance_here, is_finished
 from hlora.run.phases import (
     at_general_adapter,
     check_fits,
@@ -54,6 +55,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
     with _locked(config):
         if first_does(lambda: is_finished(config, "results.json", overwrite)):
             return first_does(lambda: read_results(Path(config.output)))
+        earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
         here = _recorded_before(job, overwrite)
         results = resumed_results(job, command)
@@ -61,10 +63,13 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 
         importance = _recorded(job, results, here)
         if not importance.without_move:
-            measure_once(job, results, "after_general", lambda: at_general_adapter(job, importance))
+            start = "after_general" if config.after is None else BEFORE
+            measure_once(job, results, start, lambda: at_general_adapter(job, importance))
 
         adapter = _tuned(job, results, importance)
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
+
+        measure_earlier(job, results, earlier)
 
         for arm in config.baselines:
             measure_once(job, results, arm, partial(_baseline, job, results, arm, importance))
@@ -75,8 +80,9 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 
 def record(config: RunConfig, overwrite: bool = False) -> Path:
     """The general phase alone, unless its importance is there; returns the importance directory."""
-    if config.importance.use is not None:
-        raise ConfigError(f"importance.use: {config.importance.use} is recorded already. Leave it out to record anew.")
+    if config.is_given_importance:
+        field = "after" if config.after else "importance.use"
+        raise ConfigError(f"{field}: {config.after or config.importance.use} is recorded already. Leave {field} out.")
     with _locked(config):
         job = _open(config)
         if _recorded_before(job, overwrite) is None:
@@ -88,7 +94,7 @@ def record(config: RunConfig, overwrite: bool = False) -> Path:
 
 def tune(config: RunConfig, overwrite: bool = False) -> Path:
     """The domain phase alone, under `importance.use` or <output>/importance; returns the directory of the adapter."""
-    importance = Importance.load(config.importance.use or Path(config.output) / "importance")
+    importance = given_importance(config) or Importance.load(Path(config.output) / "importance")
     with _locked(config):
         adapter = Path(config.output) / "adapter"
         if not first_does(lambda: is_finished(config, "adapter", overwrite)):
@@ -167,8 +173,11 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
     directory = job.output / "adapter"
     if "tune" not in results["seconds"]:
         with timed(job, results, "tune"):
-            model, results["history"]["tune"] = tune_phase(job, importance)
+            model, results["history"]["tune"], total = tune_phase(job, importance)
             save_adapter(job, model, directory)
+            if total is not None:
+                with together():
+                    total.save(job.output / CONTINUED)
         job.release(model)
     return directory
 

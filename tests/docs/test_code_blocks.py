@@ -49,6 +49,7 @@ NOT_RUN = {
         "hlora push": "tests/after/test_push.py",
         "hlora run other.yaml": "tests/test_once.py",
     },
+    "docs/guides/domains.md": {"hlora run b.yaml --after": "tests/test_chain.py"},
     "docs/guides/quantised.md": {"hlora merge": "tests/after/test_merge.py"},
     "docs/guides/distributed.md": {
         "-m hlora run run.yaml\naccelerate launch --multi_gpu --num_machines=1": "tests/parallel/test_distributed.py",

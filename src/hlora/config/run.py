@@ -55,6 +55,9 @@ class Preset(Section):
 class RunConfig(Preset):
     output: str
     """Directory for everything that the run writes."""
+    after: str | None = None
+    """Output directory of a finished run to go on from. The domain phase starts from its adapter, and is held by the
+    importance of the general text and of every domain before this one. Nothing is recorded on general text."""
     seed: Seed = 0
     """Seed of new adapters, data order and sampling."""
     model: ModelConfig
@@ -92,9 +95,25 @@ class RunConfig(Preset):
         """Whether importance is recorded at the base model, so that there is no general phase."""
         return self.importance.method == "squared_gradients" and self.penalty.anchor == "base"
 
+    @property
+    def is_given_importance(self) -> bool:
+        """Whether the importance was recorded before: by the run that this one comes after, or the one it names."""
+        return self.importance.use is not None or self.after is not None
+
+    @model_validator(mode="after")
+    def _goes_on_from_an_adapter(self) -> RunConfig:
+        if self.after is not None and self.importance.use is not None:
+            raise ValueError("importance.use: after brings the importance of the run before. Leave one of them out")
+        if self.after is not None and self.penalty.anchor == "base":
+            raise ValueError(
+                "penalty.anchor: after starts from the adapter of the run before and holds the model to it; set "
+                "penalty.anchor to general"
+            )
+        return self
+
     @model_validator(mode="after")
     def _squares_are_kept_as_sums(self) -> RunConfig:
-        if self.importance.use is not None:  # it knows its own method
+        if self.is_given_importance:  # it knows its own method
             return self
         if self.importance.method == "squared_gradients" and not self.in_one_pass:
             if self.importance.encoding != "factored":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hlora.config.data_files import named_files
 from hlora.config.reading import parse_config, read_yaml
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
@@ -18,18 +19,46 @@ from hlora.system.redaction import redacted
 
 logger = logging.getLogger("hlora")
 
+CONTINUED = "importance-after"
+"""In an output directory: the importance of the general text and of every domain so far, anchored at the adapter."""
+
 _UNSEEN = ("report_to", "run_name", "logging_steps")  # training arguments that change no number
 _SHOWN = 6  # settings that a message names
 
 
 def given_importance(config: RunConfig) -> Importance | None:
-    """The importance that `importance.use` names, if it names one. Raises ArtifactError where there is none."""
-    use = config.importance.use
-    if use is None:
+    """The importance that was recorded before: the one that `importance.use` names, or of the run it comes `after`.
+
+    Raises:
+        ArtifactError: there is none, or it is of another method or encoding than the configuration asks for.
+    """
+    if not config.is_given_importance:
         return None
-    importance = Importance.load(use)
-    logger.info("importance: using %s; nothing is recorded", use)
+    importance = Importance.load(importance_source(config))
+    if config.after is not None:
+        asked = {name: getattr(config.importance, name) for name in ("method", "encoding")}
+        kept = {"method": importance.provenance.get("method", "path_integral"), "encoding": importance.encoding}
+        for name in sorted(config.importance.model_fields_set & {*asked}):
+            if asked[name] != kept[name]:
+                raise ArtifactError(
+                    f"importance.{name}: {asked[name]}, but {config.after} recorded {kept[name]}, and the two cannot "
+                    "be added. Leave the field out, or start anew without after."
+                )
+    logger.info("importance: using %s; nothing is recorded on general text", importance_source(config))
     return importance
+
+
+def importance_source(config: RunConfig) -> str | Path:
+    """Where the importance for the domain phase is, or will be."""
+    if config.after is None:
+        return config.importance.use or Path(config.output) / "importance"
+    source = Path(config.after) / CONTINUED
+    if not source.is_dir():
+        raise ArtifactError(
+            f"after: {config.after} has no {CONTINUED}, the importance of what was learned so far. Name the output of "
+            "a finished `hlora run` with penalty.anchor general, or run it again with this version (--overwrite)."
+        )
+    return source
 
 
 def recording_settings(config: RunConfig) -> dict[str, Any]:
@@ -95,8 +124,8 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
     if overwrite or not (output / made).exists() or not kept.is_file() or (output / UNFINISHED).exists():
         return False
     differ = differences(_settings_of(kept), redacted(config.model_dump()))
-    differ = [name for name in differ if name.split(" ")[0] != "output"]
-    newer = [f"{path} (changed since)" for path in _data_files(config) if _is_newer(path, kept)]
+    differ = [each for each in differ if not _is_ours(each.split(" ")[0], config)]
+    newer = [f"{field} (changed since)" for field, path in named_files(config) if _is_newer(Path(path), kept)]
     if differ or newer:
         raise ConfigError(
             f"output: {output} holds a finished run ({made}) with other settings: {_named(differ + newer)}. Name "
@@ -111,6 +140,15 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     one, other = dict(_flat(earlier)), dict(_flat(now))
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return [f"{name} (there {_short(one.get(name))}, here {_short(other.get(name))})" for name in names]
+
+
+def _is_ours(field: str, config: RunConfig) -> bool:
+    """Whether the user did not set a field: the place, and a default length that was cut to the model's context."""
+    section, _, name = field.rpartition(".")
+    if field == "training.common.max_length":
+        return name not in config.training.common
+    fitted = ("evaluation.window", "importance.sequence_length", "general.sample_tokens")
+    return field == "output" or (field in fitted and name not in getattr(config, section).model_fields_set)
 
 
 def _settings_of(kept: Path) -> dict[str, Any]:
@@ -137,13 +175,6 @@ def _short(value: Any) -> str:
 def _named(differ: list[str]) -> str:
     rest = len(differ) - _SHOWN
     return ", ".join(differ[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _data_files(config: RunConfig) -> list[Path]:
-    names = [path for source in (config.general, *config.general.mixture) for path in source.paths]
-    names += [config.domain.train, config.domain.test]
-    names += [*config.evaluation.texts.values(), *config.penalty.probe_texts.values()]
-    return [Path(name) for name in dict.fromkeys(names)]
 
 
 def _is_newer(path: Path, kept: Path) -> bool:

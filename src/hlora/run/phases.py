@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ from hlora.training.train import train
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
+
+logger = logging.getLogger("hlora")
 
 _PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
 
@@ -100,11 +103,29 @@ def _of_this_job(job: Job, importance: Importance) -> Importance:
     return importance
 
 
-def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History]:
-    """LoRA on the domain under the penalty (Eqs. 14–16); returns the tuned model and the losses."""
+def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History, Importance | None]:
+    """LoRA on the domain under the penalty (Eqs. 14–16).
+
+    Returns the tuned model, the losses, and the importance for a domain after this one: `importance` and that of this
+    domain, recorded on the way, anchored at the tuned adapter (the sum of Eq. 13). None where there is no such
+    importance, as under the anchor "base".
+    """
     options = job.config.penalty
     model, penalty = protected(job, importance, options.phi, options.layer_weights)
-    return model, train_on_domain(job, model, "tune", penalty)
+    recorder = None
+    if options.anchor == "general":
+        method = importance.provenance.get("method", "path_integral")
+        recorder = ImportanceRecorder(model, importance.encoding, method=method, seed=job.config.seed)
+    history = train_on_domain(job, model, "tune", penalty, recorder=recorder)
+    return model, history, None if recorder is None else _with_domain(job, importance, recorder)
+
+
+def _with_domain(job: Job, importance: Importance, recorder: ImportanceRecorder) -> Importance | None:
+    if recorder.steps == 0:  # a scaler skipped them all, say; the tuned adapter is kept all the same
+        logger.warning("no step of the domain phase could be recorded, so no run can come after this one")
+        return None
+    domain = recorder.consolidate(importance.provenance.get("xi", job.config.importance.xi), job.domain.facts)
+    return _of_this_job(job, importance + domain)
 
 
 def protected(
@@ -149,6 +170,7 @@ def train_on_domain(
     phase: str,
     penalty: ImportancePenalty | None = None,
     *,
+    recorder: ImportanceRecorder | None = None,
     dataset: Dataset | None = None,
     trainer_class: type[SFTTrainer] | None = None,
     **changes: Any,
@@ -159,13 +181,14 @@ def train_on_domain(
 
     Args:
         phase: names the logs.
+        recorder: records the importance of the domain on the way.
         dataset: in place of the domain's rows.
         trainer_class: a subclass of trl.SFTTrainer, for another loss.
         changes: arguments of trl.SFTConfig that differ from the domain phase's.
     """
     arguments = {**job.config.training.of_tune(), **changes}
     logs = job.output / "logs" / phase
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [] if recorder is None else [recorder.callback()]
     if penalty is not None:
         callbacks.append(penalty.callback())
         if job.config.penalty.budget is not None:

@@ -43,7 +43,7 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     results["provenance"]["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = redacted(results)
     write_text(job.output / "adapter" / "README.md", adapter_card(results))
-    if job.config.importance.use is None and (job.output / "importance").is_dir():
+    if not job.config.is_given_importance and (job.output / "importance").is_dir():
         document = Importance.load(job.output / "importance").document()
         write_text(job.output / "importance" / "README.md", importance_card(document, results))
     results = write_json(job.output / "results.json", results, indent=1)

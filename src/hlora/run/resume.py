@@ -96,7 +96,7 @@ def _made_from(job: Job) -> dict[str, Any]:
     config = without_secret_fields(job.config.model_dump(exclude={"output"}))
     facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
     facts |= {"general": job.general.facts, "domain": job.domain.facts}
-    if job.given is not None and job.config.importance.use:  # another one may have come under the same name
+    if job.given is not None and job.config.is_given_importance:  # another one may have come under the same name
         facts["given"] = job.given.document()
     written = _digest(facts)
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults

@@ -8,6 +8,8 @@ arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr,
              samples: [{prompt, expected, answer}]}; `base` is what all are compared with
 seconds      phase → seconds
 history      phase → Trainer's log entries
+chain        of a run after another: domains, and measures by domain: base, before (its own phase), after (by step),
+             forgetting (by step)
 importance   Importance.describe() and layer_weights
 provenance   versions, seed, hardware, data; nested plain values
 config       the resolved configuration
@@ -29,6 +31,7 @@ from hlora.methods import label_of
 from hlora.report.format import change, duration, number, percent, size, three_digits
 from hlora.report.heatmap import importance_heatmap
 from hlora.report.page import about, render, write_page
+from hlora.report.run.chain import chain_picture, chain_tables, general_forgetting
 from hlora.report.run.figures import budget_curves, forgetting_picture, loss_curves
 from hlora.report.run.measures import DOMAIN_MEASURES, rise_spread, shown_difference, shown_spread, shown_value
 from hlora.report.run.verdict import improved, main_arm, verdict
@@ -60,6 +63,9 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "facts": facts,
         "verdict": verdict(results),
         "forgetting": Markup(svg(forgetting_picture(arms))) if len(arms) > 1 else None,
+        "chain": chain_tables(results["chain"]) if "chain" in results else [],
+        "chain_picture": Markup(svg(chain_picture(results["chain"]))) if "chain" in results else None,
+        "chain_forgetting": general_forgetting(results["chain"]) if "chain" in results else "",
         "heading": heading,
         "numbers": numbers,
         "costs": _costs(results),

@@ -1,0 +1,125 @@
+"""Domain after domain: what each run of a chain knows of those before it, and what has become of their domains."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hlora.config.reading import parse_config
+from hlora.config.run import RunConfig
+from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.evaluation.evaluate import evaluate
+from hlora.parallel.fsdp import shard
+from hlora.parallel.group import first_does, together
+from hlora.parallel.launch import sharding
+from hlora.run.job import Job
+from hlora.run.results import read_results
+from hlora.run.resume import UNFINISHED, timed
+from hlora.system.errors import ConfigError, DataError
+
+logger = logging.getLogger("hlora")
+
+BEFORE = "before this domain"
+"""The arm of the adapter that a run goes on from."""
+
+
+class Earlier(NamedTuple):
+    """A finished run of the chain."""
+
+    name: str
+    config: RunConfig
+    results: dict[str, Any]
+
+
+def earlier_runs(config: RunConfig) -> list[Earlier]:
+    """The runs that `config` comes after, the first one first. Empty without `after`.
+
+    Raises:
+        ConfigError: one of them is not finished, or the chain goes in a circle.
+    """
+    found: list[Earlier] = []
+    after, seen = config.after, {Path(config.output).resolve()}
+    while after is not None:
+        place = Path(after)
+        if place.resolve() in seen:
+            raise ConfigError(f"after: {after} comes after this run itself. Name another output.")
+        seen.add(place.resolve())
+        if (place / UNFINISHED).exists() or not (place / "results.json").is_file():
+            raise ConfigError(f"after: {after} is not a finished run. Finish it first with `hlora run`.")
+        results = read_results(place)
+        before: RunConfig = parse_config(dict(results.get("config") or {}), f"{after}/results.json")
+        found.insert(0, Earlier(_name(after, found), before, results))
+        after = before.after
+    return found
+
+
+def measure_earlier(job: Job, results: dict[str, Any], earlier: list[Earlier]) -> None:
+    """Score the tuned model on the domains before this one, and put the chain so far into `results`.
+
+    Raises:
+        DataError: the test rows of an earlier domain are not those that were scored then.
+    """
+    if not earlier or "chain" in results:
+        return
+    sets = {each.name: _rows_again(job, each) for each in earlier}
+    model = job.with_adapter(job.output / "adapter")
+    with timed(job, results, "evaluate earlier domains"):
+        if sharding():
+            shard(model)
+        measured = {}
+        for name, rows in sets.items():
+            logger.info("evaluating: %s", name)
+            measured[name] = first_does(partial(_domain_measures, job, model, rows), in_step=sharding())
+        results["chain"] = _extended(_chain_of(earlier), _name(job.config.output, earlier), results["arms"], measured)
+    job.release(model)
+
+
+def _domain_measures(job: Job, model: Any, rows: DomainRows) -> dict[str, Any]:
+    settings = job.config.evaluation.model_copy(update={"generate": 0})
+    domain: dict[str, Any] = evaluate(model, job.tokenizer, {}, rows, settings)["domain"]
+    return domain
+
+
+def _rows_again(job: Job, earlier: Earlier) -> DomainRows:
+    """The domain of an earlier run, whose test rows have to be the same as then."""
+    config = earlier.config
+    with together():
+        space = Space.of(job.base, job.tokenizer, config.training.of_tune())
+        rows = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
+        then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]
+        if rows.facts["test_sha256"] != then:
+            raise DataError(
+                f"{config.domain.test}: not the test rows that {config.output} was evaluated on, so what was forgotten "
+                "of them cannot be measured. Bring them back, or evaluate that run again."
+            )
+    return rows
+
+
+def _chain_of(earlier: list[Earlier]) -> dict[str, Any]:
+    """The chain up to the last of the earlier runs: that run's own, or of a first run its arms."""
+    *_, last = earlier
+    if "chain" in last.results:
+        found: dict[str, Any] = last.results["chain"]
+        return found
+    empty: dict[str, Any] = {"domains": [], "base": {}, "before": {}, "after": {}, "forgetting": {}}
+    return _extended(empty, last.name, last.results["arms"], {})
+
+
+def _extended(chain: dict[str, Any], name: str, arms: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The chain with one domain more, from the arms of its run and the measures of the earlier domains after it."""
+    before = arms.get(BEFORE) or arms.get("after_general") or {}
+    return {
+        "domains": [*chain["domains"], name],
+        "base": {**chain["base"], name: arms["base"]["domain"]},
+        "before": {**chain["before"], name: before.get("domain") or {}},
+        "after": {**chain["after"], name: {**earlier, name: arms["hlora"]["domain"]}},
+        "forgetting": {**chain["forgetting"], name: arms["hlora"].get("forgetting") or {}},
+    }
+
+
+def _name(output: str, others: list[Earlier]) -> str:
+    """The directory's own name; its whole path where another run of the chain has that name."""
+    name = Path(output).name
+    return output if any(each.name == name for each in others) else name
