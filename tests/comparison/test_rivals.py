@@ -124,7 +124,7 @@ def test_every_method_trains_the_same_steps_and_moves_what_it_trains(
     changed = {"osf": {"learning_rate"}, "replay": set()}.get(method, set())
     asked = {**job.config.training.common, **job.config.training.tune}
     assert {name for name, value in asked.items() if call["arguments"][name] != value} == changed
-    assert (method != "replay") == (call["dataset"].to_list() == job.domain.dataset().to_list())
+    assert (method != "replay") == (call["dataset"].to_list() == job.domain.dataset(job.tokenizer).to_list())
 
 
 @pytest.mark.slow
@@ -169,15 +169,14 @@ def test_replay_mixes_the_share_asked_for_and_keeps_every_domain_row(
     job = open_job()
     replay(job, strength=share)
     rows = batches[0]["dataset"].to_list()
-    general = [row for row in rows if row["prompt"] == ""]
+    general = [row for row in rows if all(row["completion_mask"])]
+    domain = [row for row in rows if not all(row["completion_mask"])]
     assert len(general) / len(rows) == pytest.approx(share, abs=0.02)
-    assert [row for row in rows if row["prompt"]] == job.domain.dataset().to_list()
-    text = "".join("".join(job.general.train).split())
-    assert all("".join(row["completion"].split()) in text for row in general)
-    domain = [row["prompt"] + row["completion"] for row in rows if row["prompt"]]
-    lengths = [len(job.tokenizer(part)["input_ids"]) for part in domain]
-    mean = sum(lengths) / len(lengths)
-    assert all(len(job.tokenizer(row["completion"])["input_ids"]) <= 1.2 * mean for row in general)
+    assert domain == job.domain.dataset(job.tokenizer).to_list()
+    text = "\n".join(job.general.train)
+    assert all(job.tokenizer.decode(row["input_ids"]) in text for row in general)
+    mean = sum(len(row["input_ids"]) for row in domain) / len(domain)
+    assert all(len(row["input_ids"]) <= mean + 1 for row in general)
 
 
 def test_replay_by_epochs_takes_the_steps_of_the_unmixed_rows(open_job: Open) -> None:
@@ -206,7 +205,7 @@ def test_replay_takes_the_loss_on_every_token_of_a_general_row(open_job: Open, m
     assert len(labels) == 48 and len(whole) == 24
 
 
-def test_replay_answers_an_empty_message_with_general_text_among_chat_rows(
+def test_replay_mixes_plain_general_text_among_chat_rows(
     open_job: Open, batches: list[dict[str, Any]], model_dir: str, tmp_path: Path
 ) -> None:
     chat = shutil.copytree(model_dir, tmp_path / "chat")
@@ -223,7 +222,8 @@ def test_replay_answers_an_empty_message_with_general_text_among_chat_rows(
         paths.append(str(path))
     job = open_job(model__name=str(chat), domain__task="rows", domain__train=paths[0], domain__test=paths[1])
     _, history = replay(job, strength=0.5)
-    general = [row for row in batches[0]["dataset"] if row["prompt"][0]["content"] == ""]
+    general = [row for row in batches[0]["dataset"] if all(row["completion_mask"])]
+    assert "assistant" not in job.tokenizer.decode(general[0]["input_ids"])
     assert len(general) == 8 and math.isfinite(history[-1]["loss"])
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import GENERAL_TEXT
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralConfig
 from hlora.data.domain import DomainRows, Space, domain_rows
 from hlora.data.general import GeneralText, general_text, probe_texts
-from hlora.system.errors import DataError
+from hlora.data.tasks import Example
+from hlora.system.errors import ConfigError, DataError
 
 LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
 
@@ -72,8 +74,16 @@ def test_the_last_tenth_is_held_out_when_no_evaluation_text_is_named(tmp_path: P
 
 def test_one_document_leaves_none_to_hold_out(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "alone"}, {"text": " \n"}])
-    with pytest.raises(DataError, match=r"1 document, which leaves none to hold out .* evaluation.texts"):
+    with pytest.raises(DataError, match=r"1 document of one line, which leaves none to hold out .* evaluation.texts"):
         read_general(GeneralConfig(paths=[file]))
+
+
+def test_of_one_document_the_last_tenth_of_its_lines_is_held_out(tmp_path: Path) -> None:
+    lines = [f"Sentence {n}.\n" for n in range(20)]
+    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
+    text = read_general(GeneralConfig(paths=[str(tmp_path / "a.txt")]))
+    assert text.train == ["".join(lines[:18])]
+    assert text.evaluation == {"general (held out)": "Sentence 18.\nSentence 19."}
 
 
 def test_the_same_file_for_training_and_evaluation_is_refused(tmp_path: Path) -> None:
@@ -111,9 +121,25 @@ def test_general_facts_change_when_and_only_when_the_text_does(tmp_path: Path) -
     assert facts("ab", "c")["evaluation_texts"] != first["evaluation_texts"]
 
 
-def test_the_general_data_set_has_one_column_of_text_as_trl_packs_it() -> None:
-    data = GeneralText(["a", "b"], {}).dataset()
-    assert data.column_names == ["text"] and list(data["text"]) == ["a", "b"]
+def test_general_text_is_packed_into_rows_that_begin_with_bos_where_the_tokenizer_adds_one(model_dir: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    documents = GENERAL_TEXT.split("\n\n")[:9]
+    joined = [i for d in documents for i in [*tokenizer(d)["input_ids"], tokenizer.eos_token_id]]
+    plain = GeneralText(documents, {}).dataset(tokenizer, {"packing": True, "max_length": 32})
+    assert plain.column_names == ["input_ids"]
+    assert [i for row in plain["input_ids"] for i in row] == joined and {
+        len(row) for row in plain["input_ids"][:-1]
+    } == {32}
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    rows = GeneralText(documents, {}).dataset(tokenizer, {"packing": True, "max_length": 32})["input_ids"]
+    assert all(row[0] == 0 and len(row) <= 32 for row in rows)
+    assert [i for row in rows for i in row[1:]] == joined
+    whole = GeneralText(documents, {}).dataset(tokenizer, {"max_length": 32})["input_ids"]
+    assert whole[0] == [*tokenizer(documents[0])["input_ids"], tokenizer.eos_token_id] and len(whole) == len(documents)
+    with pytest.raises(ConfigError, match=r"training.record.max_length: packing needs a length"):
+        GeneralText(documents, {}).dataset(tokenizer, {"packing": True, "max_length": None})
 
 
 # Hub
@@ -240,6 +266,37 @@ def test_train_rows_whose_prompt_is_in_the_test_are_left_out_and_counted(tmp_pat
     assert (rows.facts["train_rows"], rows.facts["test_rows"]) == (4, 4)
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        {"messages": [{"content": "a", "role": "user"}, {"role": "assistant", "content": "other"}]},
+        {
+            "messages": [
+                {"role": "user", "content": " a\n", "id": 7, "name": None},
+                {"role": "assistant", "content": "x"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "a", "tool_calls": None}, {"role": "assistant", "content": "1"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "1"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "1"}]},
+    ],
+)
+def test_a_leak_is_found_by_the_rendered_prompt_whatever_else_differs(test: Any, space: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "1"}]} for q in "ab"]
+    found = space()
+    found.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    files = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "test.jsonl", [test])
+    kept = domain_rows(DomainConfig(task="rows", train=files[0], test=files[1]), None, 0, found)
+    assert [example.prompt[0]["content"] for example in kept.train] == ["b"]
+    assert kept.facts["train_rows_left_out_as_test_prompts"] == 1
+
+
+def test_a_leak_of_text_is_found_through_outer_white_space(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", pairs(0, 2))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": " 1 plus one is\n", "completion": "2"}])
+    assert [example.answer for example in read_domain(train, test).train] == ["1"]
+
+
 def test_messages_with_the_same_turns_before_the_answer_count_as_the_same_prompt(tmp_path: Path) -> None:
     def dialogue(question: str, answer: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -277,10 +334,32 @@ def test_domain_facts_change_when_and_only_when_the_rows_do(tmp_path: Path) -> N
     assert facts(0)["test_sha256"] == facts(1)["test_sha256"]
 
 
-def test_the_domain_data_set_has_prompts_and_completions_as_trl_reads_them(questions: tuple[str, str]) -> None:
-    data = read_domain(*questions, task="multiple_choice").dataset()
-    assert data[0] == {"prompt": "Question: What is 0 plus one?\nAnswer:", "completion": " 1"}
+def test_the_domain_data_set_has_token_ids_and_a_mask_of_the_answer_and_its_end(
+    questions: tuple[str, str], model_dir: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data = read_domain(*questions, task="multiple_choice").dataset(tokenizer)
+    prompt, answer = (tokenizer(t)["input_ids"] for t in ("Question: What is 0 plus one?\nAnswer:", " 1"))
+    assert data[0] == {
+        "input_ids": [*prompt, *answer, tokenizer.eos_token_id],
+        "completion_mask": [0] * len(prompt) + [1] * (len(answer) + 1),
+    }
     assert len(data) == 24
+
+
+def test_columns_of_other_names_are_mapped_to_the_tasks(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "reply": str(n), "prompt": "unused"} for n in range(4)]
+    files = write_jsonl(tmp_path / "a.jsonl", rows[:2]), write_jsonl(tmp_path / "b.jsonl", rows[2:])
+    found = read_domain(*files, columns={"prompt": "question", "completion": "reply"}, join=" ")
+    assert found.train[0] == Example("0?", "0", join=" ")
+    with pytest.raises(DataError, match=r"missing column: 'answer' \(domain.columns\), it has question, reply, prompt"):
+        read_domain(*files, columns={"prompt": "question", "completion": "answer"})
+
+
+def test_an_unused_column_called_label_is_ignored_in_a_csv(tmp_path: Path) -> None:
+    for name, n in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.csv").write_text(f"prompt,completion,label\n{n}?,{n},arithmetic\n", encoding="utf-8")
+    assert read_domain(tmp_path / "a.csv", tmp_path / "b.csv").train == [Example("1?", "1")]
 
 
 def test_a_wrong_row_is_named_by_file_and_number(questions: tuple[str, str], tmp_path: Path) -> None:
@@ -291,8 +370,9 @@ def test_a_wrong_row_is_named_by_file_and_number(questions: tuple[str, str], tmp
             read_domain(train, test, task="multiple_choice")
         assert str(caught.value) == (
             f"{wrong}: 1 of 3 rows cannot be used, and domain.max_unusable (1%) lets 0 be left out. "
-            "Row 3: wrong label: 2, expected 0 to 1. Task 'multiple_choice' needs question, choices (a list), label "
-            "(index of the right choice). Mend them, or raise domain.max_unusable."
+            "Row 3: wrong label: 2, expected 0 to 1, or a letter from A on. Task 'multiple_choice' needs question, "
+            "choices (a list), label (index of the right choice); domain.columns maps other names to these. Mend them, "
+            "or raise domain.max_unusable."
         )
 
 
@@ -362,32 +442,45 @@ def space(model_dir: str) -> Any:
 
 
 def tokens(space: Space, row: dict[str, str], answer: bool) -> int:
-    text = f"{row['prompt']} {row['completion']}" if answer else row["prompt"]
+    text = f"{row['prompt']}{row['completion']}<eos>" if answer else row["prompt"]
     return len(space.tokenizer(text)["input_ids"])
 
 
 def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_less_is_not(
     space: Any, tmp_path: Path
 ) -> None:
-    row = {"prompt": "Where is Orion? " * 5, "completion": "In the sky"}
+    row = {"prompt": "Where is Orion?" * 5, "completion": " In the sky"}
     files = write_jsonl(tmp_path / "train.jsonl", [row]), write_jsonl(tmp_path / "test.jsonl", pairs(0, 1))
     config = DomainConfig(task="rows", train=files[0], test=files[1])
-    length = tokens(space(), row, answer=False)
-    assert len(domain_rows(config, None, 0, space(max_length=length + 1)).train) == 1
+    length, whole = (tokens(space(), row, answer=answer) for answer in (False, True))
+    assert len(domain_rows(config, None, 0, space(max_length=whole)).train) == 1
+    with pytest.raises(DataError, match=rf"Row 1: answer cut: it needs {whole} tokens, .* keeps {whole - 1}"):
+        domain_rows(config, None, 0, space(max_length=whole - 1))
     with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training's max_length"):
         domain_rows(config, None, 0, space(max_length=length))
     for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
         assert len(domain_rows(config, None, 0, space(max_length=length, **kept)).train) == 1
+    with pytest.raises(DataError, match=rf"answer cut: it needs {whole - length} tokens"):
+        domain_rows(config, None, 0, space(max_length=whole - length - 1, truncation_mode="keep_end"))
 
 
-def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_cuts_it(
+def test_a_row_of_a_hundred_megabytes_is_refused_without_reading_all_of_it(space: Any) -> None:
+    endless = "word " * 20_000_000
+    for example, problem in ((Example(endless, "x"), "no answer left"), (Example("x", endless), "answer cut")):
+        with pytest.raises(DataError, match=problem):
+            space(max_length=64).train(example)
+        with pytest.raises(DataError, match="too long"):
+            space(max_length=None).test(example)
+
+
+def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_packs_it(
     space: Any, tmp_path: Path
 ) -> None:
-    row = {"prompt": "Where is it? ", "completion": "word"}
+    row = {"prompt": "Where is it?", "completion": " word"}
     while tokens(space(), row, answer=True) < 256:
         row["completion"] += "s" if tokens(space(), row, answer=True) > 250 else " words and more words"
     assert tokens(space(), row, answer=True) == 256
-    longer = {**row, "completion": row["completion"] + " zz"}
+    longer = {**row, "completion": row["completion"] + " zz zz"}
     some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 2))
     for file, ok in (
         (write_jsonl(tmp_path / "fits.jsonl", [row]), True),
@@ -400,8 +493,8 @@ def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_
             else:
                 with pytest.raises(DataError, match=r"long.jsonl: 1 of 1 .* too long: more than the 256 tokens of"):
                     domain_rows(config, None, 0, space(max_length=None))
-    cut = DomainConfig(task="rows", train=str(tmp_path / "long.jsonl"), test=some)
-    assert len(domain_rows(cut, None, 0, space(max_length=256)).train) == 1
+    packed = DomainConfig(task="rows", train=str(tmp_path / "long.jsonl"), test=some)
+    assert len(domain_rows(packed, None, 0, space(max_length=256, packing=True)).train) == 1
 
 
 def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:
@@ -467,3 +560,9 @@ def test_a_probe_text_that_is_trained_on_whole_is_refused(tmp_path: Path) -> Non
     (tmp_path / "probe.txt").write_text(line, encoding="utf-8")
     with pytest.raises(DataError, match="nothing is left of 'prose'"):
         probe_texts({"prose": str(tmp_path / "probe.txt")}, GeneralText([line], {}, {}))
+
+
+def test_the_column_of_the_general_text_holds_for_probe_texts(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "probe.jsonl", [{"body": "own text"}])
+    found = probe_texts({"prose": file}, GeneralText(["x"], {}, {}), "body")
+    assert found["prose"].strip() == "own text"

@@ -13,6 +13,7 @@ import pytest
 
 from hlora.config.units import allowed
 from hlora.data.rows import Rows, read_documents, read_rows
+from hlora.data.tasks import read_example
 from hlora.system.errors import DataError
 
 
@@ -48,6 +49,11 @@ def test_rows_are_the_same_from_every_format(suffix: str, tmp_path: Path) -> Non
         lines = ["question,choices,label,note"]
         lines += ['"Où, “when”?\nWhy?","[""a, b"", ""c \\""d\\""""]",1,None', '12,"[""3"", ""4""]",0,NA']
         file.write_text("\n".join(lines), encoding="utf-8")
+    if suffix == "csv":  # cells are text; the task reads of them what it needs
+        rows = [
+            {**row, "choices": json.dumps(row["choices"], ensure_ascii=False), "label": str(row["label"])}
+            for row in rows
+        ]
     assert rows_of(str(file)) == rows
 
 
@@ -95,7 +101,6 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
         ("a.csv", b'text\n"never closed', "line 2: not CSV"),
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
-        ("a.csv", b"text,label\na,b\n", "Row 1: not JSON: label are read as JSON"),
         ("a.csv", b"prompt\na,b,c\n", "Row 1: too many cells: 2 more than there are columns"),
         ("a.pdf", b"x", "expected a .jsonl, .parquet or .csv file of rows, got .pdf"),
         ("a", b"x", "expected a .jsonl, .parquet or .csv file of rows, got no suffix"),
@@ -117,13 +122,14 @@ def test_a_missing_file_is_named_with_the_directory_it_was_looked_for_in(suffix:
         read_documents(f"absent.{suffix}")
 
 
-def test_messages_in_a_csv_are_read_as_json(tmp_path: Path) -> None:
+def test_messages_in_a_csv_are_read_as_json_by_the_task(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     path = tmp_path / "chat.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["messages"], [json.dumps(messages)]])
-    assert rows_of(str(path)) == [{"messages": messages}]
+    (row,) = rows_of(str(path))
+    assert read_example("rows", row) == read_example("rows", {"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -179,14 +185,15 @@ def test_a_row_of_a_csv_with_a_cell_too_many_or_too_few_is_one_row(tmp_path: Pat
     file = tmp_path / "a.csv"
     file.write_text("question,label\na,1\nb,1,2\nc\nd,2\n", encoding="utf-8")
     found = read_rows(str(file))
-    assert found.kept == {1: {"question": "a", "label": 1}, 4: {"question": "d", "label": 2}}
-    assert list(found.unusable) == [2, 3]
+    rows = {1: ("a", "1"), 3: ("c", None), 4: ("d", "2")}
+    assert found.kept == {number: {"question": q, "label": label} for number, (q, label) in rows.items()}
+    assert list(found.unusable) == [2]
     assert found.unusable[2] == "too many cells: 1 more than there are columns"
 
 
 def test_a_column_that_stands_twice_in_a_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label,text\na,1,b\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"a.csv: the column 'text' stands twice"):
+    with pytest.raises(DataError, match=r"a.csv: the column 'text' is a duplicate"):
         read_rows(str(tmp_path / "a.csv"))
 
 
@@ -217,3 +224,47 @@ def test_twenty_rows_are_listed_and_all_are_counted() -> None:
     assert found.within("50%", "the limit") is found
     with pytest.raises(DataError, match=r"numbers: 50 of 100 rows .* lets 49 .* Row 2: even: 2; .*; and 45 more"):
         found.within(49, "the limit")
+
+
+def test_a_long_cell_of_a_csv_is_a_cell(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"prompt,completion\na,b\n{'x' * 140_000},c\n", encoding="utf-8")
+    assert [len(row["prompt"]) for row in rows_of(str(tmp_path / "a.csv"))] == [1, 140_000]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_rows_may_be_one_json_array(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps([{"a": 1}, 2, {"a": "é"}], indent=1), encoding="utf-8")
+    found = read_rows(str(tmp_path / name))
+    assert found.kept == {1: {"a": 1}, 3: {"a": "é"}}
+    assert found.unusable == {2: "no object: the row holds int, expected a JSON object"}
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "text.txt"])
+def test_packed_files_are_read_as_what_they_hold(name: str, packing: str, tmp_path: Path) -> None:
+    content = {"rows.jsonl": b'{"text": "a"}\n', "rows.csv": b"text\na\n", "text.txt": b"a"}[name]
+    path = tmp_path / f"{name}.{packing}"
+    with pyarrow.output_stream(path, compression={"gz": "gzip", "zst": "zstd"}[packing]) as stream:
+        stream.write(content)
+    assert [document.strip() for document in documents_of(str(path))] == ["a"]
+    path.write_bytes(b"not packed")
+    with pytest.raises(DataError, match=rf"{path.name}: cannot be read"):
+        read_documents(str(path))
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "data[1]*"
+    folder.mkdir()
+    assert rows_of(write_jsonl(folder / "a?.jsonl", [{"a": 1}])) == [{"a": 1}]
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), folder / "[b].parquet")
+    assert rows_of(str(folder / "[b].parquet")) == [{"a": 1}]
+
+
+def test_a_text_of_one_sentence_a_line_is_cut_at_line_ends(tmp_path: Path) -> None:
+    lines = [f"Sentence {n} of a text without blank lines.\n" for n in range(1000)]
+    (tmp_path / "lines.txt").write_text("".join(lines), encoding="utf-8")
+    documents = documents_of(str(tmp_path / "lines.txt"))
+    assert all(10_000 <= len(document) < 10_100 for document in documents[:-1]) and len(documents) > 3
+    assert "".join("".join(documents).split()) == "".join("".join(lines).split())

@@ -63,7 +63,7 @@ def assert_same_as_the_harness(task: str, rows: list[dict[str, Any]], directory:
         target = loaded.doc_to_target(doc)
         assert isinstance(target, int) and example.choices[target] == example.answer
         scored = [request.args for request in loaded.construct_requests(doc, example.prompt, metadata=(None, 0, 1))]
-        assert scored[target] == (example.training_row()["prompt"], example.training_row()["completion"])
+        assert scored[target] == (example.prompt, example.join + example.answer)
 
 
 @pytest.mark.parametrize("task", list(ROWS))
@@ -118,10 +118,19 @@ def test_rows_without_choices_cannot_be_scored_by_the_harness(tmp_path: Path) ->
         write_harness_task("rows", [{"prompt": "a", "completion": "b"}], tmp_path)
 
 
-def test_prompt_and_completion_are_joined_by_one_space() -> None:
-    example = read_example("rows", {"prompt": "Capital of France:", "completion": "  Paris \n"})
-    assert example == Example("Capital of France:", "Paris")
-    assert example.training_row() == {"prompt": "Capital of France:", "completion": " Paris"}
+def test_prompt_and_completion_are_taken_as_they_are_unless_a_join_is_given() -> None:
+    row = {"prompt": "def f(x):\n", "completion": "    return x\n"}
+    assert read_example("rows", row) == Example("def f(x):\n", "    return x\n", join="")
+    assert read_example("rows", row, join=" ").join == " "
+    assert read_example("piqa", ROWS["piqa"][0]).join == " "  # as in lm-evaluation-harness
+
+
+def test_a_join_of_its_own_reaches_the_harness(tmp_path: Path) -> None:
+    name = write_harness_task("piqa", ROWS["piqa"], tmp_path, join="\n")
+    loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(name)["tasks"][name]
+    doc = next(iter(loaded.test_docs()))
+    (_, scored), *_ = [r.args for r in loaded.construct_requests(doc, "prompt", metadata=(None, 0, 1))]
+    assert scored == "\nuse scissors"
 
 
 def test_messages_are_split_before_the_last_answer() -> None:
@@ -134,7 +143,53 @@ def test_messages_are_split_before_the_last_answer() -> None:
     ]
     example = read_example("rows", {"messages": turns})
     assert example == Example(turns[:-1], "Paris")
-    assert example.training_row() == {"prompt": turns[:-1], "completion": turns[-1:]}
+    assert example.messages() == turns
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT, "prompt": None, "completion": None},
+        {"messages": [{**turn, "tool_calls": None} for turn in CHAT], "tools": None},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"prompt": CHAT},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"messages": json.dumps(CHAT)},
+    ],
+)
+def test_a_conversation_is_read_from_each_format_that_it_comes_in(row: dict[str, Any]) -> None:
+    assert read_example("rows", row) == Example(CHAT[:1], "Hello")
+
+
+def test_a_column_of_nulls_does_not_hide_a_good_one() -> None:
+    row = {"messages": None, "conversations": "", "prompt": "a", "completion": "b"}
+    assert read_example("rows", row) == Example("a", "b")
+
+
+def test_alpaca_rows_are_laid_out_as_its_own_prompt() -> None:
+    row = {"instruction": "Add one.", "input": "4", "output": "5"}
+    expected = Example("### Instruction:\nAdd one.\n\n### Input:\n4\n\n### Response:\n", "5")
+    assert read_example("rows", row) == expected
+    short = read_example("rows", {**row, "input": ""})
+    assert short.prompt == "### Instruction:\nAdd one.\n\n### Response:\n"
+
+
+def test_an_answer_of_tool_calls_and_the_tools_are_kept_as_they_are() -> None:
+    calls = [{"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}]
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [{"name": "x"}]}
+    example = read_example("rows", row)
+    assert (example.answer, dict(example.turn), example.tools) == ("", {"tool_calls": calls}, [{"name": "x"}])
+
+
+@pytest.mark.parametrize(("label", "answer"), [("B", "b"), (" A ", "a"), ("1", "b"), ("1.0", "b"), (0.0, "a")])
+def test_a_label_may_be_a_letter_or_a_number_as_text(label: Any, answer: str, tmp_path: Path) -> None:
+    row = {"question": "x", "choices": '["a", "b"]', "label": label}
+    assert read_example("multiple_choice", row).answer == answer
+    loaded, (doc,) = harness_task("multiple_choice", [row], tmp_path)
+    assert loaded.doc_to_choice(doc)[loaded.doc_to_target(doc)] == answer
 
 
 def test_numbers_among_the_choices_are_read_as_text() -> None:
@@ -148,7 +203,7 @@ USER = {"role": "user", "content": "Hi"}
 @pytest.mark.parametrize(
     ("task", "row", "problem"),
     [
-        ("piqa", {**ROWS["piqa"][0], "label": 2}, "wrong label: 2, expected 0 to 1"),
+        ("piqa", {**ROWS["piqa"][0], "label": 2}, "wrong label: 2, expected 0 to 1, or a letter from A on"),
         ("piqa", {**ROWS["piqa"][0], "label": -1}, "wrong label: -1, expected 0 to 1"),
         ("medmcqa", {**ROWS["medmcqa"][0], "cop": 4}, "wrong label: 4, expected 0 to 3"),
         ("medmcqa", {**ROWS["medmcqa"][0], "cop": "b"}, "wrong label: 'b'"),
@@ -166,6 +221,7 @@ USER = {"role": "user", "content": "Hi"}
         ("rows", {"prompt": "x", "completion": "  "}, "empty cell: completion is '  '"),
         ("rows", {"prompt": "x", "completion": 4}, "wrong cell: completion is 4"),
         ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),
+        ("rows", {"prompt": CHAT, "completion": [1]}, "wrong messages: [{"),
         ("rows", {"prompt": "x"}, "missing column: 'completion'"),
         ("rows", {"messages": [USER]}, "they must end with an answer of the assistant"),
         ("rows", {"messages": [{"role": "assistant", "content": "Hi"}]}, "they must end with an answer"),
@@ -181,7 +237,7 @@ USER = {"role": "user", "content": "Hi"}
         ("piqa", {**ROWS["piqa"][0], "label": float("inf")}, "wrong label: inf"),
         ("piqa", {**ROWS["piqa"][0], "label": [1]}, "wrong label: [1]"),
         ("rows", {"messages": []}, "they must end"),
-        ("rows", {"messages": None}, "wrong messages: None"),
+        ("rows", {"messages": None}, "missing column: 'prompt', it has messages"),
         ("rows", {}, "missing column: 'prompt', it has nothing"),
     ],
 )

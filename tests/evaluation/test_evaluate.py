@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from transformers import (
 
 from hlora.config.sections import DomainConfig, EvaluationConfig
 from hlora.data.domain import DomainRows, domain_rows
+from hlora.data.rendering import render
 from hlora.data.tasks import Example
 from hlora.evaluation.answers import answer_nll, generate_answers
 from hlora.evaluation.evaluate import _normal, evaluate
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import _sliding_window, text_likelihood
+from hlora.evaluation.likelihood import sliding_window, text_likelihood
 from hlora.system.errors import DataError
 
 CHAT = (
@@ -90,7 +92,7 @@ def test_the_sliding_window_scores_each_token_once_with_its_context(model: Any, 
     batch_size = data.draw(st.integers(1, 5), "batch size")
     tokens = torch.randint(3, 384, (count,), generator=torch.Generator().manual_seed(count * 31 + window))
     with torch.no_grad():
-        losses = _sliding_window(model, tokens, window, stride, batch_size)
+        losses = sliding_window(model, tokens, window, stride, batch_size=batch_size)
     assert losses.dtype == torch.float64
     expected = one_by_one(model, tokens, window, stride)
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-5)
@@ -112,7 +114,7 @@ def context_model() -> Any:
 def test_the_reference_would_notice_one_token_of_context_more_or_less(stride: int) -> None:
     model = context_model()
     tokens = torch.randint(0, 24, (30,), generator=torch.Generator().manual_seed(0))
-    losses = _sliding_window(model, tokens, 8, stride, 4)
+    losses = sliding_window(model, tokens, 8, stride, batch_size=4)
     torch.testing.assert_close(losses.tolist(), one_by_one(model, tokens, 8, stride), rtol=0, atol=1e-4)
     for window in (7, 9):
         other = one_by_one(model, tokens, window, min(stride, window - 1))
@@ -122,7 +124,7 @@ def test_the_reference_would_notice_one_token_of_context_more_or_less(stride: in
 @torch.no_grad()
 def test_a_stride_of_the_whole_window_is_that_of_all_but_one_token(model: Any) -> None:
     tokens = torch.randint(3, 384, (50,), generator=torch.Generator().manual_seed(0))
-    losses = [_sliding_window(model, tokens, 16, stride, 4) for stride in (15, 16, 1000)]
+    losses = [sliding_window(model, tokens, 16, stride, batch_size=4) for stride in (15, 16, 1000)]
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
     assert len(losses[0]) == 49
 
@@ -132,7 +134,7 @@ def test_a_text_within_one_window_is_scored_in_one_forward(model: Any) -> None:
     tokens = torch.randint(3, 384, (20,), generator=torch.Generator().manual_seed(0))
     whole = model(input_ids=tokens[None], labels=tokens[None]).loss
     for window in (20, 21, 512):
-        torch.testing.assert_close(_sliding_window(model, tokens, window, 4, 4).mean().float(), whole)
+        torch.testing.assert_close(sliding_window(model, tokens, window, 4, batch_size=4).mean().float(), whole)
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def test_models_of_other_makes_are_scored_whether_or_not_they_can_keep_fewer_log
     if wrapped:
         targets = [name for name in ("q_proj", "c_attn") if any(n.endswith(name) for n, _ in model.named_modules())]
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")).eval()
-    torch.testing.assert_close(_sliding_window(model, tokens, 16, 5, 3).tolist(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(sliding_window(model, tokens, 16, 5, batch_size=3).tolist(), expected, rtol=0, atol=2e-5)
     assert all(value > 0 for value in answer_nll(model, tokenizer, domain.test, 4))
 
 
@@ -260,11 +262,10 @@ def test_a_text_without_a_token_to_score_is_an_error(text: str, model: Any, toke
 
 @torch.no_grad()
 def test_answer_nll_is_what_the_harness_gives_the_answer(model: Any, tokenizer: Any, domain: DomainRows) -> None:
-    examples = [*domain.test, Example("A much longer prompt, of another length:", "and an answer of several tokens")]
+    examples = [*domain.test, Example("A much longer prompt, of another length:", " and an answer of several tokens")]
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     requests = [
-        Instance("loglikelihood", {}, (row["prompt"], row["completion"]), 0)
-        for row in (example.training_row() for example in examples)
+        Instance("loglikelihood", {}, (example.prompt, example.join + example.answer), 0) for example in examples
     ]
     expected = [-value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
     assert answer_nll(model, tokenizer, examples, 4) == pytest.approx(expected, abs=1e-4)
@@ -311,7 +312,7 @@ def test_accuracy_is_that_of_the_likeliest_choice(model: Any, tokenizer: Any, tm
     domain = domain_rows(config, None, 0)
     right, right_by_length = [], []
     for row, example in zip(rows, domain.test, strict=True):
-        nll = answer_nll(model, tokenizer, [Example(example.prompt, choice) for choice in example.choices], 3)
+        nll = answer_nll(model, tokenizer, [replace(example, answer=choice) for choice in example.choices], 3)
         right.append(float(np.argmin(nll) == row["label"]))
         lengths = [len(choice) for choice in example.choices]
         right_by_length.append(float(np.argmin(np.array(nll) / lengths) == row["label"]))
@@ -345,6 +346,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Any, texts: list[str]) -> None:
         self.tokenizer, self.texts = tokenizer, list(texts)
+        self.config = LlamaConfig(max_position_embeddings=64)
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         self.options, self.asked = options, self.tokenizer.batch_decode(input_ids)
@@ -357,14 +359,17 @@ class Scripted:
 def test_a_generated_answer_is_cut_after_as_many_lines_as_the_expected_one_has(tokenizer: Any) -> None:
     examples = [Example("Q:", "one"), Example("A longer Q:", "one\ntwo"), Example("Q:", "x")]
     model = Scripted(tokenizer, [" one\nQ: and on", "\n one\ntwo\nthree", " \n"])
-    answers = generate_answers(model, tokenizer, examples, EvaluationConfig(batch_size=2, max_new_tokens=9))
+    rows = [render(tokenizer, example) for example in examples]
+    answers = generate_answers(model, tokenizer, rows, EvaluationConfig(batch_size=2, max_new_tokens=9))
     assert answers == ["one", "one\ntwo", ""]
-    assert (model.options["max_new_tokens"], model.options["do_sample"]) == (9, False)
+    settings = model.options["generation_config"]
+    assert (settings.max_new_tokens, settings.do_sample) == (9, False)
 
 
 @torch.no_grad()
 def test_a_generated_answer_is_the_likeliest_token_after_token(model: Any, tokenizer: Any, domain: DomainRows) -> None:
-    answers = generate_answers(model, tokenizer, domain.test[:3], EvaluationConfig(max_new_tokens=4, batch_size=3))
+    rows = [render(tokenizer, example) for example in domain.test[:3]]
+    answers = generate_answers(model, tokenizer, rows, EvaluationConfig(max_new_tokens=4, batch_size=3))
     for example, answer in zip(domain.test, answers, strict=False):
         ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedTokenizerBase
 
 from hlora.data.packing import first_tokens
-from hlora.evaluation.likelihood import PAIRED_BLOCK
+from hlora.data.rendering import text_start
+from hlora.evaluation.likelihood import PAIRED_BLOCK, divergences, token_losses
 from hlora.system.errors import DataError
 
 
@@ -58,14 +58,17 @@ class TextProbe:
         self._rows: dict[str, Tensor] = {}  # (windows, window)
         self._base: dict[str, Tensor] = {}  # (windows, window − 1), NaN where not measured yet
         for name, text in texts.items():
-            ids = first_tokens(tokenizer, text, self.most_tokens)
+            ids, _ = first_tokens(tokenizer, text, self.most_tokens)
             if len(ids) < 2:
                 raise DataError(f"budget: probe text {name!r} has {len(ids)} tokens, too few to score; give at least 2")
             if len(ids) < window:
                 self._rows[name], scored = ids[None], len(ids) - 1
             else:
-                scored = max(1, window - window // _UNSCORED)
-                self._rows[name] = ids.unfold(0, window, scored)
+                before = text_start(tokenizer)
+                width = window - len(before)
+                scored = max(1, min(width, window - window // _UNSCORED))
+                rows = ids[len(before) :].unfold(0, width, scored)
+                self._rows[name] = torch.cat([ids[: len(before)].expand(len(rows), -1), rows], 1)
             self._base[name] = torch.full((len(self._rows[name]), scored), math.nan, dtype=torch.float64)
 
     def measure(self, tokens: int, turn: int = 0) -> Rise:
@@ -113,8 +116,7 @@ class SampleProbe:
                 with self.model.disable_adapter():
                     old = self.model(input_ids=ids, use_cache=False).logits
                 for mine, base in zip(new, old, strict=True):  # one row in float32 at a time
-                    log_p, log_q = (log_softmax(row[:-1].float(), dim=-1) for row in (base, mine))
-                    found.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double())
+                    found.append(divergences(base[:-1], mine[:-1]))
         return _rise(torch.cat(found), "own samples")
 
 
@@ -129,13 +131,9 @@ def _rise(differences: Tensor, text: str) -> Rise:  # (tokens,) float64
 
 def _losses(model: Any, rows: Tensor, count: int) -> Tensor:  # (n, window) → (n, count), float64 on the CPU
     """−log p of the last `count` tokens of each row."""
-    losses = []
-    for batch in _batches(rows):
-        ids = batch.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        for row, target in zip(logits, ids, strict=True):  # one row in float32 at a time
-            losses.append(cross_entropy(row[-count - 1 : -1].float(), target[-count:], reduction="none").cpu().double())
-    return torch.stack(losses)
+    return torch.stack(
+        [loss for batch in _batches(rows) for loss in token_losses(model, list(batch), [count] * len(batch))]
+    )
 
 
 def _batches(rows: Tensor) -> Iterator[Tensor]:

@@ -151,8 +151,8 @@ class Grid:
         key = f"held out, seed {seed}"
         if key not in self._read:
             _, documents = hold_out_documents(self._general_text(self.config.general, seed))
-            others = self.config.selection.texts.items()
-            held_out = {"general (held out)": documents, **{n: measured_text(path) for n, path in others}}
+            others, column = self.config.selection.texts.items(), self.config.general.column
+            held_out = {"general (held out)": documents, **{n: measured_text(path, column) for n, path in others}}
             self._read[key] = {name: "\n\n".join(parts) for name, parts in held_out.items()}
         return self._read[key]
 
@@ -167,10 +167,10 @@ class Grid:
         """Domain rows without the held-out ones, and the held-out ones, which strengths are chosen on."""
         space = Space.of(self.base, self.tokenizer, config.training.of_tune())
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
-        key = digest({"domain": rows, "space": (space.context, space.cut, space.trained)})
+        key = digest({"domain": rows, "space": (space.context, space.kept, space.keeps_end, space.packed)})
         if key not in self._read:
             found = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
-            self._read[key] = hold_out(found, config.held_out_rows, config.seed)
+            self._read[key] = hold_out(found, config.held_out_rows, config.seed, self.tokenizer)
         return self._read[key]
 
     def validates(self, seed: int | None) -> bool:

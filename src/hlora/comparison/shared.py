@@ -84,7 +84,9 @@ def general_phase(job: Job) -> Path:
         logs = job.output / "logs" / f"general phase, seed {config.seed}"
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
-        history = train(model, job.tokenizer, job.general.dataset(), logs, training, config.seed, callbacks)
+        dataset = job.general.dataset(job.tokenizer, training)
+        arguments = {**training, "packing": False}  # the rows are packed
+        history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks)
         seconds = time.perf_counter() - started
         factors: dict[str, torch.Tensor] = {}
         for matrix in adapted_matrices(model):

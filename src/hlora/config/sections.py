@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -34,7 +35,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _is_plausible(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    def _is_plausible(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Refuses what Pydantic accepts but nobody means: true as 1, an empty name, a number beyond 64 bits."""
         read = validate(value)
         names = [*("" for _ in value), *(f"{name}: " for name in value)] if isinstance(value, dict) else repeat("")
@@ -45,7 +46,7 @@ class Section(BaseModel):
                 raise ValueError(f"{name}expected a number that fits in 64 bits")
             if isinstance(each, str) and ("\0" in each or any("\ud800" <= letter <= "\udfff" for letter in each)):
                 raise ValueError(f"{name}expected text without NUL characters and lone surrogates")
-            if each == "":
+            if each == "" and info.field_name != "join":
                 raise ValueError(f"{name}expected text, got an empty one")
         return read
 
@@ -199,11 +200,17 @@ class DomainConfig(Section):
     """Rows to evaluate on, which are never trained on: a file, or a split of the hub data set in `train`."""
     subset: str | None = None
     """Name of the hub data set's configuration."""
+    columns: dict[str, str] = {}
+    """The file's names of the task's columns where they differ, such as {prompt: question, completion: answer}."""
+    join: str | None = None
+    """Put between a text prompt and its answer. If not given: nothing between prompt and completion, and one space
+    before a choice, as in lm-evaluation-harness."""
     max_train_rows: int | None = Field(default=None, ge=1)
     """Maximum number of training rows, drawn with `seed`."""
     max_unusable: RowLimit = "1%"
-    """How many rows of a file may be skipped as unusable (an empty cell, a wrong label, a line that is not JSON, a row
-    longer than the model's context): a share, rounded down, or a number of rows. The report lists them."""
+    """How many rows of a file may be skipped as unusable (an empty cell, a wrong label, a line that is not JSON, an
+    answer that max_length would cut, a row longer than the model's context): a share, rounded down, or a number of
+    rows. The report lists them."""
 
 
 class ImportanceConfig(Section):
@@ -278,16 +285,21 @@ class EvaluationConfig(Section):
     max_tokens: int = Field(default=8192, ge=2)
     """Maximum number of tokens scored of each text."""
     window: int = Field(default=512, ge=2)
-    """Length of the sliding window, in tokens; at most the model's context."""
-    stride: int = Field(default=256, ge=1)
-    """Tokens scored in each window. The rest of the window is context."""
+    """Length of the sliding window, in tokens, with BOS where the tokenizer adds one; at most the model's context."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens scored in each window. The rest of the window is context. Half the window if not given."""
     accuracy: bool = True
     """Measure accuracy with lm-evaluation-harness (multiple-choice tasks)."""
     max_rows: int | None = Field(default=None, ge=1)
     """Maximum number of domain rows to evaluate on, from the first one."""
     generate: int = Field(default=32, ge=0)
     """Number of answers to generate, for exact match and for the report."""
-    max_new_tokens: int = Field(default=32, ge=1)
-    """Maximum length of a generated answer, in tokens."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Maximum length of a generated answer, in tokens. That of the longest expected answer if not given."""
     batch_size: int = Field(default=16, ge=1)
     """Number of sequences scored at once."""
+
+    @property
+    def scored_by_window(self) -> int:
+        """The stride, or half the window."""
+        return self.stride or max(1, self.window // 2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import DomainConfig
 from hlora.data.hub import load_from_hub
-from hlora.data.rows import Rows, read_rows
-from hlora.data.tasks import TASKS, Example, prompt_text, read_example
+from hlora.data.rendering import prompt_identity, render, tokenise
+from hlora.data.rows import Rows, is_rows_file, read_rows
+from hlora.data.tasks import TASKS, Example, read_example
 from hlora.system.digest import sha256_of_texts
 from hlora.system.errors import DataError
 
@@ -34,9 +34,9 @@ class DomainRows:
     """The same test rows as they were read, for lm-evaluation-harness."""
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def dataset(self) -> Dataset:
-        """As TRL reads it: prompt and completion."""
-        return Dataset.from_list([example.training_row() for example in self.train])
+    def dataset(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """As TRL reads it: token ids, and a mask of what is trained."""
+        return Dataset.from_list([render(tokenizer, example).training_row() for example in self.train])
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Space:
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """Of the model; None: it has no limit."""
-    cut: int | None
-    """Where training cuts the end of a row off; None: it does not."""
-    trained: int | None
-    """What training makes of the longest row; None: all of it."""
+    kept: int | None
+    """What training keeps of a row; None: all of it."""
+    keeps_end: bool = False
+    """Training cuts the start of a longer row off, not its end."""
+    packed: bool = False
+    """Training joins rows and cuts them anywhere, so that none is too long."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Space:
@@ -60,36 +62,66 @@ class Space:
             arguments.get(name, getattr(SFTConfig, name)) for name in ("max_length", "truncation_mode", "packing")
         )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return cls(tokenizer, context, length if mode == "keep_start" and not packing else None, length)
+        return cls(tokenizer, context, length, mode == "keep_end", bool(packing))
 
     def train(self, example: Example) -> Example:
-        """The example. Raises DataError when no token of its answer would be trained, or it exceeds the context."""
-        if self.cut is not None and self._reaches(example, "", self.cut):
-            raise DataError(f"no answer left: the prompt fills the {self.cut} tokens of training's max_length")
-        if self.trained is None or (self.context is not None and self.trained > self.context):
-            self._fits_context(example, example.answer)
+        """The example. Raises DataError when training would cut its answer, or it exceeds the context."""
+        limit = None if self.packed else min(filter(None, (self.context, self.kept)), default=None)
+        if isinstance(example.prompt, str) and (limit is None or _surely_fits(example, limit)):
+            return example
+        if limit is not None and not self.keeps_end and self._far_beyond(_characters(example), limit):
+            prompt_alone = self._far_beyond(_characters(replace(example, answer="")), limit)
+            raise DataError(self._why_not(limit, prompt_alone, "more"))
+        rendered = render(self.tokenizer, example)
+        if limit is not None:
+            needed = len(rendered.ids) - (rendered.start if self.keeps_end else 0)
+            if needed > limit:
+                prompt_alone = not self.keeps_end and rendered.start >= limit
+                raise DataError(self._why_not(limit, prompt_alone, str(needed)))
         return example
 
     def test(self, example: Example) -> Example:
         """The example. Raises DataError when the prompt and an answer exceed the model's context."""
-        self._fits_context(example, max((example.answer, *example.choices), key=len))
+        longest = replace(example, answer=max((example.answer, *example.choices), key=len))
+        limit = self.context
+        if isinstance(example.prompt, str) and (limit is None or _surely_fits(longest, limit)):
+            return example
+        if limit is not None and self._far_beyond(_characters(longest), limit):
+            raise DataError(self._too_long())
+        if render(self.tokenizer, longest).end > (limit or math.inf):
+            raise DataError(self._too_long())
         return example
 
-    def _fits_context(self, example: Example, answer: str) -> None:
-        if self.context is not None and self._reaches(example, f" {answer}", self.context + 1):
-            raise DataError(f"too long: more than the {self.context} tokens of the model's context")
+    def _why_not(self, limit: int, prompt_alone: bool, needed: str) -> str:
+        if limit != self.kept:
+            return self._too_long()
+        if prompt_alone:
+            return f"no answer left: the prompt fills the {limit} tokens of training's max_length"
+        return f"answer cut: it needs {needed} tokens, and training's max_length keeps {limit}"
 
-    def _reaches(self, example: Example, answer: str, tokens: int) -> bool:
-        """Whether a text has so many tokens. No more of it is tokenised than that takes: it may be one of 100 MB."""
-        text = prompt_text(self.tokenizer, example) + answer
-        if len(text.encode("utf-8")) + _SPECIAL < tokens:  # a token has a byte at least
-            return False
-        special, characters = isinstance(example.prompt, str), 8 * tokens
-        while True:
-            found = self.tokenizer(text[:characters], add_special_tokens=special, truncation=False, verbose=False)
-            if len(found["input_ids"]) >= tokens or characters >= len(text):
-                return len(found["input_ids"]) >= tokens
+    def _too_long(self) -> str:
+        return f"too long: more than the {self.context} tokens of the model's context"
+
+    def _far_beyond(self, text: str, tokens: int) -> bool:
+        """Whether a part of the text has more tokens already. Of one of 100 MB no more is read than that takes."""
+        characters = 8 * tokens
+        while characters < len(text):
+            if len(tokenise(self.tokenizer, text[:characters])) > tokens:
+                return True
             characters *= 4
+        return False
+
+
+def _surely_fits(example: Example, tokens: int) -> bool:
+    """Whether a row of text has no more bytes than that: a token has one at least."""
+    return len(_characters(example).encode("utf-8")) + len(example.join) + _SPECIAL <= tokens
+
+
+def _characters(example: Example) -> str:
+    """The row's own text, without what a template writes around it."""
+    if isinstance(example.prompt, str):
+        return example.prompt + example.answer
+    return "".join([*(turn["content"] for turn in example.prompt if isinstance(turn["content"], str)), example.answer])
 
 
 def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, space: Space | None = None) -> DomainRows:
@@ -98,13 +130,14 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, spac
     Rows that cannot be used, or have no `space`, are left out and listed. Raises DataError when they are more than
     `max_unusable`, and for an empty set.
     """
-    hub_split = None if _is_file(config.test) else config.test
-    if hub_split and _is_file(config.train):
+    hub_split = None if is_rows_file(config.test) else config.test
+    if hub_split and is_rows_file(config.train):
         raise DataError(
             f"domain.test: {hub_split!r} is no .jsonl, .parquet or .csv file, and train names no hub data set"
         )
-    read, limit = partial(read_example, config.task), (config.max_unusable, "domain.max_unusable")
-    needed = f"Task {config.task!r} needs {TASKS[config.task].columns}. "
+    read = partial(read_example, config.task, join=config.join)
+    limit = (config.max_unusable, "domain.max_unusable")
+    needed = f"Task {config.task!r} needs {TASKS[config.task].columns}; domain.columns maps other names to these. "
     train_rows = _domain_source(config, config.train, config.train_split).read(read)
     train_rows = (train_rows.read(space.train) if space else train_rows).within(*limit, needed)
     raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
@@ -114,8 +147,8 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, spac
     test = [test_rows.kept[number] for number in numbers]
     if not test:
         raise DataError(f"{test_rows.source}: no rows to evaluate on")
-    seen = {json.dumps(example.prompt) for example in test}
-    kept = [example for example in train if json.dumps(example.prompt) not in seen]
+    tokenizer = space.tokenizer if space else None
+    kept = _without_prompts_of(train, test, tokenizer)
     left_out, name = len(train) - len(kept), train_rows.source
     if left_out:
         logger.warning("%s: left out %d of %d rows whose prompt is in the test set", name, left_out, len(train))
@@ -129,14 +162,16 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, spac
         "train_rows": len(kept),
         "test_rows": len(test),
         "train_rows_left_out_as_test_prompts": left_out,
-        "train_sha256": sha256_of_texts(json.dumps(example.training_row()) for example in kept),
-        "test_sha256": sha256_of_texts(json.dumps(example.training_row()) for example in test),
+        "train_sha256": sha256_of_texts(example.as_json() for example in kept),
+        "test_sha256": sha256_of_texts(example.as_json() for example in test),
         **({"unusable": unusable} if unusable else {}),
     }
     return DomainRows(kept, test, [raw.kept[number] for number in numbers], facts)
 
 
-def hold_out(rows: DomainRows, count: int, seed: int) -> tuple[DomainRows, list[Example]]:
+def hold_out(
+    rows: DomainRows, count: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[DomainRows, list[Example]]:
     """Set `count` training rows aside, to choose strengths on; rows with the same prompt leave the training set too.
 
     Raises DataError when too few would be left.
@@ -144,22 +179,35 @@ def hold_out(rows: DomainRows, count: int, seed: int) -> tuple[DomainRows, list[
     if count >= len(rows.train):
         raise DataError(f"selection.rows: {count} of {len(rows.train)} training rows held out leaves none to train on")
     held_out = random.Random(seed).sample(rows.train, count)
-    prompts = {json.dumps(example.prompt) for example in held_out}
-    train = [example for example in rows.train if json.dumps(example.prompt) not in prompts]
+    train = _without_prompts_of(rows.train, held_out, tokenizer)
     if not train:
         raise DataError("selection.rows: all training rows have the prompt of a held-out one. Hold out fewer.")
     return replace(rows, train=train, facts={**rows.facts, "train_rows": len(train), "held_out": count}), held_out
 
 
+def _without_prompts_of(
+    train: list[Example], others: list[Example], tokenizer: PreTrainedTokenizerBase | None
+) -> list[Example]:
+    seen = {prompt_identity(tokenizer, example) for example in others}
+    return [example for example in train if prompt_identity(tokenizer, example) not in seen]
+
+
 def _domain_source(config: DomainConfig, source: str, split: str | None) -> Rows[dict[str, Any]]:
-    if _is_file(source):
-        return read_rows(source)
-    found = load_from_hub(source, config.subset, split or "train").to_list()
-    return Rows(f"{source} ({split})", dict(enumerate(found, 1)))
+    if is_rows_file(source):
+        found = read_rows(source)
+    else:
+        rows = load_from_hub(source, config.subset, split or "train").to_list()
+        found = Rows(f"{source} ({split})", dict(enumerate(rows, 1)))
+    return found.read(partial(_with_columns, config.columns)) if config.columns else found
 
 
-def _is_file(source: str) -> bool:
-    return Path(source).suffix in (".jsonl", ".json", ".parquet", ".csv") or Path(source).is_file()
+def _with_columns(columns: Mapping[str, str], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns that the task reads, from those that the file has."""
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise DataError(f"missing column: {missing[0]!r} (domain.columns), it has {', '.join(map(str, row))}")
+    taken = set(columns.values())
+    return {n: c for n, c in row.items() if n not in taken} | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 _SPECIAL = 8  # tokens that a tokenizer adds to a text, at most

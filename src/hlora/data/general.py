@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hlora.config.sections import EvaluationConfig, GeneralConfig, GeneralSource
 from hlora.data.hub import load_from_hub
 from hlora.data.leaks import without_long_lines_of
+from hlora.data.packing import document_rows, packed_rows
 from hlora.data.rows import Rows, read_documents, text_of
 from hlora.data.samples import model_samples
 from hlora.system.digest import sha256_of_texts
-from hlora.system.errors import DataError
+from hlora.system.errors import ConfigError, DataError
 
 logger = logging.getLogger("hlora")
 
@@ -36,9 +37,21 @@ class GeneralText:
     facts: dict[str, Any] = field(default_factory=dict)
     """Source, sizes, hashes and what was left out, for provenance."""
 
-    def dataset(self) -> Dataset:
-        """As TRL reads it: one column, text."""
-        return Dataset.from_dict({"text": self.train})
+    def dataset(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Dataset:
+        """Rows of token ids, packed here and not by TRL, so that each begins with BOS where the tokenizer adds one.
+
+        arguments: of trl.SFTConfig, those of the general phase. Without `packing` each document is a row.
+        """
+        if not arguments.get("packing"):
+            return Dataset.from_dict({"input_ids": document_rows(tokenizer, self.train)})
+        from trl import SFTConfig
+
+        length = arguments.get("max_length", SFTConfig.max_length)
+        if length is None:
+            raise ConfigError(
+                "training.record.max_length: packing needs a length, got null. Set one, or packing: false"
+            )
+        return Dataset.from_dict({"input_ids": packed_rows(tokenizer, self.train, length)})
 
 
 def general_text(
@@ -75,13 +88,8 @@ def general_text(
         documents = read(config)
     texts = {name: "\n\n".join(measured_text(path, config.column)) for name, path in evaluation.texts.items()}
     if not texts:
-        if len(documents) < 2:
-            raise DataError(
-                f"general: {len(documents)} document, which leaves none to hold out for evaluation. "
-                "Name a text in evaluation.texts, or give more general text."
-            )
-        held_out = max(1, round(len(documents) * _HELD_OUT))
-        documents, texts = documents[:-held_out], {"general (held out)": "\n\n".join(documents[-held_out:])}
+        documents, held_out = _split(documents)
+        texts = {"general (held out)": "\n\n".join(held_out)}
     train, dropped = without_long_lines_of(documents, texts.values())
     if not train:
         raise DataError(
@@ -101,6 +109,23 @@ def general_text(
         **({"unusable": unusable} if unusable else {}),
     }
     return GeneralText(train, texts, facts)
+
+
+def _split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """All but the last tenth of the documents, and that tenth; of a single document the same by its lines.
+
+    Raises DataError for a single line.
+    """
+    lines = documents[0].rstrip().splitlines(keepends=True) if len(documents) == 1 else documents
+    held_out = max(1, round(len(lines) * _HELD_OUT))
+    if len(lines) < 2:
+        raise DataError(
+            "general: 1 document of one line, which leaves none to hold out for evaluation. "
+            "Name a text in evaluation.texts, or give more general text."
+        )
+    if len(documents) == 1:
+        return ["".join(lines[:-held_out])], ["".join(lines[-held_out:])]
+    return documents[:-held_out], documents[-held_out:]
 
 
 def _documents(
@@ -162,17 +187,19 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
     return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
 
 
-def probe_texts(paths: Mapping[str, str], general: GeneralText) -> dict[str, str]:
+def probe_texts(paths: Mapping[str, str], general: GeneralText, column: str = "text") -> dict[str, str]:
     """The texts that a forgetting budget is measured on, without long lines that are also trained or evaluated on.
 
-    Raises DataError for a text of which nothing is left.
+    column: of files of rows, general.column. Raises DataError for a text of which nothing is left.
     """
     found = {}
     for name, path in paths.items():
-        kept, dropped = without_long_lines_of(measured_text(path), [*general.train, *general.evaluation.values()])
+        kept, dropped = without_long_lines_of(
+            measured_text(path, column), [*general.train, *general.evaluation.values()]
+        )
         if not kept:
             raise DataError(
-                f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it stands in the general or an "
+                f"penalty.probe_texts: nothing is left of {name!r} ({path}); all of it is in the general or an "
                 "evaluation text too. Name a text that is held out from both."
             )
         if dropped:

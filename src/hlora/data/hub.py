@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
@@ -11,6 +13,8 @@ from hlora.system.errors import DataError, first_line
 
 def load_from_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Any:
     """A split of a data set. Raises DataError where the hub has none, or cannot be reached."""
+    if Path(name).is_dir() and glob.has_magic(name):
+        raise DataError(f"{name}: datasets reads *, ? and [ in a path as a pattern. Rename the directory.")
     try:
         return load_dataset(name, subset, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds; to the user all mean the same

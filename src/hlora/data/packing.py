@@ -1,14 +1,17 @@
-"""Text into blocks of token ids."""
+"""Text into rows of token ids. Each row begins as the tokenizer begins a text: with BOS, where it adds one."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hlora.data.rendering import begins_with, text_start, tokenise
 from hlora.system.errors import DataError
 
 
@@ -19,31 +22,75 @@ def pack(
 
     at_most: as many as the text has, if it has fewer. Raises DataError that says how many it has when they are too few.
     """
-    if examples < 1 or max_length < 2:
+    before = text_start(tokenizer)
+    text = max_length - len(before)
+    if examples < 1 or max_length < 2 or text < 1:
         raise DataError(f"expected at least 1 sequence of at least 2 tokens, got {examples} of {max_length}")
+    parts: list[np.ndarray] = []
+    for part in _documents_in_tokens(tokenizer, documents):
+        parts.append(part)
+        if sum(map(len, parts)) >= examples * text:
+            break
+    ids = np.concatenate([*parts, np.empty(0, dtype=np.int32)]).astype(np.int64)
+    whole = min(examples, len(ids) // text)
+    if whole < examples and not (at_most and whole):
+        raise DataError(
+            f"the general text has {whole} sequences of {max_length} tokens, expected {examples}. "
+            "Give more text in general.paths, or ask for fewer or shorter sequences."
+        )
+    rows = torch.from_numpy(ids[: whole * text]).view(whole, text)
+    return torch.cat([torch.tensor(before, dtype=torch.int64).expand(whole, -1), rows], 1)
+
+
+def packed_rows(tokenizer: Any, documents: list[str], max_length: int) -> list[np.ndarray]:
+    """All of the documents, joined by the end token, in rows of `max_length` token ids; the last may be shorter."""
+    before = np.array(text_start(tokenizer), dtype=np.int32)
+    text = max_length - len(before)
+    if text < 1:
+        raise DataError(f"training.record.max_length: expected more than {len(before)}, got {max_length}")
+    ids = np.concatenate([*_documents_in_tokens(tokenizer, documents)])
+    return [np.concatenate([before, ids[start : start + text]]) for start in range(0, len(ids), text)]
+
+
+def document_rows(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
+    """A row of token ids for each document, with the end token."""
+    before = np.array(text_start(tokenizer), dtype=np.int32)
+    return [np.concatenate([before, ids]) for ids in _documents_in_tokens(tokenizer, documents)]
+
+
+def _documents_in_tokens(tokenizer: Any, documents: Iterable[str]) -> Iterator[np.ndarray]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    wanted, ids = examples * max_length, []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if len(ids) >= wanted:
-            return torch.tensor(ids[:wanted]).view(examples, max_length)
-    whole = len(ids) // max_length
-    if at_most and whole:
-        return torch.tensor(ids[: whole * max_length]).view(whole, max_length)
-    raise DataError(
-        f"the general text has {whole} sequences of {max_length} tokens, expected {examples}. "
-        "Give more text in general.paths, or ask for fewer or shorter sequences."
-    )
+        yield np.array(tokenise(tokenizer, document) + end, dtype=np.int32)
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> Tensor:  # (count,) or fewer
-    """Tokenises the start of the text only: eight characters a token (four are typical), more while that is too few."""
-    characters = 8 * count
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int
+) -> tuple[Tensor, int]:  # (count,) or fewer token ids
+    """The text's first tokens, with BOS where the tokenizer adds one, and the bytes of those that have one before them.
+
+    Tokenises the start of the text only: eight characters a token (four are typical), more while that is too few.
+    """
+    before, characters = text_start(tokenizer), 8 * count
+    fast = bool(getattr(tokenizer, "is_fast", False))
     while True:
-        tokens = tokenizer(text[:characters], return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
-        if len(tokens) > count or characters >= len(text):
-            return tokens[:count]
+        options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        found = tokenizer(text[:characters], return_offsets_mapping=fast, **options)
+        ids = found["input_ids"]
+        if len(before) + len(ids) > count or characters >= len(text):
+            break
         characters *= 2
+    if begins_with(ids, before):
+        before = []
+    ids = ids[: max(0, count - len(before))]
+    unscored = 0 if before else 1  # the first token has nothing before it
+    if fast and len(ids) > unscored:
+        offsets = found["offset_mapping"]
+        start = offsets[0][1] if unscored else 0
+        scored = text[start : offsets[len(ids) - 1][1]]
+    else:
+        scored = str(tokenizer.decode(ids[unscored:]))
+    return torch.tensor([*before, *ids], dtype=torch.int64), len(scored.encode("utf-8"))
 
 
 def pieces_of(
@@ -51,11 +98,13 @@ def pieces_of(
 ) -> list[list[int]]:
     """Up to `count` pieces of `length` token ids cut from the documents, in an order that the seed gives."""
     order = random.Random(seed).sample(documents, len(documents))
+    before = text_start(tokenizer)
+    text = max(1, length - len(before))
     pieces: list[list[int]] = []
     for document in order:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = range(0, max(len(ids) - length, 0) + 1, length)  # a document shorter than `length` is one piece
-        pieces += [ids[start : start + length] for start in whole if ids]
+        ids = tokenise(tokenizer, document)
+        whole = range(0, max(len(ids) - text, 0) + 1, text)  # a document shorter than `length` is one piece
+        pieces += [[*before, *ids[start : start + text]] for start in whole if ids]
         if len(pieces) >= count:
             break
     return pieces[:count]

@@ -10,8 +10,10 @@ import io
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,7 +27,8 @@ logger = logging.getLogger("hlora")
 
 _LISTED = 20  # rows left out of a file that are listed one by one
 _DOCUMENT = 10_000  # characters of one document cut from a .txt file, at paragraph ends
-_JSON_CELLS = ("label", "cop", "choices", "messages")  # columns of a CSV
+_ROWS = (".jsonl", ".json", ".parquet", ".csv")
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -84,11 +87,11 @@ class Rows(Generic[T]):
 
 
 def read_documents(path: str, column: str = "text") -> Rows[str]:
-    """Documents of a .txt file, cut at paragraph ends to about 10,000 characters, or of a .jsonl or .parquet column.
+    """Documents of a .txt file, cut at paragraph or line ends to about 10,000 characters, or of a column of rows.
 
     Raises DataError for a file that cannot be read.
     """
-    if Path(path).suffix == ".txt":
+    if _kind(path) == ".txt":
         return Rows(path, dict(enumerate(_paragraph_groups(_read_text(path)), 1)))
     return read_rows(path).read(lambda row: text_of(row, column))
 
@@ -103,17 +106,44 @@ def text_of(row: dict[str, Any], column: str) -> str:
 
 
 def read_rows(path: str) -> Rows[dict[str, Any]]:
-    """Rows of a .jsonl, .parquet or .csv file. Raises DataError for a file that cannot be read."""
-    suffix = Path(path).suffix
-    if suffix == ".parquet":
+    """Rows of a .jsonl, .json, .parquet or .csv file, also packed as .gz or .zst. CSV cells are text.
+
+    Raises DataError for a file that cannot be read.
+    """
+    kind = _kind(path)
+    if kind == ".parquet":
         return _parquet_rows(path)
-    if suffix == ".csv":
+    if kind == ".csv":
         return _csv_rows(path)
-    if suffix not in (".jsonl", ".json"):
-        raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {suffix or 'no suffix'}")
+    if kind not in _ROWS:
+        raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}")
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    if content[:100].lstrip()[:1] == b"[":
+        with suppress(ValueError, RecursionError):
+            return Rows(path, dict(enumerate(json.loads(content.decode("utf-8")), 1))).read(_object)
     lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")  # U+2028 may stand inside a text
     return Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
+
+
+def is_rows_file(source: str) -> bool:
+    """Whether a source is a file, by its suffix or because it is there; else it names a hub data set or a split."""
+    return _kind(source) in _ROWS or Path(source).is_file()
+
+
+def _kind(path: str) -> str:
+    """The file's suffix, that before .gz or .zst."""
+    name = Path(path)
+    return name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
+
+
+def _object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"no object: the row holds {type(row).__name__}, expected a JSON object")
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("not Unicode: half of a surrogate pair") from None
+    return row
 
 
 def _json_row(line: bytes) -> dict[str, Any]:
@@ -162,37 +192,46 @@ def _parquet_rows(path: str) -> Rows[dict[str, Any]]:
 
 
 def _csv_rows(path: str) -> Rows[dict[str, Any]]:
+    limit = csv.field_size_limit(sys.maxsize)  # a cell of more than 131,072 characters is for its row to judge
     table = csv.DictReader(io.StringIO(_read_text(path)), restkey="(no name)", strict=True)
     try:
         columns = table.fieldnames or []
         twice = [name for name, count in Counter(columns).items() if count > 1]
         if twice:
-            raise DataError(f"{path}: the column {twice[0]!r} stands twice. Name each column once.")
+            raise DataError(f"{path}: the column {twice[0]!r} is a duplicate. Name each column once.")
         return Rows(path, dict(enumerate(table, 1))).read(_csv_row)
     except csv.Error as error:
         raise DataError(f"{path} line {table.reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _csv_row(row: dict[str, Any]) -> dict[str, Any]:
-    """CSV knows text only: a label becomes a number, and choices and messages are JSON lists."""
     if "(no name)" in row:
         raise DataError(f"too many cells: {len(row['(no name)'])} more than there are columns")
-    try:
-        return {key: json.loads(cell) if key in _JSON_CELLS else cell for key, cell in row.items()}
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(
-            f'not JSON: {", ".join(key for key in _JSON_CELLS if key in row)} are read as JSON, 2 or ["a", "b"]'
-        ) from None
+    return row
 
 
 def _paragraph_groups(text: str) -> list[str]:
     groups, group = [], ""
     for paragraph in re.split(r"(?<=\n)[ \t]*\n", text):  # a blank line, be it empty or of spaces
-        group += paragraph + "\n"
-        if len(group) >= _DOCUMENT:
-            groups.append(group)
-            group = ""
+        for part in _cut_at_lines(paragraph + "\n"):
+            group += part
+            if len(group) >= _DOCUMENT:
+                groups.append(group)
+                group = ""
     return groups + ([group] if group.strip() else [])
+
+
+def _cut_at_lines(paragraph: str) -> list[str]:
+    """A paragraph in parts of at least a document's length, cut at line ends: a text may have one sentence a line."""
+    parts, part = [], ""
+    for line in paragraph.splitlines(keepends=True):
+        part += line
+        if len(part) >= _DOCUMENT:
+            parts.append(part)
+            part = ""
+    return [*parts, part] if part else parts
 
 
 def _read_text(path: str) -> str:
@@ -203,10 +242,15 @@ def _read_text(path: str) -> str:
 
 
 def _read_bytes(path: str) -> bytes:
+    file = _existing(path)
+    packing = _PACKED.get(file.suffix)
     try:
-        return _existing(path).read_bytes()
+        if packing is None:
+            return file.read_bytes()
+        with pyarrow.input_stream(file, compression=packing) as stream:
+            return stream.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
 def _existing(path: str) -> Path:

@@ -11,6 +11,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import GeneralSource
+from hlora.data.generation import written
 from hlora.system.files import write_json
 
 
@@ -23,9 +24,9 @@ def model_samples(
     directory: Path,
     keep: bool = True,
 ) -> list[str]:
-    """Text that the base model writes by itself from its first token; seeded.
+    """Text that the base model writes by itself from its first token, by its own distribution; seeded.
 
-    It is read from `directory` where it is there, else kept there (`keep`).
+    Read from `directory` if it is kept there, else sampled and kept (`keep`).
     """
     shape = f"{config.samples}x{config.sample_tokens}"
     cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
@@ -40,17 +41,9 @@ def model_samples(
         torch.manual_seed(seed)
         batches = [min(32, config.samples - done) for done in range(0, config.samples, 32)]
         for size in track(batches, description="sampling general text"):
-            written = model.generate(  # type: ignore[operator]  # nn.Module types its attributes as tensors
-                torch.full((size, 1), start, device=model.device),
-                attention_mask=torch.ones(size, 1, dtype=torch.long, device=model.device),
-                do_sample=True,
-                temperature=config.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=config.sample_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            samples += tokenizer.batch_decode(written, skip_special_tokens=True)
+            first = torch.full((size, 1), start)
+            texts = written(model, tokenizer, first, new_tokens=config.sample_tokens, temperature=config.temperature)
+            samples += tokenizer.batch_decode(texts, skip_special_tokens=True)
     if keep:
         directory.mkdir(parents=True, exist_ok=True)
         return write_json(cache, {"asked": asked, "samples": samples})["samples"]  # as a later run will read them

@@ -1,27 +1,27 @@
-"""Domain tasks: how a row becomes a prompt and an answer, for training, scoring and lm-evaluation-harness alike.
+"""Domain tasks: how a row becomes a prompt and an answer. rendering.py makes token ids of them.
 
-Prompts are those of lm-evaluation-harness, and a model is trained on exactly the continuation that the harness scores.
+Prompts of multiple-choice tasks are those of lm-evaluation-harness.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
-from hlora.system.errors import DataError, first_line
+from hlora.system.errors import DataError
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
+Message = Mapping[str, Any]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 3
@@ -32,17 +32,26 @@ _short = _SHORT.repr
 class Example:
     """One domain row. `prompt` is text, or chat messages that the tokenizer's template renders."""
 
-    prompt: str | Messages
+    prompt: str | list[dict[str, Any]]
     answer: str
-    """What the model should say, without the space that joins it to a text prompt."""
+    """What the model should say: the completion, the right choice, or the content of the last message."""
     choices: tuple[str, ...] = ()
     """The options, for a multiple-choice row; `answer` is one of them."""
+    join: str = ""
+    """Between a text prompt and its answer."""
+    turn: Message = field(default_factory=dict)
+    """What else the last message holds, such as tool_calls."""
+    tools: list[Any] | None = None
+    """Tools that the template presents to the model."""
 
-    def training_row(self) -> dict[str, Any]:
-        """As TRL reads it: loss on the completion only."""
-        if isinstance(self.prompt, str):
-            return {"prompt": self.prompt, "completion": f" {self.answer}"}
-        return {"prompt": self.prompt, "completion": [{"role": "assistant", "content": self.answer}]}
+    def messages(self) -> list[dict[str, Any]]:
+        """The whole conversation of a row of messages."""
+        assert not isinstance(self.prompt, str)
+        return [*self.prompt, {"role": "assistant", "content": self.answer, **self.turn}]
+
+    def as_json(self) -> str:
+        """All that is trained of the row, for a digest."""
+        return json.dumps([self.prompt, self.join, self.answer, dict(self.turn), self.tools], default=str)
 
 
 def _sciq(row: Row) -> Example:
@@ -64,24 +73,87 @@ def _medmcqa(row: Row) -> Example:
 
 
 def _multiple_choice(row: Row) -> Example:
-    if not isinstance(row["choices"], list):  # text from a CSV would be taken for a list of its letters
-        raise DataError(f"wrong choices: {_short(row['choices'])}, expected a list of texts")
-    choices = [_text({"choices": choice}, "choices") for choice in row["choices"]]
+    choices = [_text({"choices": choice}, "choices") for choice in _listed(row["choices"], "choices")]
     return _choose(f"Question: {_text(row, 'question')}\nAnswer:", choices, row["label"])
 
 
 def _rows(row: Row) -> Example:
-    if "messages" not in row:
-        return Example(_text(row, "prompt"), _text(row, "completion", str).strip())
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in messages
-    ):
-        raise DataError(f"wrong messages: {_short(messages)}, expected a list of role and content, both texts")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    """A row of prompt and completion, of messages, or of a format known by its columns.
+
+    A null is an absent column, and so is an empty cell of a CSV.
+    """
+    there = {name: cell for name, cell in row.items() if cell is not None and cell != ""}
+    tools = _listed(there["tools"], "tools") if there.get("tools") else None
+    if "messages" in there:
+        return _conversation(_listed(there["messages"], "messages"), tools)
+    if "conversations" in there:  # ShareGPT
+        return _conversation([_sharegpt_turn(turn) for turn in _listed(there["conversations"], "conversations")], tools)
+    if isinstance(there.get("prompt"), list):  # TRL's conversational prompt and completion
+        completion = there.get("completion")
+        return _conversation([*there["prompt"], *(completion if isinstance(completion, list) else [])], tools)
+    if "prompt" not in there and {"instruction", "output"} <= there.keys():
+        return _alpaca(there)
+    return Example(_text(row, "prompt"), _text(row, "completion", str))
+
+
+def _alpaca(row: Row) -> Example:
+    """An Alpaca row, in the layout of its own prompt."""
+    further = f"### Input:\n{row['input']}\n\n" if str(row.get("input", "")).strip() else ""
+    prompt = f"### Instruction:\n{_text(row, 'instruction')}\n\n{further}### Response:\n"
+    return Example(prompt, _text(row, "output", str))
+
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def _sharegpt_turn(turn: Any) -> Any:
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+        return turn
+    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+
+
+def _conversation(messages: list[Any], tools: list[Any] | None) -> Example:
+    turns = [_turn(turn) for turn in messages]
+    if not all(turns):
+        raise DataError(
+            f"wrong messages: {_short(messages)}, expected a list of role and content, both texts; "
+            "the content may be a list of texts, or absent beside tool_calls"
+        )
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise DataError("wrong messages: they must end with an answer of the assistant to something")
-    return Example(messages[:-1], _text({"answer": messages[-1]["content"]}, "answer").strip())
+    last = dict(turns[-1])
+    answer, _ = last.pop("content"), last.pop("role")
+    if not isinstance(answer, str):
+        raise DataError(f"wrong messages: the last content is {_short(answer)}, expected text")
+    if not last.get("tool_calls"):
+        _text({"answer": answer}, "answer")
+    return Example(turns[:-1], answer, turn=last, tools=tools)
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+    """The message without nulls, as Parquet fills them in; empty where it is none."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        return {}
+    found = {key: value for key, value in turn.items() if value is not None}
+    if found.get("tool_calls"):
+        found.setdefault("content", "")
+    parts = found.get("content")
+    if isinstance(parts, list):
+        good = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
+    else:
+        good = isinstance(parts, str)
+    return found if good else {}
+
+
+def _listed(cell: Any, column: str) -> list[Any]:
+    """A list, or the JSON of one, as a CSV cell holds it."""
+    found = cell
+    if isinstance(cell, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(cell)
+    if not isinstance(found, list):
+        raise DataError(f"wrong {column}: {_short(cell)}, expected a list")
+    return found
 
 
 def _text(row: Row, column: str, kind: Any = str | int | float) -> str:
@@ -95,14 +167,23 @@ def _text(row: Row, column: str, kind: Any = str | int | float) -> str:
 
 
 def _choose(prompt: str, choices: Sequence[str], label: Any) -> Example:
-    whole = not isinstance(label, bool) and (not isinstance(label, float) or label.is_integer())  # inf is none
-    try:
-        index = int(label) if whole else -1
-    except (TypeError, ValueError):
-        index = -1
-    if not 0 <= index < len(choices):
-        raise DataError(f"wrong label: {_short(label)}, expected 0 to {len(choices) - 1}")
-    return Example(prompt, choices[index], tuple(choices))
+    return Example(prompt, choices[_index(label, len(choices))], tuple(choices), join=" ")
+
+
+def _index(label: Any, count: int) -> int:
+    """The index that a label means: a whole number, also as text, or a letter from A on. Raises DataError."""
+    found = -1
+    if isinstance(label, str) and re.fullmatch(r"\s*[A-Z]\s*", label):
+        found = ord(label.strip()) - ord("A")
+    elif isinstance(label, str | int | float) and not isinstance(label, bool):
+        try:
+            number = float(label)
+        except (ValueError, OverflowError):
+            number = math.nan
+        found = int(number) if number.is_integer() else -1  # neither NaN nor inf is
+    if not 0 <= found < count:
+        raise DataError(f"wrong label: {_short(label)}, expected 0 to {count - 1}, or a letter from A on")
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,44 +221,37 @@ TASKS: dict[str, Task] = {
         },
         "label",
     ),
-    "rows": Task(_rows, "prompt and completion, or messages"),
+    "rows": Task(_rows, "prompt and completion, or messages (or columns of ShareGPT or Alpaca)"),
 }
 
 
-def read_example(task: str, row: Row) -> Example:
-    """The example in a row. Raises DataError that says what is wrong with it; place and remedy are the caller's."""
+def read_example(task: str, row: Row, join: str | None = None) -> Example:
+    """The example in a row. Raises DataError that says what is wrong with it; place and remedy are the caller's.
+
+    join: between a text prompt and its answer. None: one space for multiple choice, as in lm-evaluation-harness, and
+    nothing for other rows.
+    """
     try:
-        return TASKS[task].read(row)
+        example = TASKS[task].read(row)
     except KeyError as error:
         raise DataError(f"missing column: {error}, it has {', '.join(map(str, row)) or 'nothing'}") from None
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The prompt as the model reads it. Raises DataError for messages that the tokenizer's template does not take."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "no chat template: rows of messages need a tokenizer that has one, and this model's has none; "
-            "use prompt and completion columns instead"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise DataError(f"wrong messages: the model's chat template refuses them ({first_line(error)})") from None
+    return example if join is None else replace(example, join=join)
 
 
 def _typed(task: Task, row: Row) -> dict[str, Any]:
     """The columns that the task needs, all of them text but the label."""
     needed = {name: row[name] for name in re.findall(r"\w+", task.columns) if name in row}
+    count = len(task.read(row).choices)
+    if "choices" in needed:
+        needed["choices"] = _listed(needed["choices"], "choices")
     texts = {n: list(map(str, value)) if isinstance(value, list) else str(value) for n, value in needed.items()}
-    return texts | ({task.label: int(row[task.label])} if task.label else {})
+    return texts | ({task.label: _index(row[task.label], count)} if task.label else {})
 
 
-def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -> str:
+def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path, join: str = " ") -> str:
     """Write rows and a task that scores them into a directory for `lm_eval.tasks.TaskManager`; returns the task's name.
 
-    Raises DataError for a task without choices.
+    join: between prompt and answer. Raises DataError for a task without choices.
     """
     import lm_eval.tasks
 
@@ -195,7 +269,8 @@ def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path) -
         "task": name,
         "dataset_path": "parquet",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(directory / "cache")},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(data))}, "cache_dir": str(directory / "cache")},
+        "target_delimiter": join,
         "training_split": None,
         "validation_split": None,
         "test_split": "test",

@@ -9,73 +9,80 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
-from hlora.data.tasks import Example, prompt_text
-from hlora.evaluation.likelihood import checked_finite
+from hlora.data.generation import written
+from hlora.data.rendering import Rendered, render
+from hlora.data.tasks import Example
+from hlora.evaluation.likelihood import checked_finite, token_losses
 
 
 @torch.no_grad()
 def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int) -> list[float]:
-    """−log p(answer | prompt) of each example, in nats per answer, summed over the answer's tokens."""
-    encoded = [_encode(tokenizer, example) for example in examples]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    values = [0.0] * len(encoded)
+    """−log p(answer | prompt) of each example, in nats per answer, summed over the answer's tokens.
+
+    The tokens are those that are trained, without what ends the turn.
+    """
+    rendered = [render(tokenizer, example) for example in examples]
+    order = sorted(range(len(rendered)), key=lambda i: rendered[i].end)
+    values = [0.0] * len(rendered)
     for start in track(range(0, len(order), batch_size), description="answer likelihood", transient=True):
-        rows = order[start : start + batch_size]
-        ids = pad_sequence([encoded[i][0] for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
-        lengths = torch.tensor([len(encoded[i][0]) for i in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        logits = model(
-            input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False
-        ).logits
-        for row, i in zip(logits, rows, strict=True):
-            sequence, answer = encoded[i]
-            scored = row[len(sequence) - 1 - answer : len(sequence) - 1].float()
-            target = sequence[len(sequence) - answer :].to(model.device)
-            values[i] = float(cross_entropy(scored, target, reduction="none").cpu().double().sum())
+        chosen = order[start : start + batch_size]
+        sequences = [torch.tensor(rendered[i].ids[: rendered[i].end]) for i in chosen]
+        losses = token_losses(model, sequences, [rendered[i].end - rendered[i].start for i in chosen])
+        for i, loss in zip(chosen, losses, strict=True):
+            values[i] = float(loss.sum())
     return values
 
 
 def generate_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: EvaluationConfig
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Rendered], settings: EvaluationConfig
 ) -> list[str]:
-    """Greedy answers, cut after as many lines as the expected answer has."""
-    prompts = [prompt_text(tokenizer, example) for example in examples]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    """Greedy answers of at most `answer_limit` tokens within the context, cut to as many lines as are expected."""
+    limit = answer_limit(rows, settings)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    stops = sorted({row.ids[row.end] for row in rows if row.end < len(row.ids)} & special)  # such as <|im_end|>
     answers: list[str] = []
-    for start in track(range(0, len(prompts), settings.batch_size), description="sample answers", transient=True):
-        batch = tokenizer(
-            prompts[start : start + settings.batch_size],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=isinstance(examples[0].prompt, str),
-        ).to(model.device)
-        written = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=False,
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answers += tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    tokenizer.padding_side = side
+    batches = _batches(rows, settings.batch_size, limit, context)
+    for batch in track(batches, description="sample answers", transient=True):
+        ids, mask = _padded_left([row.prompt_ids for row in batch], tokenizer.pad_token_id)
+        room = limit if context is None else min(limit, context - ids.shape[1])
+        found = written(model, tokenizer, ids, mask=mask, new_tokens=room, stops=stops)
+        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+        answers += [text.removeprefix(row.prompt_rest) for text, row in zip(texts, batch, strict=True)]
     return [
-        "\n".join(answer.strip().splitlines()[: len(example.answer.splitlines())])
-        for answer, example in zip(answers, examples, strict=True)
+        "\n".join(answer.strip().splitlines()[: len(row.answer.strip().splitlines())])
+        for answer, row in zip(answers, rows, strict=True)
     ]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Tensor, int]:
-    """Tokens of prompt and answer, (n,), and how many of them are the answer's."""
-    text = prompt_text(tokenizer, example)
-    special = isinstance(example.prompt, str)  # a chat template writes its own special tokens
-    whole = tokenizer(text + (" " if special else "") + example.answer, add_special_tokens=special)["input_ids"]
-    before = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return torch.tensor(whole), len(whole) - len(before)
+def answer_limit(rows: list[Rendered], settings: EvaluationConfig) -> int:
+    """How many tokens may be written: `max_new_tokens`, or those of the longest expected answer and of its end."""
+    return settings.max_new_tokens or max((len(row.ids) - row.start for row in rows), default=1)
+
+
+def _batches(rows: list[Rendered], size: int, limit: int, context: int | None) -> list[list[Rendered]]:
+    """In order, `size` at a time; a row whose prompt and limit exceed the context is alone, for it has less room."""
+    batches: list[list[Rendered]] = []
+    for row in rows:
+        alone = context is not None and len(row.prompt_ids) + limit > context
+        if (
+            alone
+            or not batches
+            or len(batches[-1]) == size
+            or len(batches[-1][0].prompt_ids) + limit > (context or math.inf)
+        ):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _padded_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
 
 
 def mean_with_stderr(name: str, values: list[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.domain import DomainRows
-from hlora.data.tasks import prompt_text
-from hlora.evaluation.answers import answer_nll, generate_answers, mean_with_stderr
+from hlora.data.rendering import Rendered, render
+from hlora.evaluation.answers import answer_limit, answer_nll, generate_answers, mean_with_stderr
 from hlora.evaluation.harness import harness_accuracy
 from hlora.evaluation.likelihood import text_likelihood
+
+logger = logging.getLogger("hlora")
 
 _SHOWN = 8  # sample answers kept for the report
 
@@ -44,16 +47,34 @@ def evaluate(
         answers = answer_nll(model, tokenizer, domain.test, settings.batch_size)
         result["domain"] |= {**mean_with_stderr("answer_nll", answers), "answer_nll_each": answers}
     if settings.generate:
-        asked = domain.test[: settings.generate]
+        asked = [render(tokenizer, example) for example in domain.test[: settings.generate]]
         written = generate_answers(model, tokenizer, asked, settings)
-        matches = [float(_normal(a) == _normal(e.answer)) for a, e in zip(written, asked, strict=True)]
+        matches = [float(_normal(a) == _normal(row.answer)) for a, row in zip(written, asked, strict=True)]
         result["domain"] |= {"generated": len(asked), **mean_with_stderr("exact_match", matches)}
+        result["domain"] |= _too_long(asked, settings)
         result["samples"] = [
-            {"prompt": prompt_text(tokenizer, example), "expected": example.answer, "answer": answer}
-            for answer, example in list(zip(written, asked, strict=True))[:_SHOWN]
+            {"prompt": row.prompt, "expected": row.answer.strip(), "answer": answer}
+            for answer, row in list(zip(written, asked, strict=True))[:_SHOWN]
         ]
     model.train(training)
     return result
+
+
+def _too_long(asked: list[Rendered], settings: EvaluationConfig) -> dict[str, int]:
+    """How many expected answers are longer than what is generated, so that they cannot match; nothing for none."""
+    limit = answer_limit(asked, settings)
+    lengths = [row.end - row.start for row in asked if row.end - row.start > limit]
+    if not lengths:
+        return {}
+    logger.warning(
+        "evaluation.max_new_tokens: %d of %d expected answers have more than %d tokens, up to %d, and cannot match. "
+        "Raise it, or leave it out.",
+        len(lengths),
+        len(asked),
+        limit,
+        max(lengths),
+    )
+    return {"generated_too_short": len(lengths)}
 
 
 def add_forgetting(measured: dict[str, Any], base: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hlora.data.domain import DomainRows
+from hlora.data.rendering import render_text
 from hlora.data.tasks import write_harness_task
 from hlora.evaluation.answers import mean_with_stderr
 from hlora.system.quiet import quiet
@@ -31,9 +32,17 @@ def harness_accuracy(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch))
+        class AsTrained(HFLM):
+            """Scores the tokens that are trained."""
+
+            def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+                row = render_text(tokenizer, context, continuation)
+                return row.prompt_ids, row.ids[row.start : row.end]
+
+        join = domain.test[0].join
+        task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch), join)
         outcome = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=AsTrained(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=[task],
             task_manager=TaskManager(include_path=scratch, include_defaults=False),
             bootstrap_iters=0,

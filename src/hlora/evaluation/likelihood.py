@@ -1,9 +1,12 @@
-"""General ability: perplexity and bits per byte of a text, by sliding window."""
+"""General ability: perplexity and bits per byte of a text, by sliding window; and how far two models' predictions are
+apart.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +14,13 @@ import torch
 from peft import PeftModel
 from rich.progress import track
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.packing import first_tokens
+from hlora.data.rendering import text_start
 from hlora.system.errors import DataError, TrainingError
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models
@@ -28,47 +33,128 @@ def text_likelihood(
     """Perplexity (per token) and bits per byte of a text's first `max_tokens` tokens, by sliding window.
 
     Each token is scored once, given up to window − 1 tokens before it and at least window − stride of them where the
-    text has as many. nll: nats per token, weighted by tokens, with its standard error; nll_each: its mean over each
-    64 tokens, to compare two models on the same text by paired differences.
+    text has as many. Each window begins with BOS where the tokenizer adds one. nll: nats per token, weighted by tokens,
+    with its standard error; nll_each: its mean over each 64 tokens, to compare two models on the same text by paired
+    differences.
     """
-    tokens = first_tokens(tokenizer, text, settings.max_tokens)
+    tokens, scored_bytes = first_tokens(tokenizer, text, settings.max_tokens)
     if len(tokens) < 2:
         raise DataError(f"evaluation.texts: a text of {len(tokens)} tokens has nothing to score; it needs at least 2")
-    losses = _sliding_window(model, tokens, settings.window, settings.stride, settings.batch_size)
+    losses = sliding_window(
+        model,
+        tokens,
+        settings.window,
+        settings.scored_by_window,
+        batch_size=settings.batch_size,
+        before=text_start(tokenizer),
+    )
     nll = checked_finite(float(losses.mean()), "a text's mean token loss")
-    scored = len(str(tokenizer.decode(tokens[1:])).encode("utf-8"))
     return {
         "perplexity": math.exp(min(nll, 700.0)),
-        "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, scored),
+        "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, scored_bytes),
         "nll": nll,
         "nll_stderr": float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
         "nll_each": [float(block.mean()) for block in losses.split(PAIRED_BLOCK)],
         "tokens": len(losses),
-        "bytes": scored,
+        "bytes": scored_bytes,
     }
 
 
-def _sliding_window(model: Any, tokens: Tensor, window: int, stride: int, batch_size: int) -> Tensor:  # (n − 1,)
-    """−log p of each token but the first, float64. All windows have one length, that of the text if it is short."""
+def sliding_window(
+    model: Any, tokens: Tensor, window: int, stride: int, *, batch_size: int, before: Sequence[int] = ()
+) -> Tensor:  # (n − 1,)
+    """−log p of each token but the first, float64. All windows have one length, that of the text if it is short.
+
+    before: token ids at the start of every window, within its length; `tokens` begin with them.
+    """
+    losses = [
+        part
+        for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size, "perplexity")
+        for part in token_losses(model, rows, new)
+    ]
+    return torch.cat(losses)
+
+
+def windows(tokens: Tensor, window: int, stride: int, *, before: Sequence[int] = ()) -> list[tuple[Tensor, int]]:
+    """The windows of a text, and how many of the last tokens of each are new in it. Arguments as `sliding_window`'s."""
+    start = tokens[: len(before)]
     window = min(window, len(tokens))
-    stride = max(1, min(stride, window - 1))
+    stride = max(1, min(stride, window - 1 - len(start)))
     ends = [window, *range(window + stride, len(tokens) + 1, stride)]
     if ends[-1] < len(tokens):
         ends.append(len(tokens))
-    new = [window - 1] + [end - before for before, end in pairwise(ends)]  # scored by each window
-    can_keep = _takes(model, "logits_to_keep")
+    new = [window - 1] + [end - earlier for earlier, end in pairwise(ends)]
+    return [
+        (torch.cat([start, tokens[end - window + len(start) : end]]), count)
+        for end, count in zip(ends, new, strict=True)
+    ]
+
+
+@torch.no_grad()
+def token_losses(model: Any, sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """−log p of the last `counts[i]` tokens of each sequence i, float64 on the CPU, from one forward pass.
+
+    Shorter sequences are padded on the right, where nothing is scored or attended to.
+    """
+    ids = pad_sequence(list(sequences), batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    options: dict[str, Any] = {}
+    if int(lengths.min()) < ids.shape[1]:
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        options["attention_mask"] = mask.long().to(model.device)
+    # Logits only where something is scored: the vocabulary makes them the largest tensor.
+    first = min(len(sequence) - count for sequence, count in zip(sequences, counts, strict=True)) - 1
+    if _takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = ids.shape[1] - first
+    logits = model(input_ids=ids.to(model.device), use_cache=False, **options).logits
+    offset = ids.shape[1] - logits.shape[1]
     losses = []
-    for start in track(range(0, len(ends), batch_size), description="perplexity", transient=True):
-        chosen = slice(start, start + batch_size)
-        batch = torch.stack([tokens[end - window : end] for end in ends[chosen]]).to(model.device)
-        # Logits only where something is scored: the vocabulary makes them the largest tensor.
-        keep = max(new[chosen]) + 1
-        options = {"logits_to_keep": keep} if can_keep else {}
-        logits = model(input_ids=batch, use_cache=False, **options).logits[:, -keep:-1]
-        targets = batch[:, 1:][:, -(keep - 1) :]
-        for row, target, count in zip(logits, targets, new[chosen], strict=True):  # one row in float32 at a time
-            losses.append(cross_entropy(row[-count:].float(), target[-count:], reduction="none").cpu().double())
-    return torch.cat(losses)
+    for row, sequence, count in zip(logits, sequences, counts, strict=True):  # one row in float32 at a time
+        end = len(sequence)
+        scored = row[end - count - 1 - offset : end - 1 - offset].float()
+        target = sequence[end - count :].to(scored.device)
+        losses.append(cross_entropy(scored, target, reduction="none").cpu().double())
+    return losses
+
+
+def mean_kl(
+    before: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor],
+    rows: Sequence[tuple[Tensor, int]],
+    batch_size: int = 8,
+) -> float:
+    """Mean of KL(before ‖ after) over the tokens of a text, in nats a token, over the whole vocabulary.
+
+    It is the change of the model's predictions on a text, whether or not the text is in its style.
+
+    Args:
+        before, after: token ids (n, length) → logits (n, length, vocabulary) of two models, or of one PEFT model with
+            its adapter off and on.
+        rows: the text's `windows`.
+        batch_size: windows at once; one row of logits at a time is in float32.
+    """
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for some, new in _batches(rows, batch_size, "divergence"):
+            ids = torch.stack(list(some))
+            for base, tuned, scored in zip(before(ids), after(ids), new, strict=True):
+                total += float(divergences(base[-scored - 1 : -1], tuned[-scored - 1 : -1]).sum())
+                count += scored
+    return total / count
+
+
+def divergences(before: Tensor, after: Tensor) -> Tensor:  # (n, vocabulary) twice → (n,) float64 on the CPU
+    """KL(softmax(before) ‖ softmax(after)) of each row of logits, in nats."""
+    log_p, log_q = (log_softmax(logits.float(), dim=-1) for logits in (before, after))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).cpu().double()
+
+
+def _batches(
+    rows: Sequence[tuple[Tensor, int]], batch_size: int, what: str
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[int, ...]]]:
+    for start in track(range(0, len(rows), batch_size), description=what, transient=True):
+        sequences, counts = zip(*rows[start : start + batch_size], strict=True)
+        yield sequences, counts
 
 
 def _takes(model: Any, argument: str) -> bool:

@@ -67,7 +67,7 @@ class Job:
             job.domain  # noqa: B018  # an unusable row is reported now, not after the general phase
         job.general  # noqa: B018  # read by every process
         with together():
-            probe_texts(config.penalty.probe_texts, job.general)
+            probe_texts(config.penalty.probe_texts, job.general, config.general.column)
             model = attach_lora(base, config.lora, config.seed)
             adapted_matrices(model)
             model.unload()

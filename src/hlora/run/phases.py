@@ -56,7 +56,8 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     arguments = config.training.of_record()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
-    dataset = job.general.dataset()
+    dataset = job.general.dataset(job.tokenizer, arguments)
+    arguments |= {"packing": False}  # the rows are packed
     history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
     return model, _of_this_job(job, recorder.consolidate(options.xi, job.general.facts)), history
 
@@ -193,7 +194,7 @@ def train_on_domain(
         callbacks.append(penalty.callback())
         if job.config.penalty.budget is not None:
             callbacks.append(forgetting_budget(job, model, penalty).callback())
-    rows = job.domain.dataset() if dataset is None else dataset
+    rows = job.domain.dataset(job.tokenizer) if dataset is None else dataset
     options: Any = {"callbacks": callbacks, "trainer_class": trainer_class, "resumable": job.resumable}
     return train(model, job.tokenizer, rows, logs, arguments, job.config.seed, **options)
 
@@ -203,7 +204,7 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     options, seed = job.config.penalty, job.config.seed
     assert options.budget is not None
     if options.probe_texts:
-        texts = probe_texts(options.probe_texts, job.general)
+        texts = probe_texts(options.probe_texts, job.general, job.config.general.column)
         probe: TextProbe | SampleProbe = TextProbe(model, job.tokenizer, texts, window=job.config.evaluation.window)
     else:
         source = GeneralSource(source="model", samples=_PROBE_SAMPLES)

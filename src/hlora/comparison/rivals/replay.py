@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from hlora.comparison.rivals.common import between_0_and_1
 from hlora.data.packing import pieces_of
@@ -25,38 +23,19 @@ def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     general row count in the loss, of a domain row those of the answer: the share of loss terms is larger than p.
     """
     p = between_0_and_1(strength, "replay", "the share of general rows")
-    domain = job.domain.dataset()
+    domain = job.domain.dataset(job.tokenizer)
     arguments = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed)
-    length = _mean_tokens(domain, job.tokenizer)
+    length = max(1, round(sum(map(len, domain["input_ids"])) / len(domain)))
     if arguments.max_length is not None:
         length = min(length, arguments.max_length)
     count = max(1, round(len(domain) * p / (1 - p)))
     pieces = pieces_of(job.general.train, job.tokenizer, length, count, job.config.seed)
-    texts = [str(job.tokenizer.decode(pieces[n % len(pieces)])) for n in range(count)]  # again, where the text is short
-    mixed = concatenate_datasets([domain, Dataset.from_list([_general_row(domain, text) for text in texts])])
+    again = [pieces[n % len(pieces)] for n in range(count)]  # where the text is short, some twice
+    general = [{"input_ids": piece, "completion_mask": [1] * len(piece)} for piece in again]
+    mixed = concatenate_datasets([domain, Dataset.from_list(general)])
     steps = arguments.max_steps
     if steps <= 0:
         batches = math.ceil(len(domain) / (arguments.train_batch_size * arguments.world_size))
         steps = math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     return model, train_on_domain(job, model, "replay", dataset=mixed, max_steps=steps)
-
-
-def _mean_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Mean length of the rows in tokens, prompt and completion, chat templates left out; at least 1."""
-    texts = [_text(row["prompt"]) + _text(row["completion"]) for row in rows]
-    return max(1, round(sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)))
-
-
-def _text(part: str | list[dict[str, str]]) -> str:
-    return part if isinstance(part, str) else "\n".join(message["content"] for message in part)
-
-
-def _general_row(domain: Dataset, text: str) -> dict[str, Any]:
-    """As TRL reads it: a completion of nothing; among chat rows, the answer to an empty message."""
-    if isinstance(domain[0]["prompt"], str):
-        return {"prompt": "", "completion": text}
-    return {
-        "prompt": [{"role": "user", "content": ""}],
-        "completion": [{"role": "assistant", "content": text}],
-    }

@@ -1,0 +1,175 @@
+"""What is trained is what is scored, and decodes to what the file says, for any template and tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_tokenizers import TEMPLATES, Adds, Kind, made_tokenizer
+
+from hlora.data.rendering import Rendered, prompt_identity, render, render_text, text_start
+from hlora.data.tasks import Example, read_example
+from hlora.system.errors import DataError
+
+CHAT_OPENERS = {"mistral": " ", "empty thought": "<think>\n\n</think>\n\n"}  # before the answer, in trained and scored
+
+texts = st.text(
+    st.one_of(st.sampled_from("abc .,:\n<|>/[]{}\"'"), st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"))),
+    min_size=1,
+    max_size=24,
+).filter(lambda text: text.strip() and not any(mark in text for mark in ("<eos>", "<bos>", "▁")))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def answer_of(tokenizer: Any, row: Rendered) -> str:
+    return tokenizer.decode(row.ids[row.start : row.end])
+
+
+def trl_mask(tokenizer: Any, prompt: list[int], whole: list[int]) -> list[int]:
+    """As trl.SFTTrainer makes it: the completion starts where prompt and whole row differ."""
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    return [0] * shared + [1] * (len(whole) - shared)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["bytes", "pieces"]),
+    adds=st.sampled_from(["bos", "eos", "both", "neither"]),
+    prompt=texts,
+    answer=texts,
+    join=st.sampled_from(["", " ", "\n"]),
+)
+def test_a_text_row_is_trained_and_scored_as_the_file_has_it(
+    kind: Kind, adds: Adds, prompt: str, answer: str, join: str
+) -> None:
+    tokenizer = made_tokenizer(kind, adds)
+    row = render(tokenizer, Example(prompt, answer, join=join))
+    bare = tokenizer(prompt + join + answer, add_special_tokens=False)["input_ids"]
+    before = [0] if adds in ("bos", "both") else []
+    assert row.ids == [*before, *bare, 1]  # BOS and EOS once each
+    trained = row.training_row()
+    assert trained["completion_mask"] == [0] * row.start + [1] * (len(row.ids) - row.start)
+    alone = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    assert trained["completion_mask"] == trl_mask(tokenizer, alone, row.ids)
+    assert row.end == len(row.ids) - 1  # EOS is trained, and not scored
+    assert tokenizer.decode(row.ids[: row.end], skip_special_tokens=True) == prompt + join + answer
+    # The answer's first token may hold the end of the prompt too, or of a letter of it.
+    assert answer_of(tokenizer, row).endswith((join + answer)[1:])
+    if not row.prompt_rest:
+        assert answer_of(tokenizer, row) == join + answer
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["bytes", "pieces"]),
+    adds=st.sampled_from(["bos", "eos", "both", "neither"]),
+    template=st.sampled_from(list(TEMPLATES)),
+    question=texts,
+    answer=texts,
+    earlier=st.booleans(),
+)
+def test_a_row_of_messages_is_trained_and_scored_as_its_template_renders_it(
+    kind: Kind, adds: Adds, template: str, question: str, answer: str, earlier: bool
+) -> None:
+    tokenizer = made_tokenizer(kind, adds, template)
+    messages = [user("Hi there"), assistant("Hello."), user(question)] if earlier else [user(question)]
+    row = render(tokenizer, read_example("rows", {"messages": [*messages, assistant(answer)]}))
+    rendered = [
+        tokenizer.apply_chat_template(some, add_generation_prompt=opened, return_dict=False)
+        for some, opened in ((messages, True), ([*messages, assistant(answer)], False))
+    ]
+    assert row.ids == rendered[1]  # the template's own BOS and end, nothing twice
+    expected = answer.strip() if template in ("gemma", "llama3") else answer
+    found = answer_of(tokenizer, row)
+    assert found == CHAT_OPENERS.get(template, "") + expected or found.strip().endswith(expected.strip())
+    assert row.answer == expected
+    if template != "opens a thought":  # there the answer may begin as the thought does
+        assert row.training_row()["completion_mask"] == trl_mask(tokenizer, *rendered)
+
+
+def test_bos_is_what_the_tokenizer_puts_before_a_text() -> None:
+    for kind in ("bytes", "pieces"):
+        starts = {adds: text_start(made_tokenizer(kind, adds)) for adds in ("bos", "eos", "both", "neither")}
+        assert starts == {"bos": [0], "eos": [], "both": [0], "neither": []}
+
+
+def test_bos_and_eos_that_the_text_has_already_are_not_doubled() -> None:
+    row = render_text(made_tokenizer("bytes", "both"), "<bos>[INST] Hi [/INST]", " Hello<eos>")
+    assert row.ids.count(0) == row.ids.count(1) == 1
+    assert (row.ids[0], row.ids[-1], row.end) == (0, 1, len(row.ids) - 1)
+
+
+def test_the_answer_begins_as_the_thought_that_the_template_opens_does() -> None:
+    template = TEMPLATES["opens a thought"]
+    tokenizer = made_tokenizer("bytes", "neither", template)
+    row = render(tokenizer, Example([user("Hi")], "<b>Yes"))
+    assert answer_of(tokenizer, row) == "<b>Yes" and row.prompt.endswith("<|im_start|>assistant\n")
+
+
+TURN = "{%% for m in messages %%}%s{%% endfor %%}"
+CALLS = [
+    {"type": "function", "function": {"name": "weather", "arguments": {"city": "Où"}}},
+    {"type": "function", "function": {"name": "convert", "arguments": {"amount": 3, "unit": None}}},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def test_tool_calls_and_tools_reach_the_model_as_the_file_has_them() -> None:
+    tokenizer = made_tokenizer("bytes", "neither", "qwen")
+    for content in (None, "Let me see. "):
+        example = read_example("rows", {"tools": TOOLS, "messages": [user("Hi"), assistant(content, tool_calls=CALLS)]})
+        row = render(tokenizer, example)
+        expected = (
+            '<tool_call>weather {"city": "Où"}</tool_call><tool_call>convert {"amount": 3, "unit": null}</tool_call>'
+        )
+        assert answer_of(tokenizer, row) == row.answer == (content or "") + expected
+        assert row.prompt.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "weather"')
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "problem"),
+    [
+        (TURN % "{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endif %}",
+         {"messages": [{"role": "human", "content": "Hi"}, assistant("x")]},
+         "leaves out the content of turn 1 (role 'human')"),
+        (TURN % "<{{ m.role }}>{{ m.content }}",
+         {"messages": [user("Hi"), assistant("", tool_calls=CALLS)]},
+         "the name of a tool call of turn 2 (role 'assistant')"),
+        (TURN % "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+         {"messages": [user("Hi"), assistant("", tool_calls=CALLS)]}, "the arguments of a tool call of turn 2"),
+        (TURN % "<{{ m.role }}>{{ m.content }}",
+         {"messages": [user("Hi"), assistant("x")], "tools": TOOLS}, "leaves out the row's tools"),
+        (TURN % "<{{ m.role }}>{{ m.content.split('</think>')[-1] }}",
+         {"messages": [user("Hi"), assistant("so</think>x")]}, "leaves out content of a turn (role 'assistant')"),
+        (TEMPLATES["gemma"], {"messages": [{"role": "system", "content": "s"}, user("Hi"), assistant("x")]},
+         "the model's chat template refuses them (TemplateError: System role not supported)"),
+        (TEMPLATES["mistral"], {"messages": [user("Hi"), assistant("x"), assistant("y")]}, "roles must alternate"),
+        (None, {"messages": [user("Hi"), assistant("x")]}, "no chat template"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_render_is_refused_with_role_and_template(
+    template: str | None, row: dict[str, Any], problem: str
+) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", template)
+    with pytest.raises(DataError) as caught:
+        render(tokenizer, read_example("rows", row))
+    assert problem in str(caught.value)
+
+
+def test_the_same_prompt_is_known_by_its_rendering() -> None:
+    tokenizer = made_tokenizer("bytes", "neither", "qwen")
+    one = Example([{"role": "user", "content": "Hi "}], "a")
+    other = Example([{"content": "Hi", "role": "user", "id": 3}], "b")
+    assert prompt_identity(tokenizer, one) == prompt_identity(tokenizer, other)
+    assert prompt_identity(tokenizer, one) != prompt_identity(tokenizer, Example([user("Ho")], "a"))
