@@ -187,9 +187,9 @@ def test_dense_importance_goes_through_the_whole_job(hlora: Invoke, config: Path
 
 
 def test_the_recorder_is_the_configured_one(peft_model: PeftModel) -> None:
-    plain = recorder_for(peft_model, ImportanceConfig())
+    plain = recorder_for(peft_model, ImportanceConfig(), 0)
     assert plain.encoding == "factored"
-    kept = recorder_for(peft_model, ImportanceConfig(encoding="float32"))
+    kept = recorder_for(peft_model, ImportanceConfig(encoding="float32"), 0)
     assert kept.encoding == "float32"
 
 

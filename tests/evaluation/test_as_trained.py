@@ -14,6 +14,7 @@ from made_tokenizers import TEMPLATES, made_model, made_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from trl import SFTTrainer
 
 from hlora.budget.probes import TextProbe
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralSource
@@ -26,6 +27,7 @@ from hlora.evaluation.answers import generate_answers
 from hlora.evaluation.evaluate import evaluate
 from hlora.evaluation.harness import harness_accuracy
 from hlora.evaluation.likelihood import mean_kl, text_likelihood, windows
+from hlora.system.errors import TrainingError
 from hlora.training.train import train
 
 SHORT = EvaluationConfig(max_tokens=100, window=32, generate=2, batch_size=3)
@@ -281,3 +283,17 @@ def test_the_mean_divergence_on_a_text_is_that_of_the_dense_distributions(tmp_pa
     assert count == 69 and total > 1
     assert found == pytest.approx([total / count] * 3, rel=1e-5)
     assert mean_kl(logits(model), logits(model), rows) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_trainer_that_trains_other_tokens_than_are_scored_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer("bytes", "bos", "qwen")))
+    domain = rows_of(chat, Space.of(model, tokenizer, {"max_length": 128}), tmp_path)
+
+    class Whole(SFTTrainer):
+        def _prepare_dataset(self, *args: Any, **options: Any) -> Any:
+            return super()._prepare_dataset(*args, **options).map(lambda row: {"labels": row["input_ids"]})
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    arguments = {"max_steps": 1, "max_length": 128, "report_to": []}
+    with pytest.raises(TrainingError, match="TRL trains other tokens than those that are scored"):
+        train(adapted, tokenizer, domain.dataset(tokenizer), tmp_path / "l/t", arguments, 0, trainer_class=Whole)

@@ -85,8 +85,7 @@ def general_phase(job: Job) -> Path:
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
         dataset = job.general.dataset(job.tokenizer, training)
-        arguments = {**training, "packing": False}  # the rows are packed
-        history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks)
+        history = train(model, job.tokenizer, dataset, logs, training, config.seed, callbacks)
         seconds = time.perf_counter() - started
         factors: dict[str, torch.Tensor] = {}
         for matrix in adapted_matrices(model):

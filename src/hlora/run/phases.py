@@ -57,7 +57,6 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
     dataset = job.general.dataset(job.tokenizer, arguments)
-    arguments |= {"packing": False}  # the rows are packed
     history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
     return model, _of_this_job(job, recorder.consolidate(options.xi, job.general.facts)), history
 

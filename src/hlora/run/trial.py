@@ -44,11 +44,12 @@ def try_phases(job: Job) -> None:
         ConfigError: A library refuses a value, with the field and the library's message.
     """
     config = job.config
-    domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset()
-    general = replace(job.general, train=[text[:_CHARACTERS] for text in job.general.train[:ROWS]]).dataset()
+    domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset(job.tokenizer)
     phases = [("tune", domain, config.training.of_tune())]
     if not config.in_one_pass and job.given is None:
-        phases.insert(0, ("record", general, config.training.of_record()))
+        few = replace(job.general, train=[text[:_CHARACTERS] for text in job.general.train[:ROWS]])
+        arguments = config.training.of_record()
+        phases.insert(0, ("record", few.dataset(job.tokenizer, arguments), arguments))
     random = random_state()
     model = attach_lora(job.base, config.lora, config.seed)
     try:

@@ -128,7 +128,7 @@ def build_trainer(
         defaults |= {"save_only_model": True, "save_total_limit": 2}  # two, in case the newest is incomplete
     run_name, phase = output.resolve().parents[1].name, output.name  # <output>/logs/<phase>
     named = {"run_name": f"{arguments.get('run_name', run_name)}/{phase}"}  # each phase is a run in the trackers
-    config = sft_arguments(output, {**defaults, **arguments, **named}, seed)
+    config = sft_arguments(output, {**defaults, **arguments, **named, **_for_token_ids(dataset, arguments)}, seed)
     config.hub_token = None  # Trainer pickles its arguments into each checkpoint
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK or not is_first():
@@ -139,6 +139,7 @@ def build_trainer(
             trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     finally:
         enable_progress_bars()
+    _check_trained(config, dataset, trainer.train_dataset)
     for parameter, before in trained:
         # TRL rounds the adapter of a quantised base to bfloat16, in which small steps of the optimizer are lost.
         if parameter.dtype != before.dtype:
@@ -163,7 +164,7 @@ def train(
     Args:
         model: The base model with its adapter.
         tokenizer: The model's.
-        dataset: Rows as TRL reads them.
+        dataset: Rows of `input_ids`, with a `completion_mask` where a part is trained; or rows of text as TRL reads them.
         output: <output>/logs/<phase>, for checkpoints and TensorBoard.
         arguments: Those of trl.SFTConfig.
         seed: Of data order and dropout.
@@ -201,6 +202,29 @@ def train(
     for entry in history:
         entry.pop("num_tokens", None)  # TRL counts from 0 again after a resume
     return history
+
+
+def _for_token_ids(dataset: Dataset, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What TRL must be told of rows that hlora.data made token ids of."""
+    if "completion_mask" in dataset.column_names:  # TRL trains the completion alone by default, of rows of text only
+        return {"completion_only_loss": True} if arguments.get("completion_only_loss") is None else {}
+    return {"packing": False} if dataset.column_names == ["input_ids"] else {}  # general rows are packed already
+
+
+def _check_trained(args: SFTConfig, dataset: Dataset, made: Any) -> None:
+    """Raises TrainingError where the labels of the first rows are not the tokens that are scored, and their end."""
+    if "completion_mask" not in dataset.column_names or args.packing or args.shuffle_dataset:
+        return
+    for row, prepared in zip(dataset.select(range(min(4, len(dataset)))), made, strict=False):
+        masks = row["completion_mask"] if args.completion_only_loss else [1] * len(row["input_ids"])
+        labels = [token if trained else -100 for token, trained in zip(row["input_ids"], masks, strict=True)]
+        if args.max_length is not None and args.truncation_mode == "keep_end":
+            labels = labels[-args.max_length :]
+        if prepared["labels"] != labels:
+            raise TrainingError(
+                "TRL trains other tokens than those that are scored: expected the labels "
+                f"{labels}, got {prepared['labels']}. Leave out arguments of training.tune that change rows."
+            )
 
 
 def _latest(output: Path) -> str | None:
