@@ -164,7 +164,7 @@ def train(
     Args:
         model: The base model with its adapter.
         tokenizer: The model's.
-        dataset: Rows of `input_ids`, with a `completion_mask` where a part is trained; or rows of text as TRL reads them.
+        dataset: Rows of `input_ids`, with a `completion_mask` where a part is trained; or rows as TRL reads them.
         output: <output>/logs/<phase>, for checkpoints and TensorBoard.
         arguments: Those of trl.SFTConfig.
         seed: Of data order and dropout.
