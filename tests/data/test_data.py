@@ -138,7 +138,7 @@ def test_general_text_is_packed_into_rows_that_begin_with_bos_where_the_tokenize
     assert [i for row in rows for i in row[1:]] == joined
     whole = GeneralText(documents, {}).dataset(tokenizer, {"max_length": 32})["input_ids"]
     assert whole[0] == [*tokenizer(documents[0])["input_ids"], tokenizer.eos_token_id] and len(whole) == len(documents)
-    with pytest.raises(ConfigError, match=r"training.record.max_length: packing needs a length"):
+    with pytest.raises(ConfigError, match=r"training.record.max_length: None cannot be used here"):
         GeneralText(documents, {}).dataset(tokenizer, {"packing": True, "max_length": None})
 
 

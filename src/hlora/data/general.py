@@ -49,7 +49,7 @@ class GeneralText:
         length = arguments.get("max_length", SFTConfig.max_length)
         if length is None:
             raise ConfigError(
-                "training.record.max_length: packing needs a length, got null. Set one, or packing: false"
+                "training.record.max_length: None cannot be used here. Packing needs one; or set packing: false"
             )
         return Dataset.from_dict({"input_ids": packed_rows(tokenizer, self.train, length)})
 
