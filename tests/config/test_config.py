@@ -125,12 +125,12 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
         (
             "importance.flush_every=8",
             "importance.flush_every: unknown field; valid: "
-            "encoding, gradient, method, sequence_length, sequences, stop_at_move, use, xi",
+            "encoding, gradient, method, sequence_length, sequences, stop_at_move, unprotected, use, xi",
         ),
         (
             "importance.offload=true",
             "importance.offload: unknown field; valid: "
-            "encoding, gradient, method, sequence_length, sequences, stop_at_move, use, xi",
+            "encoding, gradient, method, sequence_length, sequences, stop_at_move, unprotected, use, xi",
         ),
         ("lora.x=1", "lora.x: unknown field; valid: alpha, dropout, exclude_modules, rank, rslora, target_modules"),
         ("lora.rank=0", "lora.rank: expected greater than or equal to 1; got 0"),

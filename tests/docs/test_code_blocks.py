@@ -63,6 +63,13 @@ NOT_RUN = {
         "dist.init_process_group()": f"{GUIDES}script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2",
         "def largest_share": f"{GUIDES}sizes_of_the_guide_are_what_its_command_prints",
     },
+    "docs/guides/frameworks.md": {
+        "record: runs": "a section of Axolotl's: tests/integrations/test_axolotl.py",
+        "importance: runs": "a section of Axolotl's: tests/integrations/test_axolotl.py",
+        "hlora.integrations.llama_factory": "tests/integrations/test_llama_factory.py",
+        "from hlora.integrations.ms_swift": "tests/integrations/test_ms_swift.py",
+        "swift sft": "tests/integrations/test_ms_swift.py",
+    },
     "docs/guides/metamathqa.md": {
         "articles.skip(100)": f"{GUIDES}metamathqa_data_of_the_guide_are_what_its_configuration_reads",
         "+import hlora": f"{GUIDES}metamathqa_patch_starts_at_the_general_adapter_and_adds_a_penalty_with_gradients",

@@ -34,11 +34,14 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hlora.importance.artefact import Importance
 from hlora.importance.penalty import ImportancePenalty
-from hlora.model.adapters import AdaptedMatrix, adapted_matrices, check_trained_by
+from hlora.importance.recorder import ImportanceRecorder
+from hlora.model.adapters import AdaptedMatrix, adapted_matrices
+from hlora.model.optimizers import check_trained_by
 from hlora.system.errors import AdapterError
 from hlora.system.names import layer_number
 
@@ -458,3 +461,14 @@ def test_an_optimizer_of_another_model_is_refused(model_dir: str, peft_model: Pe
     check_trained_by(torch.optim.SGD(peft_model.parameters(), lr=0.1), matrices)
     with pytest.raises(AdapterError, match=r"does not train model\.layers\.0\.self_attn\.q_proj"):
         check_trained_by(torch.optim.SGD(llama(model_dir).parameters(), lr=0.1), matrices)
+
+
+def test_an_optimizer_that_chooses_its_own_step_is_refused_when_recording(
+    peft_model: PeftModel, token_ids: torch.Tensor
+) -> None:
+    recorder = ImportanceRecorder(peft_model)
+    optimizer = Adafactor([p for p in peft_model.parameters() if p.requires_grad])
+    recorder.attach(optimizer)
+    peft_model(input_ids=token_ids, labels=token_ids).loss.backward()
+    with pytest.raises(AdapterError, match=r"Adafactor with lr=None.*Give it one"):
+        optimizer.step()

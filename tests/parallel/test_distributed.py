@@ -26,7 +26,8 @@ from hlora.comparison import cost
 from hlora.comparison.compare import compare
 from hlora.config.reading import load_config, parse_config
 from hlora.importance.shares import balanced, rows_of
-from hlora.model.adapters import adapted_matrices, check_trained_by
+from hlora.model.adapters import adapted_matrices
+from hlora.model.optimizers import check_trained_by
 from hlora.parallel.launch import join_launch
 from hlora.run.job import check_sharding
 from hlora.system.errors import AdapterError, ConfigError

@@ -88,7 +88,7 @@ def general_phase(job: Job) -> Path:
         history = train(model, job.tokenizer, dataset, logs, training, config.seed, callbacks)
         seconds = time.perf_counter() - started
         factors: dict[str, torch.Tensor] = {}
-        for matrix in adapted_matrices(model):
+        for matrix in adapted_matrices(model, unprotected=config.importance.unprotected):
             factors |= {f"{matrix.name}.A": matrix.A.detach(), f"{matrix.name}.B": matrix.B.detach()}
         save_state(directory, "adapter", factors)
         for kind, recorder in recorders.items():

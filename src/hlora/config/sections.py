@@ -233,6 +233,9 @@ class ImportanceConfig(Section):
     """squared_gradients at the base model: maximum number of sequences of general text."""
     sequence_length: int = Field(default=128, ge=2)
     """squared_gradients at the base model: length of each sequence, in tokens."""
+    unprotected: Literal["refuse", "warn"] = "refuse"
+    """What to do where the adapter has parts that importance cannot cover, such as a router's or an expert's: refuse,
+    or train them unprotected and warn with their names."""
     stop_at_move: float | None = Field(default=None, gt=0)
     """End the general phase early, as soon as it has changed the adapted matrices by this share of their norm."""
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hlora.importance.layer_weights import diverged
-from hlora.model.adapters import check_trained_by, steps_in_backward
+from hlora.model.optimizers import check_trained_by, steps_in_backward
 from hlora.parallel.group import first_says
 from hlora.system.errors import AdapterError, TrainingError
 from hlora.training.checkpoint_files import checkpoint_directory, load_state, save_state

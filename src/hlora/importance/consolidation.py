@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics.types import Consolidated
-from hlora.parallel.group import exchange
+from hlora.parallel.group import exchange, world
 from hlora.system.errors import AdapterError
 
 
@@ -53,7 +53,11 @@ def importance_of(
 
 def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
     """Raises AdapterError where the processes of a group have trained each its own adapter."""
-    norms = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (*As, *Bs)]).cpu()
+    if world() == 1:
+        return
+    # Float32 where the factors are, as Apple's GPUs have no float64, and together on the CPU: they may be on several.
+    found = [torch.linalg.vector_norm(factor, dtype=torch.float32).cpu() for factor in (*As, *Bs)]
+    norms = torch.stack(found).double()
     for number, text in enumerate(exchange(json.dumps(norms.tolist()))):
         if not torch.allclose(norms, torch.tensor(json.loads(text), dtype=torch.float64), rtol=1e-3, equal_nan=True):
             raise AdapterError(

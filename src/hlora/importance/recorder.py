@@ -18,7 +18,8 @@ from hlora.importance.consolidation import check_same_everywhere, importance_of
 from hlora.importance.movement import Movement
 from hlora.importance.path_integral import PathIntegral
 from hlora.importance.recorded_squares import RecordedSquares
-from hlora.model.adapters import adapted_matrices, check_trained_by, unwrapped
+from hlora.model.adapters import adapted_matrices, unwrapped
+from hlora.model.optimizers import check_trained_by, learning_rate
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import whole
@@ -192,7 +193,7 @@ class ImportanceRecorder:
     def capture_from(self, optimizer: Any) -> None:
         """Keep what the step needs as it is now, with the learning rates of the optimizer's groups."""
         scale = getattr(optimizer, "grad_scale", None)  # set while a fused optimizer unscales by itself
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        rates = {id(p): learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
         self.capture(rates, 1.0 if scale is None else 1.0 / scale)
 
     @torch.no_grad()

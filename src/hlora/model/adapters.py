@@ -129,7 +129,7 @@ def adapted_matrices(
         AdapterError: without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would be
             lost (see base.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
     """
-    _check_whole(model)
+    check_whole(model)
     model = unwrapped(model)
     check_is_lora(model, adapter_name)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -189,41 +189,18 @@ def check_is_lora(model: nn.Module, adapter_name: str | None = None) -> None:
         )
 
 
-def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
-    """Raises AdapterError when `optimizer` trains none of `matrices`: it belongs to another model or adapter."""
-    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
-        raise AdapterError(_instead_of("DeepSpeed"))
-    _check_whole(*(matrix.module for matrix in matrices))
-    if type(optimizer).__name__ == "LayerWiseDummyOptimizer":
-        raise AdapterError(steps_in_backward("a layer-wise optimizer"))
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
-        raise AdapterError(
-            f"this optimizer does not train {matrices[0].name} or any other matrix of adapter "
-            f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
-            "built on (trainer.model, if the trainer made the adapter from a peft_config)."
-        )
-
-
-def steps_in_backward(optimizer: str) -> str:
-    """What to change where an optimizer steps inside the backward pass, which no hook sees."""
-    return (
-        f"{optimizer} steps inside the backward pass, where the whole gradient of a step is never there: nothing can "
-        "be recorded or protected. Set optim to one that steps after it, such as adamw_torch or galore_adamw."
-    )
-
-
-def _check_whole(*models: nn.Module) -> None:
+def check_whole(*models: nn.Module) -> None:
     """Raises AdapterError where FSDP1 or DeepSpeed has taken parameters apart."""
     for model in models:
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise AdapterError(_instead_of("FSDP1 (FullyShardedDataParallel)"))
+            raise AdapterError(instead_of("FSDP1 (FullyShardedDataParallel)"))
         engine = type(model).__name__ == "DeepSpeedEngine"
         if engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise AdapterError(_instead_of("DeepSpeed"))
+            raise AdapterError(instead_of("DeepSpeed"))
 
 
-def _instead_of(name: str) -> str:
+def instead_of(name: str) -> str:
+    """What to train under where a wrapper takes the factors apart."""
     return (
         f"{name} takes the factors of the adapter apart, so that neither they nor their gradients can be read here. "
         "Train under DDP, or under FSDP2 (accelerate launch --use_fsdp --fsdp_version 2, or fully_shard); see "

@@ -69,7 +69,7 @@ class Job:
         with together():
             probe_texts(config.penalty.probe_texts, job.general, config.general.column)
             model = attach_lora(base, config.lora, config.seed)
-            adapted_matrices(model)
+            adapted_matrices(model, unprotected=config.importance.unprotected)
             model.unload()
         try_phases(job)
         return job

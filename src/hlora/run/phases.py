@@ -70,7 +70,9 @@ def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
 
 def recorder_for(model: PeftModel, options: ImportanceConfig, seed: int) -> ImportanceRecorder:
     """The recorder of a general phase, as configured."""
-    return ImportanceRecorder(model, options.encoding, method=options.method, seed=seed)
+    return ImportanceRecorder(
+        model, options.encoding, unprotected=options.unprotected, method=options.method, seed=seed
+    )
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:

@@ -1,0 +1,1 @@
+"""hlora in frameworks that build the trainer themselves, a file each."""
