@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from hlora.config.reading import parse_config
 from hlora.run.job import Job
 from hlora.run.trial import try_phases
 from hlora.training.checkpoint import random_state
-
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture
@@ -45,6 +44,10 @@ def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
         ("training.common.report_to=comet_ml", "training.common.report_to: 'comet_ml' cannot be used here"),
         ("training.tune.lr_scheduler_type=cosine_with_min_lr", "training.tune.lr_scheduler_type: 'cosine_with_min_lr'"),
         ("training.record.max_length=null", "training.record.max_length: None cannot be used here"),
+        (
+            "training.tune={dataloader_drop_last: true, max_steps: -1}",
+            "training.tune.dataloader_drop_last: 24 training",
+        ),
         ("training.tune.save_strategy=best", "training.tune.save_strategy: 'best' cannot be used here"),
         ("training.tune.loss_type=nope", "training.tune.loss_type: 'nope' cannot be used here"),
         ("training.tune.router_aux_loss_coef=0.1", "training.tune.router_aux_loss_coef: 0.1 cannot be used here"),
@@ -55,10 +58,22 @@ def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
 def test_a_refusal_of_a_library_comes_first_and_names_the_field(
     hlora: Invoke, config: Path, tmp_path: Path, override: str, field: str
 ) -> None:
-    status, _, err = hlora("run", config, "--set", override)
+    settings = ["--set", override, "--set", "training.common.per_device_train_batch_size=64"]
+    status, _, err = hlora("run", config, *settings)
     assert status == 2, err
     assert field in err and "Traceback" not in err
     assert not (tmp_path / "out" / "logs").exists() and not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_tracker_without_a_login_is_refused(
+    hlora: Invoke, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    status, _, err = hlora("run", config, "--set", "training.common.report_to=wandb")
+    assert status == 2 and "training.common.report_to: 'wandb' cannot be used here" in err and "wandb login" in err, err
 
 
 @pytest.mark.parametrize(
@@ -77,6 +92,24 @@ def test_columns_and_arguments_are_checked_before_the_model_is_loaded(
     settings = ["--set", f"model.name={tmp_path}/model", "--set", override.replace("PLACE", str(tmp_path))]
     status, _, err = hlora("run", config, *settings)
     assert status == 2 and expected in err, err
+
+
+def test_rows_that_the_chat_template_refuses_are_blamed_on_the_data(
+    hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
+) -> None:
+    strict = "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    strict += "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = strict
+    shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "assistant")]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9, encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns[:2]}) + "\n", encoding="utf-8")
+    fields = [f"model.name={tmp_path}/model", "domain.task=rows", f"domain.train={tmp_path}/chat.jsonl"]
+    status, _, err = hlora("run", config, *(part for field in fields for part in ("--set", field)))
+    assert status == 2 and "Conversation roles must alternate" in err and "Traceback" not in err, err
+    assert "domain.train" in err or "chat.jsonl" in err, err
 
 
 def test_the_arm_of_a_comparison_that_changes_a_refused_argument_is_named(

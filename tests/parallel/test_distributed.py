@@ -334,7 +334,7 @@ def test_sharding_on_a_cpu_is_refused_as_accelerate_would_not_shard(configured: 
     command += ["--num_processes=2", f"--main_process_port={free_port()}", "-m", "hlora", "run", str(configured(2))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=220)
     assert done.returncode != 0
-    assert done.stderr.count("hlora: this launch asks for FSDP2, and Accelerate shards on accelerators alone") == 1
+    assert done.stderr.count("hlora: this launch asks for FSDP2, but Accelerate shards on accelerators only") == 1
     assert not (tmp_path / "out" / "results.json").exists()
 
 

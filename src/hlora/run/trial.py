@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from hlora.config.training import TrainingConfig
 from hlora.model.lora import attach_lora
 from hlora.parallel.group import world
@@ -44,6 +46,7 @@ def try_phases(job: Job) -> None:
         ConfigError: A library refuses a value, with the field and the library's message.
     """
     config = job.config
+    _check_batches(job)
     domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset(job.tokenizer)
     phases = [("tune", domain, config.training.of_tune())]
     if not config.in_one_pass and job.given is None:
@@ -71,6 +74,18 @@ def try_phases(job: Job) -> None:
         set_random_state(random)
 
 
+def _check_batches(job: Job) -> None:
+    """Raises ConfigError if the domain's rows make no whole batch and incomplete batches are dropped."""
+    arguments, rows = job.config.training.of_tune(), len(job.domain.train)
+    batch = world() * int(arguments.get("per_device_train_batch_size", 8))
+    if arguments.get("dataloader_drop_last") and not arguments.get("packing") and rows < batch:
+        part = "tune" if "dataloader_drop_last" in job.config.training.tune else "common"
+        raise ConfigError(
+            f"training.{part}.dataloader_drop_last: {rows} training rows make no batch of {batch}, so nothing would be "
+            "trained. Remove it, or set a smaller per_device_train_batch_size."
+        )
+
+
 def _blaming(training: TrainingConfig, phase: str, arguments: dict[str, Any], build: Build) -> None:
     """Build; an error of a library becomes a ConfigError that names the argument without which there is none."""
     try:
@@ -85,7 +100,9 @@ def _blaming(training: TrainingConfig, phase: str, arguments: dict[str, Any], bu
                 raise ConfigError(f"training.{part}.{name}: {value} cannot be used here. {message}") from None
         if is_io_error(error) or (isinstance(error, HloraError) and not isinstance(error, ConfigError)):
             raise
-        raise ConfigError(f"training.{phase}: {message}") from None
+        template = isinstance(cause, TemplateError)
+        place = "domain.train: the model's chat template refuses a row" if template else f"training.{phase}"
+        raise ConfigError(f"{place}: {message}") from None
 
 
 def _suspects(training: TrainingConfig, phase: str, message: str) -> Iterator[str]:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +55,15 @@ def run_of_its_own() -> Iterator[None]:
         for name in set(_OPEN) - before:
             if _is_open(name):
                 _CLOSE[name](sys.modules[name], failed)
+
+
+def check_logins(names: str | Sequence[str] | None) -> None:
+    """Raises ValueError for a tracker that would ask for a login as training begins."""
+    if "wandb" in (names or ()) and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if wandb.api.api_key is None:
+            raise ValueError("report_to: no W&B login is known here. Run `wandb login`, or set WANDB_MODE=offline")
 
 
 _OPEN: dict[str, Callable[[Any], Any]] = {

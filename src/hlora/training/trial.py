@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from hlora.training.trackers import check_logins
 from hlora.training.train import build_trainer
 
 ROWS = 4  # rows that a trial is built on
@@ -35,6 +36,7 @@ def build_on_trial(model: PeftModel, tokenizer: Any, rows: Dataset, seed: int, a
     """
     with _without_traces(model), tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(model, tokenizer, rows, output=Path(scratch) / "trial", arguments=arguments, seed=seed)
+        check_logins(trainer.args.report_to)
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else 100
         trainer.create_optimizer_and_scheduler(num_training_steps=steps)
         trainer.get_train_dataloader()
