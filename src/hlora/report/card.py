@@ -164,7 +164,7 @@ def _importance(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     if used:
         return f"the importance {public_name(_text(used))}"
     facts = _part(_part(_part(results, "provenance"), "data"), "general")
-    return f"importance recorded on general text, {_general(facts)}"
+    return f"importance recorded {_general(facts)}"
 
 
 def _general(facts: Mapping[str, Any]) -> str:
@@ -173,7 +173,8 @@ def _general(facts: Mapping[str, Any]) -> str:
     digest = f", sha256 {_text(facts['sha256'])[:16]}…" if "sha256" in facts else ""
     source = {"files": "files", "hub": "a hub data set", "model": "samples of the base model"}
     kind = source.get(_text(facts.get("source")), _text(facts.get("source")))
-    return f"on {facts['documents']:,} documents from {kind} ({facts.get('characters', 0):,} characters{digest})"
+    documents = f"{facts['documents']:,} document{'' if facts['documents'] == 1 else 's'}"
+    return f"on {documents} from {kind} ({facts.get('characters', 0):,} characters{digest})"
 
 
 def _measured(results: Mapping[str, Any]) -> list[str]:
