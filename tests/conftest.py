@@ -8,7 +8,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hlora import cli, pipeline
-from hlora.config.comparison import CompareConfig
-from hlora.config.reading import load_comparison, parse_config
 from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import adapted_matrices
 from hlora.numerics import equations
+
+if TYPE_CHECKING:
+    from hlora.config.comparison import CompareConfig
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -91,11 +91,13 @@ Invoke = Any  # callable(*arguments) -> (status, stdout, stderr)
 def hlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command line in this process: (*arguments) → status, stdout, stderr."""
 
+    from hlora.cli import main  # as all of hlora[run] here, imported where it is used: the core's tests go without
+
     def invoke(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["hlora", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 
@@ -258,6 +260,9 @@ def tuned_run(tmp_path_factory: pytest.TempPathFactory, model_dir: str) -> Path:
         },
         "evaluation": {"max_tokens": 64, "window": 32, "stride": 32, "accuracy": False, "generate": 0},
     }
+    from hlora import pipeline
+    from hlora.config.reading import parse_config
+
     pipeline.run(parse_config(fields))
     return directory / "run"
 
@@ -301,6 +306,8 @@ def comparison_file(tmp_path: Path, job_fields: dict[str, Any], general_file: st
 
 @pytest.fixture
 def comparison_config(comparison_file: Path) -> CompareConfig:
+    from hlora.config.reading import load_comparison
+
     return load_comparison(comparison_file)
 
 

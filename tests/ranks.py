@@ -48,7 +48,7 @@ from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import exchange, first_does, rank, world
 from hlora.training import checkpoint
 from hlora.training.checkpoint import Checkpoints
-from hlora.training.train import add_callback_first
+from hlora.training.trackers import add_callback_first
 
 LR = 0.02
 SCENARIOS = {

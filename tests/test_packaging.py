@@ -31,7 +31,7 @@ def test_every_install_command_names_a_clone_and_an_extra_that_there_is() -> Non
         named |= set(re.findall(r"pip install '\.\[(\w+)\]'", text)) | set(
             re.findall(r"how_to_install\('(\w+)'\)", text)
         )
-    assert named >= {"demo", "quantised", "ray"}
+    assert named >= {"demo", "quantised", "ray", "run"}
     assert named <= set(PROJECT["optional-dependencies"])
 
 
@@ -50,16 +50,37 @@ def test_every_requirement_is_pinned_in_constraints() -> None:
     assert names(REQUIREMENTS) <= pinned
 
 
+def test_the_core_alone_imports_and_its_command_is_one_sentence_with_the_install_line() -> None:
+    names = [re.split(r"[>=]", each)[0].replace("-", "_") for each in PROJECT["optional-dependencies"]["run"]]
+    code = f"""
+import sys
+for name in {names!r}:
+    sys.modules[name] = None  # Python's way to say that it is not installed
+import hlora
+for name in hlora.__all__:
+    getattr(hlora, name)
+from hlora import __main__
+assert {{*__main__.RUN, "tensorboard"}} == {{*{names!r}}}
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    *_, said = done.stderr.splitlines()  # libraries speak before it
+    assert said.startswith("hlora: the command line needs trl, datasets"), done.stderr
+    assert "pip install '.[run]'" in said and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
-def test_no_extra_is_needed_to_import_hlora_or_to_read_the_printed_configuration() -> None:
+def test_no_extra_but_run_is_needed_to_import_every_module_or_to_read_the_printed_configuration() -> None:
     code = f"""
 import sys
 for name in {OPTIONAL!r}:
     sys.modules[name] = None
 import importlib, pkgutil, hlora
 for module in pkgutil.walk_packages(hlora.__path__, "hlora."):
-    if module.name != "hlora.__main__":
-        importlib.import_module(module.name)
+    if module.name.startswith("hlora.integrations."):
+        continue  # imported by the framework that each is for
+    importlib.import_module(module.name)
 from hlora.config.reading import parse_config
 from hlora.config.starting import starting_yaml
 from hlora.model.embedded import MODEL_NAME

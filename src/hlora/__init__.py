@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hlora.importance.protect import ProtectCallback, protect
     from hlora.importance.record import RecordCallback
     from hlora.importance.recorder import ImportanceRecorder
-    from hlora.model.base import keep_trainable
+    from hlora.model.four_bits import keep_trainable
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _LAZY = {
     "Importance": "hlora.importance.artefact",
     "ImportancePenalty": "hlora.importance.penalty",
     "ImportanceRecorder": "hlora.importance.recorder",
-    "keep_trainable": "hlora.model.base",
+    "keep_trainable": "hlora.model.four_bits",
     "ProtectCallback": "hlora.importance.protect",
     "protect": "hlora.importance.protect",
     "RecordCallback": "hlora.importance.record",

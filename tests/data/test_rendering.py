@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tokenizers import TEMPLATES, Adds, Kind, made_tokenizer
 
-from hlora.data.rendering import Rendered, prompt_identity, render, render_text, text_start
+from hlora.data.rendering import Rendered, prompt_identity, render, render_text
 from hlora.data.tasks import Example, read_example
+from hlora.data.tokens import text_start
 from hlora.system.errors import DataError
 
 CHAT_OPENERS = {"mistral": " ", "empty thought": "<think>\n\n</think>\n\n"}  # before the answer, in trained and scored

@@ -32,7 +32,7 @@ from hlora.config.reading import load_comparison, load_config, parse_config, rea
 from hlora.config.sections import DomainConfig
 from hlora.config.starting import starting_yaml
 from hlora.data.domain import domain_rows
-from hlora.model.base import keep_trainable
+from hlora.model.four_bits import keep_trainable
 
 BLOCKS = [block for page in PAGES for block in blocks(page) if block.language not in ("text", "math")]
 GUIDES = "tests/test_guides.py::test_the_"

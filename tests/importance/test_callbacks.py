@@ -62,8 +62,9 @@ def arguments(output: Path, kind: type[TrainingArguments] = TrainingArguments, *
 
 
 def rows(token_ids: Tensor, labels: bool = True) -> Dataset:
+    """Nothing predicts a first token; Trainer of Transformers 5.5 counts its label all the same."""
     ids = token_ids.tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids} if labels else {"input_ids": ids})
+    return Dataset.from_dict({"input_ids": ids} | ({"labels": [[-100, *row[1:]] for row in ids]} if labels else {}))
 
 
 def make_trainer(

@@ -25,7 +25,8 @@ from hlora.importance.artefact import Importance
 from hlora.importance.penalty import ImportancePenalty
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import adapted_matrices
-from hlora.model.base import keep_trainable, load_base
+from hlora.model.base import load_base
+from hlora.model.four_bits import keep_trainable
 from hlora.model.lora import attach_lora
 from hlora.system.errors import AdapterError, ArtifactError, ConfigError
 

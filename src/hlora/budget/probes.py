@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hlora.data.packing import first_tokens
-from hlora.data.rendering import text_start
+from hlora.data.tokens import text_start
 from hlora.evaluation.likelihood import PAIRED_BLOCK, divergences, token_losses
 from hlora.system.errors import DataError
 

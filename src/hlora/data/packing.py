@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hlora.data.rendering import begins_with, text_start, tokenise
+from hlora.data.tokens import begins_with, text_start, tokenise
 from hlora.system.errors import DataError
 
 

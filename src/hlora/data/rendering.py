@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hlora.data.tasks import Example, Message
+from hlora.data.tokens import begins_with, text_start, tokenise
 from hlora.system.errors import DataError, first_line
 
 _MARK = "HLORAMARK{}X"  # stands for a part of a row, to see whether and where a chat template writes it
@@ -117,25 +118,6 @@ def prompt_identity(tokenizer: PreTrainedTokenizerBase | None, example: Example)
     if tokenizer is None:
         return json.dumps([[turn["role"], turn["content"]] for turn in turns])
     return _template(tokenizer, turns, example.tools, add_generation_prompt=True).strip()
-
-
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of the text alone, without BOS and EOS."""
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
-
-
-def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text: BOS, or nothing."""
-    alone, whole = tokenise(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    for count in range(len(whole) - len(alone) + 1):
-        if whole[count : count + len(alone)] == alone:
-            return whole[:count]
-    return []
-
-
-def begins_with(ids: list[int], before: list[int]) -> bool:
-    """Whether a text's own tokens begin with BOS already, written out in the text."""
-    return bool(before) and ids[: len(before)] == before
 
 
 def _template(

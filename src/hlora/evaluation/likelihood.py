@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.packing import first_tokens
-from hlora.data.rendering import text_start
+from hlora.data.tokens import text_start
 from hlora.system.errors import DataError, TrainingError
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models

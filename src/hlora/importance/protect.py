@@ -16,8 +16,7 @@ from hlora.importance.penalty import ImportancePenalty, PenaltyOptions, check_ph
 from hlora.model.adapters import adapted_matrices, unwrapped
 from hlora.model.initialisation import is_at_base
 from hlora.system.errors import AdapterError
-from hlora.training.trackers import LayerCoefficients
-from hlora.training.train import add_callback_first
+from hlora.training.trackers import LayerCoefficients, add_callback_first
 
 logger = logging.getLogger("hlora")
 

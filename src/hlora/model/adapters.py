@@ -127,7 +127,7 @@ def adapted_matrices(
 
     Raises:
         AdapterError: without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would be
-            lost (see base.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
+            lost (see four_bits.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
     """
     check_whole(model)
     model = unwrapped(model)
@@ -256,7 +256,7 @@ def _beside_the_factors(module: Any, adapter: str) -> str | None:
 
 
 def _check_gradients_pass(matrix: AdaptedMatrix) -> None:
-    """Raises AdapterError for a 4-bit layer that evaluation packs, or has packed (see base.keep_trainable)."""
+    """Raises AdapterError for a 4-bit layer that evaluation packs, or has packed (see four_bits.keep_trainable)."""
     layer = matrix.module.get_base_layer()
     if _is_packed(layer) or (getattr(layer, "support_avx512bf16_for_cpu", False) and matrix.A.device.type == "cpu"):
         raise AdapterError(

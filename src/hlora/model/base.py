@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from hlora.config.sections import ModelConfig
 from hlora.model import embedded
+from hlora.model.four_bits import keep_trainable
 from hlora.parallel.launch import sharding
 from hlora.system.errors import ConfigError, first_line, how_to_install
 from hlora.system.files import PICKLES, how_to_convert
@@ -113,17 +113,6 @@ def _check_causal(config: ModelConfig, model: PreTrainedModel) -> None:
             f"model.name: {config.name} ({type(model).__name__}) attends to later tokens too, so it is no causal "
             "language model. Name one that predicts the next token."
         )
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call it before the first forward pass.
-
-    On a CPU with AVX512-BF16 it packs them at the first evaluation, and the packed product has no backward pass: layers
-    below it get no gradient, or zeros, after one warning of PyTorch's (bitsandbytes 0.50). Any other model stays as is.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def pick_device(name: str) -> torch.device:

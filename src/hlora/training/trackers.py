@@ -18,6 +18,18 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 _TRACKERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
+def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Add a callback before Trainer's trackers, so that they report what the callback adds to a log entry.
+
+    If it has a method `after_trackers(trainer)`, the callback which that returns is added after the trackers.
+    """
+    # Not trainer.add_callback, which warns of a second recorder: a comparison attaches several to one training.
+    trainer.callback_handler.callbacks.insert(0, callback)
+    after_trackers = getattr(callback, "after_trackers", None)
+    if after_trackers is not None:
+        trainer.callback_handler.callbacks.append(after_trackers(trainer))
+
+
 class LayerCoefficients(TrainerCallback):
     """Sends layer_coefficient/<matrix>, c_l of Eq. 15, to the trackers once, at step 0.
 

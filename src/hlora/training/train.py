@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.parallel.dtensor import whole
 from hlora.parallel.fsdp import device_for
@@ -20,7 +20,7 @@ from hlora.training.checkpoint import Checkpoints
 from hlora.training.checkpoint_files import latest_checkpoint
 from hlora.training.progress import ProgressLine
 from hlora.training.their_errors import their_errors
-from hlora.training.trackers import run_of_its_own
+from hlora.training.trackers import add_callback_first, run_of_its_own
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -64,18 +64,6 @@ class StopWhenDiverged(TrainerCallback):
                 f"step {state.global_step}: {seen}{lost[0]} is not finite. Lower training.common.learning_rate, or set "
                 "max_grad_norm; in float16 use bfloat16 or float32 instead."
             )
-
-
-def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Add a callback before Trainer's trackers, so that they report what the callback adds to a log entry.
-
-    If it has a method `after_trackers(trainer)`, the callback which that returns is added after the trackers.
-    """
-    # Not trainer.add_callback, which warns of a second recorder: a comparison attaches several to one training.
-    trainer.callback_handler.callbacks.insert(0, callback)
-    after_trackers = getattr(callback, "after_trackers", None)
-    if after_trackers is not None:
-        trainer.callback_handler.callbacks.append(after_trackers(trainer))
 
 
 def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> SFTConfig:
