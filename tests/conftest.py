@@ -7,6 +7,7 @@ import os
 import pydoc_data.topics
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = ("wikitext2", "piqa", "medmcqa", "qasc", "shakespeare")
+
+
+FRAMEWORKS = {"axolotl": "axolotl", "llama_factory": "llamafactory", "ms_swift": "swift"}
+"""Each pins other versions than hlora's tests, so each has an environment of its own: see CONTRIBUTING.md."""
+collect_ignore = [f"integrations/test_{name}.py" for name, package in FRAMEWORKS.items() if find_spec(package) is None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,7 +70,7 @@ def test_a_path_with_brackets_is_printed_as_it_is(
     status, out, err = hlora("record", config)
     assert status == 0, err
     assert out.strip() == f"importance: {place}/importance"
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("hlora.cli.console.width", 400)
     status, out, _ = hlora("inspect", place / "importance", "--figure", place / "map")
     assert status == 0 and f"heat map: {place}/map.png, {place}/map.svg" in out and str(place / "importance") in out
     (place / "results.json").write_text(json.dumps({"arms": {}}), encoding="utf-8")

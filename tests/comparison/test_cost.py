@@ -165,7 +165,7 @@ def test_a_text_too_short_for_the_scale_is_refused_with_what_it_has(config: RunC
 
 def test_an_open_sequence_length_is_refused_by_field(fields: dict[str, Any]) -> None:
     fields["training"]["record"]["max_length"] = None
-    with pytest.raises(ConfigError, match=r"training\.record\.max_length: expected a number of tokens"):
+    with pytest.raises(ConfigError, match=r"training\.record\.max_length: None cannot be used here"):
         measure_cost(parse_config(fields), sequences=4)
 
 

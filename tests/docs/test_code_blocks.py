@@ -41,7 +41,7 @@ GUIDES = "tests/test_guides.py::test_the_"
 NOT_RUN = {
     "README.md": {
         "make demo    #": "sets up a virtual environment: 3 GB; the make targets are checked",
-        "pip install .  ": "installs a package; the commands after it are those of docs/quickstart.md",
+        "pip install '.[run]'": "installs a package; the commands after it are those of docs/quickstart.md",
     },
     "docs/guides/after-training.md": {
         "hlora chat": "tests/after/test_chat.py",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, move_adapter, record
+from conftest import REPOSITORY, Invoke, move_adapter, record
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
@@ -366,13 +366,18 @@ def test_the_whole_job_runs_on_a_quantised_base_on_a_gpu(job_fields: dict[str, A
 
 
 def test_the_guide_tunes_in_4_bits_and_merges_in_full(
-    wide_dir: str, job_fields: dict[str, Any], token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hlora: Invoke,
+    wide_dir: str,
+    job_fields: dict[str, Any],
+    token_ids: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     guide = (REPOSITORY / "docs" / "guides" / "quantised.md").read_text(encoding="utf-8")
     guide = guide.replace("meta-llama/Llama-3.1-8B", wide_dir)
     (settings,) = re.findall(r"^```yaml\n(.*?)^```$", guide, flags=re.MULTILINE | re.DOTALL)
-    tune, merge = re.findall(r"^```python\n(.*?)^```$", guide, flags=re.MULTILINE | re.DOTALL)
+    (tune,) = re.findall(r"^```python\n(.*?)^```$", guide, flags=re.MULTILINE | re.DOTALL)
 
     config = parse_config({**job_fields, **yaml.safe_load(settings)})
     model = attach_lora(load_base(config.model)[0], config.lora, seed=0)
@@ -386,8 +391,11 @@ def test_the_guide_tunes_in_4_bits_and_merges_in_full(
 
     move_adapter(names["model"])
     names["model"].save_pretrained("runs/mine/adapter")
-    exec(merge, {})
-    merged = AutoModelForCausalLM.from_pretrained("runs/mine/merged", dtype=torch.float32)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+    (merge,) = re.findall(r"^hlora (merge .*)$", guide, flags=re.MULTILINE)
+    status, _, err = hlora(*merge.split())
+    assert status == 0, err
+    merged = AutoModelForCausalLM.from_pretrained("runs/merged", dtype=torch.float32)
     for m in penalty.matrices:
         base = LlamaForCausalLM.from_pretrained(wide_dir).get_submodule(m.name).weight
         expected = (base + m.scale * m.B @ m.A).detach().cpu()

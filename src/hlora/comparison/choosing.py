@@ -30,7 +30,7 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
         chosen[name] = {}
         for task in arm.tasks or config.tasks:
             tried = {s: means[name, task, s] for s in arm.strengths if (name, task, s) in means}
-            before, learned = means.get((base, task, None)), means.get((config.unprotected, task, None))
+            before, learned = means.get((base, task, None)), means.get((config.unprotected or "", task, None))
             if not tried or before is None or learned is None:
                 chosen[name][task] = arm.strengths[0] if arm.strengths else None
                 continue

@@ -90,11 +90,11 @@ class CompareConfig(Preset):
     """What is measured."""
     selection: SelectionConfig = SelectionConfig()
     """How a strength is chosen for each arm."""
-    ours: str = ""
+    ours: str | None = None
     """Arm that tests and figures single out; by default the first of method hlora."""
-    rival: str = ""
+    rival: str | None = None
     """Arm that `ours` is tested against; by default the first of method ewc."""
-    unprotected: str = ""
+    unprotected: str | None = None
     """Arm that shows what can be learned without protection; by default the first of method lora."""
     ablation: list[str] = []
     """Arms of Table 2 (ablation); no such table when empty."""
@@ -127,9 +127,9 @@ class CompareConfig(Preset):
             self.arms = {"Base": ArmConfig(method="base"), **self.arms}  # what forgetting is counted from
         return self
 
-    def _first(self, method: str) -> str:
-        """The first arm of a method; empty where none has it."""
-        return next((name for name, arm in self.arms.items() if arm.method == method), "")
+    def _first(self, method: str) -> str | None:
+        """The first arm of a method; None where no arm has it."""
+        return next((name for name, arm in self.arms.items() if arm.method == method), None)
 
 
 class CellConfig(RunConfig):
