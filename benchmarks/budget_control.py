@@ -113,15 +113,19 @@ def make_probes(grid: Grid, options: argparse.Namespace) -> tuple[Probe, Probe]:
         source, here = GeneralSource(source="model", samples=128), options.output
         found = [model_samples(source, grid.base, grid.tokenizer, seed, here) for seed in (101, 102)]
         rows = [pack(grid.tokenizer, samples, 128, 128, at_most=True) for samples in found]
-        return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], options.probe_tokens)
+        return SampleProbe(grid.base, rows[0]), SampleProbe(grid.base, rows[1], tokens=options.probe_tokens)
     passages = measured_text(options.text)
     if options.probe == "passages":
         there, here = ("\n\n".join(passages[first::2]) for first in (0, 1))
     else:
         text = "\n\n".join(passages)
         there, here = text[:PROBE_FROM], text[PROBE_FROM:]
-    evaluation = TextProbe(grid.base, grid.tokenizer, {"evaluated": there}, MOST_EVALUATED, MOST_EVALUATED)
-    probe = TextProbe(grid.base, grid.tokenizer, {"probed": here}, options.probe_tokens, options.most_tokens)
+    evaluation = TextProbe(
+        grid.base, grid.tokenizer, {"evaluated": there}, tokens=MOST_EVALUATED, most_tokens=MOST_EVALUATED
+    )
+    probe = TextProbe(
+        grid.base, grid.tokenizer, {"probed": here}, tokens=options.probe_tokens, most_tokens=options.most_tokens
+    )
     return evaluation, probe
 
 

@@ -48,7 +48,7 @@ def text_probe(model: Any, tokenizer: Any, **sizes: int) -> TextProbe:
 def sample_probe(model: Any, tokens: int = 256) -> SampleProbe:
     """The tiny Llama is random: no text is its own. The divergence grows to 0.013 nats, whatever is done to it."""
     sequences = torch.randint(3, 384, (32, 32), generator=torch.Generator().manual_seed(5))
-    return SampleProbe(model, sequences, tokens, most_tokens=1024)
+    return SampleProbe(model, sequences, tokens=tokens, most_tokens=1024)
 
 
 def factors(model: Any) -> list[torch.Tensor]:
@@ -91,7 +91,7 @@ def test_the_rise_on_a_text_is_that_of_its_sliding_window_loss_without_what_has_
             before = sliding_window(peft_model, tokens, window=64, stride=48, batch_size=2)
     expected = (after - before)[15:]  # evaluation scores the whole of its first window
     assert abs(float(expected.mean())) > 1e-3
-    rise = TextProbe(peft_model, tokenizer, {"": GENERAL_TEXT}, 256, 256, window=64).measure(10_000)
+    rise = TextProbe(peft_model, tokenizer, {"": GENERAL_TEXT}, tokens=256, most_tokens=256, window=64).measure(10_000)
     assert rise.tokens == len(expected) == 240
     assert rise.nats == pytest.approx(float(expected.mean()), abs=1e-5)
 
@@ -153,7 +153,7 @@ def test_the_standard_error_covers_the_rise_of_another_part_of_the_text(peft_mod
     move_adapter(peft_model, deviation=0.3)
     half = len(GENERAL_TEXT) // 2
     parts = [
-        TextProbe(peft_model, tokenizer, {"": text}, 2048, window=64).measure(2048)
+        TextProbe(peft_model, tokenizer, {"": text}, window=64).measure(2048)
         for text in (GENERAL_TEXT[:half], GENERAL_TEXT[half:])
     ]
     assert parts[0].stderr > 0
@@ -435,4 +435,4 @@ def test_a_checkpoint_of_another_budget_is_refused(peft_model, tokenizer, import
 def test_a_budget_that_cannot_be_steered_is_refused(peft_model, tokenizer, importance, phi, budget, every):
     penalty = ImportancePenalty(peft_model, importance, phi, layer_weights="uniform", anchor="base")
     with pytest.raises(ConfigError, match=r"more than 0|at least 1"):
-        ForgettingBudget(penalty, sample_probe(peft_model), budget, every)
+        ForgettingBudget(penalty, sample_probe(peft_model), budget, every=every)

@@ -177,7 +177,7 @@ def test_every_window_of_a_text_begins_with_bos_where_the_tokenizer_adds_one(
     packed = pack(tokenizer, [GENERAL_TEXT], 3, 20)
     assert packed.shape == (3, 20) and (packed[:, 0] == 0).tolist() == [bool(before)] * 3
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    probe = TextProbe(adapted, tokenizer, {"": GENERAL_TEXT}, 256, 256, window=32)
+    probe = TextProbe(adapted, tokenizer, {"": GENERAL_TEXT}, tokens=256, most_tokens=256, window=32)
     assert (probe._rows[""][:, 0] == 0).tolist() == [bool(before)] * len(probe._rows[""])
     assert probe.measure(64).nats == pytest.approx(0, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""A forgetting budget in place of φ: the domain phase may cost so many nats a token of general text, and no more.
+"""A forgetting budget in place of φ: the domain phase may raise the general loss by so many nats a token, no more.
 
     minimise L_task(θ)  subject to  R(θ) ≤ b,        R: rise of the general loss against the base model, nats/token
 
@@ -10,8 +10,8 @@ Three parts, each simple:
    it is below. That is dual ascent (Bertsekas 1982, *Constrained Optimization and Lagrange Multiplier Methods*), on log
    φ as in GECO (Rezende & Viola 2018, *Taming VAEs*), with a proportional term against its overshoot (Stooke, Achiam &
    Abbeel 2020, *Responsive Safety in Reinforcement Learning by PID Lagrangian Methods*).
-3. After the last step the learning rate is 0 and φ has no say. So the adapter is landed: moved on the line through its
-   anchor until a larger probe says that the budget is used and holds. The steering has aimed above it (_ABOVE).
+3. After the last step the learning rate is 0 and φ no longer has an effect. So the adapter is landed: moved on the line
+   through its anchor until a larger probe shows a rise just below the budget. The steering aims above it (_ABOVE).
 """
 
 from __future__ import annotations
@@ -40,27 +40,35 @@ from hlora.system.errors import ConfigError
 logger = logging.getLogger("hlora")
 
 _EARLY = (2, 4, 6, 8)  # steps with a probe, since the rise grows fastest there: from 0.005 to 0.036 nats in 4 steps
-_ABOVE = 1.6  # what is aimed at, in budgets, where the adapter is landed afterwards
-_LANDED = 0.93  # share of the budget from which on a landing is good enough
-_LANDINGS = 10  # probes of a landing, at most; two or three do, where the rise is nearly a parabola in α
-_FURTHEST = 1.5  # α, where a landing moves the adapter away from its anchor
-_HELD_BACK = 5.0  # φ·L_reg in rises from which on that pays
-_PRECISE = 0.1  # of the budget: the standard error that a landing reads text for
+_ABOVE = 1.6  # target of the steering, in budgets, if the adapter is landed afterwards
+_LANDED = 0.93  # a landing ends at this share of the budget or above
+_LANDINGS = 10  # maximum number of probes of a landing; two or three suffice if the rise is nearly a parabola in α
+_FURTHEST = 1.5  # maximum α when a landing moves the adapter away from its anchor
+_HELD_BACK = 5.0  # moving it away pays if φ·L_reg is at least this many times the rise
+_PRECISE = 0.1  # standard error that a landing's probes must reach, as a share of the budget
 
 
 class ForgettingBudget:
     """Steers `penalty.phi` during training so that the rise on `probe` ends at `budget`, or stays below it.
 
-    penalty: its phi is where φ starts; it stays within a factor of 10⁴ of that. budget: nats a token, see parse_budget.
-    every: optimizer steps between probes, by default a tenth of the run and at least 2, and steps 2, 4, 6 and 8.
-    landing: after the last step, bring the adapter to the budget (see `land`); without it the steering aims at the
-    budget itself, and ends above it at times.
+    Args:
+        penalty: The penalty to steer. φ starts at its phi and stays within a factor of 10⁴ of that.
+        probe: What measures the rise: TextProbe on held-out text, or SampleProbe on the model's own samples.
+        budget: The rise allowed, in nats a token.
+        every: Optimizer steps between probes. By default a tenth of the run and at least 2, and steps 2, 4, 6 and 8.
+        landing: After the last step, bring the adapter to the budget (see `land`). Without a landing the steering aims
+            at the budget itself, and sometimes ends above it.
 
-    history: one entry a probe (step, rise, stderr, text, phi, budget); the last one, of `finish`, also has alpha.
-    seconds: spent on probes.
+    Attributes:
+        history: One entry for each probe: step, rise, stderr, text, phi, budget. The last entry also has alpha.
+        seconds: Time spent on probes.
 
-    Raises ConfigError when the penalty's phi is 0 or a number is out of range, AdapterError where the model without its
-    adapter is not the base model (PiSSA, OLoRA).
+    In several processes every one calls every method. The first measures, and all take its result; a sharded model is
+    measured by all of them.
+
+    Raises:
+        ConfigError: The penalty's phi is 0, or a number is out of range.
+        AdapterError: The model without its adapter is not the base model (PiSSA, OLoRA).
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class ForgettingBudget:
         penalty: ImportancePenalty,
         probe: TextProbe | SampleProbe,
         budget: float,
+        *,
         every: int | None = None,
         landing: bool = True,
     ) -> None:
@@ -84,11 +93,11 @@ class ForgettingBudget:
         self.seconds = 0.0
 
     def callback(self) -> TrainerCallback:
-        """For Trainer and SFTTrainer, beside the penalty's own callback."""
+        """A callback for Trainer and SFTTrainer; add it to the penalty's own callback, not in its place."""
         return BudgetCallback(self)
 
     def begin(self) -> None:
-        """Before the first step: measure R₀, the rise at the anchor. It is 0, unmeasured, where the anchor is W₀."""
+        """Measure R₀, the rise at the anchor; call before the first step. R₀ is 0 if the anchor is the base model."""
         if all(anchor is None for anchor in self.penalty._anchor.values()):
             return
         rise, _ = self._precisely()
@@ -103,9 +112,14 @@ class ForgettingBudget:
             )
 
     def after_step(self, step: int, steps: int) -> dict[str, Any] | None:
-        """After optimizer step number `step` of `steps`: probe if it is time, and set φ for the next steps.
+        """Probe if a probe is due, and set φ for the next steps; call after each optimizer step.
 
-        Returns the probe's entry in `history`, if any.
+        Args:
+            step: Number of the step, from 1.
+            steps: Steps of the whole training.
+
+        Returns:
+            The probe's entry in `history`; None if no probe was due.
         """
         if not self._is_due(step, steps):
             return None
@@ -115,9 +129,13 @@ class ForgettingBudget:
         return entry
 
     def finish(self, step: int) -> dict[str, Any]:
-        """After the last step: the rise by the larger probe and, with `landing`, the adapter brought to the budget.
+        """Measure the rise by the larger probe, with `landing` after bringing the adapter to the budget.
 
-        Returns the last entry of `history`.
+        Args:
+            step: Number of the last step.
+
+        Returns:
+            The last entry of `history`.
         """
         rise, alpha = self.land() if self.landing else (self._precisely()[0], 1.0)
         entry = self._note(step, rise)
@@ -134,13 +152,17 @@ class ForgettingBudget:
         return entry
 
     def land(self) -> tuple[Rise, float]:
-        """Move the adapter on the line through its anchor until a precise probe is on the budget; (rise, α).
+        """Move the adapter on the line through its anchor until a precise probe shows a rise just below the budget.
 
-        α = 1 is where it was, α = 0 the anchor. From the base θ = W₀ + α·sBA, by scaling B. From a general adapter A
-        and B are interpolated, a curve in θ. A few probes of one text; the largest α that kept the budget is taken.
+        α = 0 is the anchor, and α = 1 is where training ended. With the anchor "base", θ = W₀ + α·sBA: B is scaled.
+        With the anchor "general", A and B are interpolated, a curve in θ. A few probes read the same text, and the
+        largest α that kept the budget is taken.
 
-        Above the budget α < 1. Below it α goes up to 1.5, where that pays: where training has balanced the task's
-        gradient and the penalty's, dL_task/dα = −2φ·L_reg, against dR/dα ≈ 2R; so if φ·L_reg is several times R.
+        Above the budget α < 1. Below the budget α goes up to 1.5, if φ·L_reg is several times the rise R. The reason:
+        training has balanced the gradients of task and penalty, so dL_task/dα = −2φ·L_reg, against dR/dα ≈ 2R.
+
+        Returns:
+            The rise at the end, and α.
         """
         ends = [(whole(m.A.detach()).clone(), whole(m.B.detach()).clone()) for m in self.penalty.matrices]
         at_end, tokens = self._precisely()
@@ -165,7 +187,7 @@ class ForgettingBudget:
         for attempt in range(_LANDINGS):
             if within.nats >= _LANDED * self.budget or high - low < 0.005:
                 break
-            bisect = attempt % 2 == 1 and attempt > 1  # where the rise is no parabola
+            bisect = attempt % 2 == 1 and attempt > 1  # if the rise is not a parabola
             wanted = (1 + _LANDED) / 2 * self.budget
             alpha = (low + high) / 2 if bisect else _between(low, within.nats, high, outside, wanted)
             self._place(alpha, ends)
@@ -178,7 +200,7 @@ class ForgettingBudget:
         return within, low
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values. The base's losses are measured again: they come out the same."""
+        """What a resumed run needs, as plain values. The base's losses are measured again, the same."""
         return {
             "budget": self.budget,
             "phi": self.penalty.phi,
@@ -188,7 +210,11 @@ class ForgettingBudget:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`. Raises ConfigError when it is of another budget."""
+        """Resume from `state()`.
+
+        Raises:
+            ConfigError: The state was made with another budget.
+        """
         if state["budget"] != self.budget:
             raise ConfigError(
                 f"budget: the checkpoint was made with a budget of {state['budget']:.6g} nats a token and this run has "
@@ -208,13 +234,13 @@ class ForgettingBudget:
     def _measure(self, tokens: int, turn: int = 0) -> Rise:
         started = time.perf_counter()
         sharded = is_sharded(self.probe.model)
-        rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # or φ would differ
+        rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # one φ for all
         reshard(self.probe.model)
         self.seconds += time.perf_counter() - started
         return rise
 
     def _precisely(self) -> tuple[Rise, int]:
-        """The rise on as many tokens as bring its standard error to a tenth of the budget, or all; and how many."""
+        """The rise, with a standard error of a tenth of the budget or on all tokens; and how many tokens it took."""
         tokens = self.probe.tokens
         while True:
             rise = self._measure(tokens)
@@ -241,7 +267,7 @@ class ForgettingBudget:
 
 
 def _between(low: float, at_low: float, high: float, at_high: float, wanted: float) -> float:
-    """Where the rise is `wanted` if it is that of a parabola, flat at the anchor: linear in α². Off both ends."""
+    """α where the rise is `wanted`, if the rise is linear in α² (a parabola, flat at the anchor); never at an end."""
     share = (wanted - at_low) / (at_high - at_low) if at_high > at_low else 0.5
     alpha = math.sqrt(low**2 + share * (high**2 - low**2))
     margin = 0.02 * (high - low)

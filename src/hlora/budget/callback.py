@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class BudgetCallback(TrainerCallback, ExportableState):
-    """A ForgettingBudget inside Trainer. Made by `budget.callback()`.
+    """Runs a ForgettingBudget inside Trainer. Made by `budget.callback()`.
 
-    The log entry that follows a probe has probe_step, probe_rise, probe_stderr and budget. The end is measured, and the
-    adapter landed, when training ends: checkpoints hold the adapter before that.
+    The log entry after a probe has probe_step, probe_rise, probe_stderr and budget. When training ends, the rise is
+    measured and the adapter is landed; checkpoints hold the adapter before the landing.
 
-    It is saved in a checkpoint's trainer_state.json, and read from there when training resumes.
+    The state is saved in a checkpoint's trainer_state.json, and read from there when training resumes.
     `restore_callback_states_from_checkpoint` must stay off (Trainer's default): it would replace the callback.
     """
 

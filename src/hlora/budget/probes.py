@@ -1,4 +1,4 @@
-"""Probes of a forgetting budget: the rise of the general loss, on held-out text or on the base model's own samples."""
+"""Probes of a forgetting budget: how much the general loss rose, on held-out text or on the base model's samples."""
 
 from __future__ import annotations
 
@@ -27,20 +27,27 @@ class Rise:
     stderr: float
     """Of the mean, from blocks of 64 paired differences on the same tokens."""
     text: str
-    """The text that it was measured on: of several the one that lost most."""
+    """Name of the text that it was measured on; of several texts, the one that lost most."""
     tokens: int
 
 
 class TextProbe:
-    """Rise of the loss on texts, by the same tokens with the adapter on and off; of several, the worst text's.
+    """Measures the rise of the loss on texts, from the same tokens with the adapter on and off.
 
-    texts: name → text; other text than what the result is evaluated on. most_tokens: how much of each text's start is
-    used, or all there is, in windows of `window` tokens. The first quarter of a window is context alone and scored in
-    the window before, as text_likelihood does with a stride of three quarters. tokens: how much a probe on the way
-    reads, each other windows, in turn: their noise is then not the same in all of them.
-    The base's losses are measured once, when first needed.
+    Of several texts, the one with the largest rise counts. The first quarter of each window is context only; its tokens
+    are scored in the window before. The base's losses are measured once, when first needed.
 
-    Raises DataError for no text, or one of fewer than 2 tokens.
+    Args:
+        model: The base model with its adapter.
+        tokenizer: The model's.
+        texts: Name → text. Must not be the text that the result is evaluated on.
+        tokens: Tokens of each text that one probe during training reads. Probes read different windows in turn, so that
+            their noise differs.
+        most_tokens: Tokens used from the start of each text, at most.
+        window: Tokens in a window.
+
+    Raises:
+        DataError: There is no text, or a text has fewer than 2 tokens.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class TextProbe:
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: Mapping[str, str],
+        *,
         tokens: int = 2048,
         most_tokens: int = 65536,
         window: int = 512,
@@ -72,7 +80,12 @@ class TextProbe:
             self._base[name] = torch.full((len(self._rows[name]), scored), math.nan, dtype=torch.float64)
 
     def measure(self, tokens: int, turn: int = 0) -> Rise:
-        """The rise on `tokens` tokens of each text, those of the given turn. Reads the adapter as it is now."""
+        """The rise on `tokens` tokens of each text, with the adapter as it is now.
+
+        Args:
+            tokens: How many tokens of each text to read.
+            turn: Which windows: each turn reads the next ones.
+        """
         rises = []
         with _undisturbed(self.model):
             for name, rows in self._rows.items():
@@ -87,18 +100,24 @@ class TextProbe:
 
 
 class SampleProbe:
-    """KL(base ‖ model) a token on the model's own samples, over the whole vocabulary at each position.
+    """Measures KL(base ‖ model) on the model's own samples, in nats a token, over the whole vocabulary.
 
-    On text that the base wrote this is the expectation of the rise of the loss, without the noise of which token came.
-    It is never negative, and another quantity than the rise on a text that the base did not write.
+    On text that the base generated, KL is the expected rise of the loss, without the noise of the tokens drawn. It is
+    never negative. On text from elsewhere the rise of the loss is another quantity.
 
-    sequences: (n, length) token ids, such as `fisher.pack` of samples gives, of which `most_tokens` are used. A probe
-    reads `tokens` of them in turn. The base's logits are computed anew: two forward passes each.
+    Args:
+        model: The base model with its adapter.
+        sequences: Token ids (n, length), such as `hlora.data.packing.pack` makes of samples.
+        tokens: Tokens that one probe during training reads. Probes read different rows in turn.
+        most_tokens: Tokens of `sequences` that are used, at most.
 
-    Raises DataError for sequences of fewer than 2 tokens.
+    Each probe takes two forward passes, since the base's logits are not kept.
+
+    Raises:
+        DataError: There is no sequence, or the sequences have fewer than 2 tokens.
     """
 
-    def __init__(self, model: PeftModel, sequences: Tensor, tokens: int = 2048, most_tokens: int = 16384) -> None:
+    def __init__(self, model: PeftModel, sequences: Tensor, *, tokens: int = 2048, most_tokens: int = 16384) -> None:
         if sequences.dim() != 2 or not len(sequences) or sequences.shape[1] < 2:
             raise DataError(f"budget: expected samples of shape (n ≥ 1, length ≥ 2), got {tuple(sequences.shape)}")
         self.model = model
@@ -106,7 +125,12 @@ class SampleProbe:
         self.sequences = sequences[: math.ceil(self.most_tokens / sequences.shape[1])]
 
     def measure(self, tokens: int, turn: int = 0) -> Rise:
-        """The mean divergence on `tokens` tokens, those of the given turn. Reads the adapter as it is now."""
+        """The mean divergence on `tokens` tokens, with the adapter as it is now.
+
+        Args:
+            tokens: How many tokens to read.
+            turn: Which rows: each turn reads the next ones.
+        """
         rows = self.sequences[_part(tokens, turn, *self.sequences.shape)]
         found = []
         with _undisturbed(self.model):
@@ -141,9 +165,9 @@ def _batches(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _part(tokens: int, turn: int, rows: int, length: int) -> Tensor:  # row numbers
-    """As many rows as hold `tokens` tokens, spread over all of the text; those of the next turn are beside them.
+    """As many rows as hold `tokens` tokens; the next turn takes the row after each.
 
-    Spread, so that no probe is of one chapter alone.
+    They are spread over the whole text, so that no probe reads one chapter only.
     """
     count = min(rows, math.ceil(tokens / length))
     return (torch.arange(count) * rows // count + turn) % rows
@@ -151,7 +175,7 @@ def _part(tokens: int, turn: int, rows: int, length: int) -> Tensor:  # row numb
 
 @contextmanager
 def _undisturbed(model: PeftModel) -> Iterator[None]:
-    """Evaluation mode and no gradients; modes, what is trained, and random numbers as before afterwards."""
+    """Evaluation mode without gradients. Restores modes, requires_grad and random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -165,7 +189,7 @@ def _undisturbed(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-# Cut off mid-sentence, SmolLM2-135M is lost (up to 16 nats a token) until it has seen some text, and any tuning helps
-# there: of 8 windows of 512 tokens the rise was 0.011 ± 0.0041, and 0.017 ± 0.0026 without their first quarters.
-_UNSCORED = 4  # a window's part that is not scored is one in this many
-_TOKENS_AT_ONCE = 1024  # of one forward pass: their logits take 200 MB in float32 at a vocabulary of 49,152
+# After a cut mid-sentence, SmolLM2-135M's loss is up to 16 nats a token until it has seen some text, and any tuning
+# lowers it there: over 8 windows of 512 tokens the rise was 0.011 ± 0.0041, 0.017 ± 0.0026 without first quarters.
+_UNSCORED = 4  # one in this many tokens of a window is context only
+_TOKENS_AT_ONCE = 1024  # in one forward pass; their logits take 200 MB in float32 at a vocabulary of 49,152

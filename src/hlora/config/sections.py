@@ -144,7 +144,7 @@ class GeneralSource(Section):
     source: Literal["files", "hub", "model"] = "files"
     """Where the general text comes from: local files, a hub data set, or samples that the base model generates."""
     paths: list[str] = []
-    """files: a list of .txt, .jsonl or .parquet files."""
+    """files: a list of .txt, .jsonl, .parquet or .csv files, also packed as .gz or .zst."""
     dataset: str | None = None
     """hub: name of the data set."""
     subset: str | None = None
@@ -152,7 +152,7 @@ class GeneralSource(Section):
     split: str = "train"
     """hub: name of the split."""
     column: str = "text"
-    """Column that holds the text in .jsonl and .parquet files and hub data sets. Also used for the files in
+    """Column that holds the text in .jsonl, .parquet and .csv files and hub data sets. Also used for the files in
     evaluation.texts and penalty.probe_texts."""
     max_documents: int | None = Field(default=None, ge=1)
     """Maximum number of documents. A hub data set is streamed up to this number."""
@@ -169,7 +169,7 @@ class GeneralSource(Section):
     @model_validator(mode="after")
     def _source_is_complete(self) -> GeneralSource:
         if self.source == "files" and not self.paths and not getattr(self, "mixture", None):
-            raise ValueError("source 'files' needs paths, a list of .txt, .jsonl or .parquet files")
+            raise ValueError("source 'files' needs paths, a list of .txt, .jsonl, .parquet or .csv files")
         if self.source == "hub" and not self.dataset:
             raise ValueError("source 'hub' needs dataset, the name of a hub data set")
         return self
@@ -193,7 +193,7 @@ class DomainConfig(Section):
     """Kind of rows. rows: prompt and completion, or messages. multiple_choice: question, choices (a list), label (the
     index of the right choice). sciq, piqa, medmcqa: the columns of these hub data sets."""
     train: str
-    """Training rows: a .jsonl, .parquet or .csv file, or the name of a hub data set."""
+    """Training rows: a .jsonl, .parquet or .csv file, also packed as .gz or .zst, or the name of a hub data set."""
     train_split: str = "train"
     """Split to train on, if `train` is a hub data set."""
     test: str

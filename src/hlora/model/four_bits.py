@@ -1,4 +1,4 @@
-"""Four-bit weights that a CPU would pack for inference stay trainable."""
+"""Keeps 4-bit weights trainable on a CPU that would pack them for inference."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from torch import nn
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call it before the first forward pass.
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; call before the first forward pass.
 
-    On a CPU with AVX512-BF16 it packs them at the first evaluation, and the packed product has no backward pass: layers
-    below it get no gradient, or zeros, after one warning of PyTorch's (bitsandbytes 0.50). Any other model stays as is.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 packs the weights at the first evaluation. The packed product has no
+    backward pass: lower layers get no gradient, or zeros, after one PyTorch warning. Does nothing to any other model.
+
+    Args:
+        model: The model whose 4-bit layers are kept trainable.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -212,7 +212,7 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
         with model.disable_adapter():
             samples = first_goes_first(partial(model_samples, source, model, job.tokenizer, seed, job.output))
         probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
-    return ForgettingBudget(penalty, probe, parse_budget(options.budget), options.probe_every)
+    return ForgettingBudget(penalty, probe, parse_budget(options.budget), every=options.probe_every)
 
 
 def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
