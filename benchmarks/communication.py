@@ -49,8 +49,8 @@ from hlora.importance import shares
 from hlora.model.base import load_base
 from hlora.model.lora import attach_lora
 from hlora.numerics import encodings
-from hlora.parallel.dtensor import whole
-from hlora.parallel.group import exchange, rank, world
+from hlora.parallel.dtensor import full_tensor
+from hlora.parallel.group import all_gather_text, rank, world_size
 
 ROWS, LENGTH = 4, 32
 LR = 8e-4
@@ -90,7 +90,7 @@ class Counted:
     def sent(self, name: str, size: int) -> None:
         """size: bytes of what the processes have together afterwards, or had before."""
         rounds = 2 if name == "all_reduce" else 1
-        self.bytes[self.by] += rounds * size * (world() - 1) / world()
+        self.bytes[self.by] += rounds * size * (world_size() - 1) / world_size()
 
     def waited(self, started: float) -> None:
         self.seconds += (time.perf_counter() - started) * (self.by == "hlora")
@@ -187,7 +187,7 @@ def process(number: int, processes: int, kind: str, port: int, options: argparse
             of_steps.append({**counted.bytes, "waited": counted.seconds, "step": time.perf_counter() - started})
             if len(of_steps) == 1:
                 for m in (recorder or penalty).matrices:
-                    pair = {"A": whole(m.A.grad), "B": whole(m.B.grad)}
+                    pair = {"A": full_tensor(m.A.grad), "B": full_tensor(m.B.grad)}
                     tensors.update({f"{name}.{m.name}.{which}": gradient for which, gradient in pair.items()})
             optimizer.zero_grad()
             total = loss.detach().clone()
@@ -207,11 +207,11 @@ def process(number: int, processes: int, kind: str, port: int, options: argparse
     found["evaluated"] = evaluated(model, tokenizer, options.data)
     tensors |= omega | {f"Ω.{n}": encodings.parts(m.omega)["dense"] for n, m in importance.matrices.items()}
     for m in penalty.matrices:
-        pair = {"A": whole(m.A.detach()), "B": whole(m.B.detach())}
+        pair = {"A": full_tensor(m.A.detach()), "B": full_tensor(m.B.detach())}
         tensors |= {f"adapter.{m.name}.{which}": factor.clone() for which, factor in pair.items()}
     everyone = [found]
     if processes > 1:
-        everyone = [json.loads(text) for text in exchange(json.dumps(found))]
+        everyone = [json.loads(text) for text in all_gather_text(json.dumps(found))]
     if number == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{results}.safetensors")
         Path(f"{results}.json").write_text(json.dumps(everyone), encoding="utf-8")

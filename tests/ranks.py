@@ -43,9 +43,9 @@ from hlora.importance.penalty import ImportancePenalty
 from hlora.importance.protect import protect
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.numerics import encodings, equations
-from hlora.parallel.dtensor import whole
+from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.fsdp import reshard
-from hlora.parallel.group import exchange, first_does, rank, world
+from hlora.parallel.group import all_gather_text, on_main, rank, world_size
 from hlora.training import checkpoint
 from hlora.training.checkpoint import Checkpoints
 from hlora.training.trackers import add_callback_first
@@ -90,7 +90,7 @@ def trained_by(kind: str, model: Any, mixed: bool = False, in_blocks: bool = Tru
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind in ("fsdp2", "hsdp"):
-        shape, names = ((2, 2), ("copies", "rows")) if kind == "hsdp" else ((world(),), ("rows",))
+        shape, names = ((2, 2), ("copies", "rows")) if kind == "hsdp" else ((world_size(),), ("rows",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
         for layer in model.get_base_model().model.layers if in_blocks else ():
@@ -135,7 +135,7 @@ def record_and_tune(
                     running.set_requires_gradient_sync(last)
                 elsewhere = kind == "ddp" and not last
                 with running.no_sync() if elsewhere else nullcontext():
-                    mine = part if kind == "alone" else part[rank() :: world()]
+                    mine = part if kind == "alone" else part[rank() :: world_size()]
                     loss = running(input_ids=mine, labels=mine).loss / accumulate
                     if penalty is not None and in_loss:
                         (loss + penalty() / accumulate).backward()
@@ -167,9 +167,9 @@ def record_and_tune(
 
 
 def average(loss: Tensor) -> Tensor:
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(loss)
-    return loss / world()
+    return loss / world_size()
 
 
 def described(importance: Importance) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def described(importance: Importance) -> dict[str, Tensor]:
 
 
 def factors(holder: Any) -> dict[str, Tensor]:
-    return {f"{m.name}.{x}": whole(getattr(m, x).detach()) for m in holder.matrices for x in "AB"}
+    return {f"{m.name}.{x}": full_tensor(getattr(m, x).detach()) for m in holder.matrices for x in "AB"}
 
 
 def accelerate_shards_on_a_cpu() -> None:
@@ -210,7 +210,7 @@ def by_trainer(
     resumed: recording goes on from a checkpoint of its second step.
     """
     given = {"gradient_accumulation_steps": 1, "fsdp_config": {"version": 2}, "learning_rate": LR} | given
-    rows = 8 // world() // given["gradient_accumulation_steps"]
+    rows = 8 // world_size() // given["gradient_accumulation_steps"]
     if kind != "trainer fsdp2":
         del given["fsdp_config"]
     else:
@@ -220,7 +220,7 @@ def by_trainer(
         batches = batches[:, :EXACT]
     data = [{"input_ids": row, "labels": row} for row in batches]
     with tempfile.TemporaryDirectory() as directory_of_first:
-        output = first_does(lambda: directory_of_first)
+        output = on_main(lambda: directory_of_first)
 
         def trainer(model: Any, **more: Any) -> Trainer:
             settings = given | {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True} | more
@@ -250,7 +250,7 @@ def by_trainer(
         importance.load_adapter_into(training.model)
         penalty = protect(training, importance, phi=5.0)
         training.train()
-        exchange("")  # the first one's directory is still in use
+        all_gather_text("")  # the first one's directory is still in use
     tuning = [each[name] for each in training.state.log_history for name in ("loss", "total_loss") if name in each]
     found |= {"losses": torch.tensor(losses), "tuning": torch.tensor(tuning)}
     with torch.no_grad():
@@ -269,10 +269,10 @@ def not_finite(kind: str, directory: str) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     for step in range(3):
         mine = rows[8 * step : 8 * step + 8]
-        mine = mine if kind == "alone" else mine[rank() :: world()]
+        mine = mine if kind == "alone" else mine[rank() :: world_size()]
         running(input_ids=mine, labels=mine).loss.backward()
         gradient = recorder.matrices[-1].A.grad
-        if step == 1 and kind == "fsdp2" and rank() == world() - 1:
+        if step == 1 and kind == "fsdp2" and rank() == world_size() - 1:
             gradient.to_local().fill_(torch.nan)
         elif step == 1 and kind != "fsdp2":
             gradient.fill_(torch.nan)
@@ -298,7 +298,7 @@ def changed_meanwhile(kind: str, directory: str) -> dict[str, Tensor]:
     penalty.begin()
     move(recorder, 0.1)
     found = {"value": penalty.add_gradients_()}
-    found |= {f"{m.name}.{x}": whole(getattr(m, x).grad) for m in penalty.matrices for x in "AB"}
+    found |= {f"{m.name}.{x}": full_tensor(getattr(m, x).grad) for m in penalty.matrices for x in "AB"}
     with torch.no_grad():
         running(input_ids=torch.full((1, 4), 3))  # leaves the factors gathered where all are one unit
     importance.load_adapter_into(running)
@@ -316,12 +316,13 @@ def mixed_precision(kind: str, directory: str) -> dict[str, Tensor]:
     expected = {m.name: torch.zeros(m.B.shape[0], m.A.shape[1], dtype=torch.float64) for m in recorder.matrices}
     start = {name: factor.clone() for name, factor in factors(recorder).items()}
     for step in range(3):
-        mine = rows[8 * step : 8 * step + 8][rank() :: world()]
+        mine = rows[8 * step : 8 * step + 8][rank() :: world_size()]
         with torch.autocast("cpu", torch.bfloat16) if kind == "ddp" else nullcontext():
             loss = running(input_ids=mine, labels=mine).loss
         loss.backward()
         before = {
-            m.name: [whole(t.detach()).double() for t in (m.A, m.B, m.A.grad, m.B.grad)] for m in recorder.matrices
+            m.name: [full_tensor(t.detach()).double() for t in (m.A, m.B, m.A.grad, m.B.grad)]
+            for m in recorder.matrices
         }
         with recorder.step(LR):
             optimizer.step()

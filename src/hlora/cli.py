@@ -326,9 +326,9 @@ def _is_lost_peer(error: Exception) -> bool:
     """Whether another process of this launch has ended. Without torch in memory there is no process group."""
     if "torch" not in sys.modules:
         return False
-    from hlora.parallel.group import is_lost
+    from hlora.parallel.group import peer_died
 
-    return isinstance(error, RuntimeError) and is_lost(error)
+    return isinstance(error, RuntimeError) and peer_died(error)
 
 
 def _is_main_process() -> bool:
@@ -343,7 +343,7 @@ def _print(line: str) -> None:
 
 def _print_error(message: str, error: Exception) -> None:
     """On stderr; in a launch of several processes once."""
-    if getattr(error, "told", False):
+    if getattr(error, "reported", False):
         return
     if not _is_main_process():
         time.sleep(3)  # if the first process has the same error, the launcher stops this one meanwhile

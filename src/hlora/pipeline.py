@@ -13,7 +13,7 @@ from peft import PeftModel
 from hlora.config.run import Baseline, RunConfig
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
-from hlora.parallel.group import first_does, lock_directory, together
+from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
 from hlora.run.chain import BEFORE, earlier_runs, measure_earlier
 from hlora.run.job import Job
@@ -53,8 +53,8 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
         ConfigError: another process works on the output directory, or it holds a finished run with other settings.
     """
     with _locked(config):
-        if first_does(lambda: is_finished(config, "results.json", overwrite)):
-            return first_does(lambda: read_results(Path(config.output)))
+        if on_main(lambda: is_finished(config, "results.json", overwrite)):
+            return on_main(lambda: read_results(Path(config.output)))
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
         here = _recorded_before(job, overwrite)
@@ -73,8 +73,8 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 
         for arm in config.baselines:
             measure_once(job, results, arm, partial(_baseline, job, results, arm, importance))
-        results = first_does(lambda: finish(job, results))
-        first_does(lambda: forget_unfinished(job))
+        results = on_main(lambda: finish(job, results))
+        on_main(lambda: forget_unfinished(job))
         return results
 
 
@@ -97,7 +97,7 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
     importance = given_importance(config) or Importance.load(Path(config.output) / "importance")
     with _locked(config):
         adapter = Path(config.output) / "adapter"
-        if not first_does(lambda: is_finished(config, "adapter", overwrite)):
+        if not on_main(lambda: is_finished(config, "adapter", overwrite)):
             job = _open(config, importance)
             _tuned(job, resumed_results(job, "hlora tune"), importance)
             forget_unfinished(job)
@@ -113,8 +113,8 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     with _locked(config):
         job = _open(config, given_importance(config), resumable=False)
         _check_adapter(job, adapter)
-        first_does(job.keep_config)
-        results = first_does(partial(starting_results, job, job.base, command))
+        on_main(job.keep_config)
+        results = on_main(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
@@ -123,7 +123,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
         if job.given is not None or (job.output / "importance").is_dir():
             results["importance"] = describe(job.given or Importance.load(job.output / "importance"), config)
-        return first_does(lambda: finish(job, results))
+        return on_main(lambda: finish(job, results))
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _open(config: RunConfig, given: Importance | None = None, resumable: bool = 
     """The job, with the importance that its domain phase is given. Changes nothing on disk until every check passed."""
     job = Job.open(config, resumable, given)
     if given is not None:
-        with together():
+        with raise_on_all():
             check_fits(job, given)
     return job
 
@@ -147,7 +147,7 @@ def _recorded_before(job: Job, overwrite: bool) -> Importance | None:
     """The importance that the configuration names, or this run's, where the output directory holds it."""
     if job.given is not None:
         return job.given
-    with together():
+    with raise_on_all():
         here = importance_here(job, overwrite)
         if here is not None:
             check_fits(job, here)
@@ -162,7 +162,7 @@ def _recorded(job: Job, results: dict[str, Any], here: Importance | None) -> Imp
     with timed(job, results, "record"):  # its curve is on the disk before the importance, which is found without it
         model, importance, results["history"]["record"] = record_phase(job)
         results["importance"] = describe(importance, job.config)
-    with together():
+    with raise_on_all():
         importance.save(job.output / "importance")
     job.release(model)
     return importance
@@ -176,7 +176,7 @@ def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
             model, results["history"]["tune"], total = tune_phase(job, importance)
             save_adapter(job, model, directory)
             if total is not None:
-                with together():
+                with raise_on_all():
                     total.save(job.output / CONTINUED)
         job.release(model)
     return directory

@@ -32,9 +32,9 @@ from hlora.budget.probes import Rise, SampleProbe, TextProbe
 from hlora.budget.steering import Steering
 from hlora.importance.penalty import ImportancePenalty
 from hlora.model.initialisation import check_base_without_adapter
-from hlora.parallel.dtensor import laid_out_like, whole
+from hlora.parallel.dtensor import distribute_like, full_tensor
 from hlora.parallel.fsdp import is_sharded, reshard
-from hlora.parallel.group import first_does
+from hlora.parallel.group import on_main
 from hlora.system.errors import ConfigError
 
 logger = logging.getLogger("hlora")
@@ -164,7 +164,7 @@ class ForgettingBudget:
         Returns:
             The rise at the end, and α.
         """
-        ends = [(whole(m.A.detach()).clone(), whole(m.B.detach()).clone()) for m in self.penalty.matrices]
+        ends = [(full_tensor(m.A.detach()).clone(), full_tensor(m.B.detach()).clone()) for m in self.penalty.matrices]
         at_end, tokens = self._precisely()
         within, low, high, outside = Rise(0.0, 0.0, at_end.text, at_end.tokens), 0.0, 1.0, at_end.nats
         if at_end.nats <= self.budget:
@@ -234,7 +234,7 @@ class ForgettingBudget:
     def _measure(self, tokens: int, turn: int = 0) -> Rise:
         started = time.perf_counter()
         sharded = is_sharded(self.probe.model)
-        rise = Rise(**first_does(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # one φ for all
+        rise = Rise(**on_main(lambda: asdict(self.probe.measure(tokens, turn)), sharded))  # one φ for all
         reshard(self.probe.model)
         self.seconds += time.perf_counter() - started
         return rise
@@ -260,10 +260,10 @@ class ForgettingBudget:
         for matrix, (A, B) in zip(self.penalty.matrices, ends, strict=True):
             anchor = self.penalty._anchor[matrix.name]
             if anchor is None:
-                matrix.B.copy_(laid_out_like(matrix.B, alpha * B))
+                matrix.B.copy_(distribute_like(matrix.B, alpha * B))
             else:
-                matrix.A.copy_(laid_out_like(matrix.A, torch.lerp(anchor[0].to(A), A, alpha)))
-                matrix.B.copy_(laid_out_like(matrix.B, torch.lerp(anchor[1].to(B), B, alpha)))
+                matrix.A.copy_(distribute_like(matrix.A, torch.lerp(anchor[0].to(A), A, alpha)))
+                matrix.B.copy_(distribute_like(matrix.B, torch.lerp(anchor[1].to(B), B, alpha)))
 
 
 def _between(low: float, at_low: float, high: float, at_high: float, wanted: float) -> float:

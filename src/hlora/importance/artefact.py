@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
-from hlora.parallel.dtensor import laid_out_like
+from hlora.parallel.dtensor import distribute_like
 from hlora.parallel.fsdp import reshard
-from hlora.parallel.group import is_first
+from hlora.parallel.group import is_main
 from hlora.report.card import importance_card, named_card, public_name
 from hlora.system.errors import ArtifactError
 from hlora.system.files import building, how_to_convert, sha256, write_json
@@ -182,7 +182,7 @@ class Importance:
             for matrix in matrices:
                 mine = self.matrices[matrix.name]
                 for factor, values in ((matrix.A, mine.A), (matrix.B, mine.B)):
-                    factor.copy_(laid_out_like(factor, values.to(factor.device)))
+                    factor.copy_(distribute_like(factor, values.to(factor.device)))
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place.
@@ -191,7 +191,7 @@ class Importance:
         number is negative or not finite; nothing is written then. In a group of processes the first writes.
         """
         directory = Path(directory)
-        if not is_first():
+        if not is_main():
             return directory
         refuse_foreign(directory)
         self._check_numbers()
@@ -253,7 +253,7 @@ class Importance:
             ConfigError: `repo` is not of the form user/name.
             ArtifactError: a number is not finite, or the hub refused it or cannot be reached.
         """
-        if not is_first():
+        if not is_main():
             return repo
         public = replace(
             self,

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from hlora.importance.layer_weights import diverged
 from hlora.model.optimizers import check_trained_by, steps_in_backward
-from hlora.parallel.group import first_says
+from hlora.parallel.group import broadcast_bool
 from hlora.system.errors import AdapterError, TrainingError
 from hlora.training.checkpoint_files import checkpoint_directory, load_state, save_state
 from hlora.training.clipping import clip_after_callbacks, clip_as_before, unscale, unwrapped_optimizer
@@ -52,7 +52,7 @@ class RecordingCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._watch.check_step()
         self.recorder.discard()  # left over only when a gradient scaler skipped the step
-        if self.stop_at_move is not None and first_says(self.recorder.move() >= self.stop_at_move):
+        if self.stop_at_move is not None and broadcast_bool(self.recorder.move() >= self.stop_at_move):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

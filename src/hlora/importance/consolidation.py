@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics.types import Consolidated
-from hlora.parallel.group import exchange, world
+from hlora.parallel.group import all_gather_text, world_size
 from hlora.system.errors import AdapterError
 
 
@@ -53,12 +53,12 @@ def importance_of(
 
 def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
     """Raises AdapterError where the processes of a group have trained each its own adapter."""
-    if world() == 1:
+    if world_size() == 1:
         return
     # Float32 where the factors are, as Apple's GPUs have no float64, and together on the CPU: they may be on several.
     found = [torch.linalg.vector_norm(factor, dtype=torch.float32).cpu() for factor in (*As, *Bs)]
     norms = torch.stack(found).double()
-    for number, text in enumerate(exchange(json.dumps(norms.tolist()))):
+    for number, text in enumerate(all_gather_text(json.dumps(norms.tolist()))):
         if not torch.allclose(norms, torch.tensor(json.loads(text), dtype=torch.float64), rtol=1e-3, equal_nan=True):
             raise AdapterError(
                 f"process {number} has another adapter than this one, so their gradients were not averaged. Train the "

@@ -10,7 +10,7 @@ from torch import Tensor
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics import ops
 from hlora.numerics.types import Factors
-from hlora.parallel.dtensor import whole
+from hlora.parallel.dtensor import full_tensor
 
 
 class Movement:
@@ -24,7 +24,7 @@ class Movement:
     def begin(self) -> None:
         """Start from the adapter as it is now."""
         self.start: dict[str, Factors] = {
-            m.name: (whole(m.A.detach()).clone(), whole(m.B.detach()).clone()) for m in self.matrices
+            m.name: (full_tensor(m.A.detach()).clone(), full_tensor(m.B.detach()).clone()) for m in self.matrices
         }
 
     def follow(self) -> None:
@@ -37,7 +37,9 @@ class Movement:
         """Norm of the movement of all matrices, as a share of the norm of their base weights."""
         moved: Tensor = torch.zeros((), device=self.matrices[0].A.device)
         for matrix in self.matrices:
-            left, right = ops.difference(whole(matrix.A), whole(matrix.B), self.start[matrix.name], matrix.scale)
+            left, right = ops.difference(
+                full_tensor(matrix.A), full_tensor(matrix.B), self.start[matrix.name], matrix.scale
+            )
             moved += ((left.T @ left) * (right @ right.T)).sum().to(moved.device)
             if matrix.name not in self._base_squares:
                 self._base_squares[matrix.name] = matrix.base_square()

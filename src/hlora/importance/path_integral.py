@@ -15,7 +15,7 @@ from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics import encodings, ops
 from hlora.numerics.encodings import Encoded
 from hlora.numerics.types import Consolidated, Factors, Step
-from hlora.parallel.group import exchange, world
+from hlora.parallel.group import all_gather_text, world_size
 
 
 class PathIntegral:
@@ -40,7 +40,7 @@ class PathIntegral:
 
     def follow(self, started: bool) -> None:
         """Follow the model to its device, and into a group of processes that it joined before recording started."""
-        if not started and self._shares.processes == 1 != world():
+        if not started and self._shares.processes == 1 != world_size():
             self._shares, self._omega = Shares(self.matrices), {}
         if self._device == self.matrices[0].A.device:
             return
@@ -134,7 +134,7 @@ class PathIntegral:
             return of
         importance = self._shares.gathered({n: c.importance for n, c in of.items()}, self.encoding, everywhere=True)
         numbers = {name: [each.negative, each.undo_cost, each.norm] for name, each in of.items()}
-        known = {name: each for text in exchange(json.dumps(numbers)) for name, each in json.loads(text).items()}
+        known = {name: each for text in all_gather_text(json.dumps(numbers)) for name, each in json.loads(text).items()}
         return {name: Consolidated(omega, *known[name]) for name, omega in importance.items()}
 
     def gathered(self) -> dict[str, Encoded]:

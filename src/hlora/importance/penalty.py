@@ -19,8 +19,8 @@ from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.model.initialisation import HOLDS_BASE, is_at_base
 from hlora.numerics import encodings, ops, types
 from hlora.numerics.encodings import Encoded
-from hlora.parallel.dtensor import laid_out_like, local, whole
-from hlora.parallel.group import world
+from hlora.parallel.dtensor import distribute_like, full_tensor, local_tensor
+from hlora.parallel.group import world_size
 from hlora.system.choices import Anchor, Group, LayerWeights, PhiScale
 from hlora.system.errors import AdapterError, TrainingError
 
@@ -149,7 +149,7 @@ class ImportancePenalty:
         for matrix in self.matrices:
             anchor = self._anchor[matrix.name]
             if anchor is None or not all(
-                torch.equal(whole(factor.detach()), kept.to(factor.dtype))
+                torch.equal(full_tensor(factor.detach()), kept.to(factor.dtype))
                 for factor, kept in zip((matrix.A, matrix.B), anchor, strict=True)
             ):
                 return False
@@ -167,12 +167,12 @@ class ImportancePenalty:
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
         scaled = torch._foreach_mul(gradients, self.phi)
         rounded = [gradient.to(factor.dtype) for factor, gradient in zip(factors, scaled, strict=True)]
-        self._check(self.phi * value, *map(local, rounded))
+        self._check(self.phi * value, *map(local_tensor, rounded))
         here, added = [], []
         for factor, gradient in zip(factors, rounded, strict=True):
             if factor.requires_grad and factor.grad is not None:
-                here.append(local(factor.grad))
-                added.append(local(gradient))
+                here.append(local_tensor(factor.grad))
+                added.append(local_tensor(gradient))
             elif factor.requires_grad:
                 factor.grad = gradient
         if here:
@@ -199,11 +199,11 @@ class ImportancePenalty:
         begun, self._begun = self._current() or self._divided(), None
         values, gradients = begun.wait()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
-        return values.sum(), [laid_out_like(f, gradient) for f, gradient in zip(factors, gradients, strict=True)]
+        return values.sum(), [distribute_like(f, gradient) for f, gradient in zip(factors, gradients, strict=True)]
 
     def _follow(self) -> None:
         """To where the model is now: Trainer moves or shards it, and may join a group, after the penalty was made."""
-        if self._shares.processes == 1 != world():
+        if self._shares.processes == 1 != world_size():
             self._shares = Shares(self.matrices)
             self._omega = {matrix.name: self._omega[matrix.name] for matrix in self._shares.mine}
         if self._device == self.matrices[0].A.device:
@@ -270,7 +270,7 @@ def _base_factors(matrix: AdaptedMatrix) -> types.Factors | None:
             "weight into it, and has been trained since, so the base weight is not known any more. Make the penalty "
             "before training, on the fresh adapter, or use the anchor general."
         )
-    A, B = (whole(factor.detach()).clone() for factor in (matrix.A, matrix.B))
+    A, B = (full_tensor(factor.detach()).clone() for factor in (matrix.A, matrix.B))
     return A, B
 
 

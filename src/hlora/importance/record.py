@@ -13,7 +13,7 @@ from hlora.importance.artefact import Importance, refuse_foreign
 from hlora.importance.callbacks import RecordingCallback
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import unwrapped
-from hlora.parallel.group import first_does
+from hlora.parallel.group import on_main
 
 logger = logging.getLogger("hlora")
 
@@ -56,7 +56,7 @@ class RecordCallback(RecordingCallback):
         self._model: nn.Module | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first_does(lambda: refuse_foreign(self.directory))
+        on_main(lambda: refuse_foreign(self.directory))
         if self._model is not unwrapped(kwargs["model"]):
             self._model = unwrapped(kwargs["model"])
             self.recorder = ImportanceRecorder(kwargs["model"], **self.options)

@@ -22,8 +22,8 @@ from hlora.model.layer_gradients import layer_gradients
 from hlora.numerics import encodings, ops, squares
 from hlora.numerics.encodings import Encoded, Factored
 from hlora.numerics.types import Consolidated, Factors
-from hlora.parallel.dtensor import local
-from hlora.parallel.group import rank, world
+from hlora.parallel.dtensor import local_tensor
+from hlora.parallel.group import rank, world_size
 from hlora.system.errors import AdapterError
 
 _AFFORDED = 0.01  # of a training step's time
@@ -176,7 +176,7 @@ class RecordedSquares:
         gradients = [f.grad for m in self.matrices for f in (m.A, m.B) if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
         if gradients:
-            self._gradient_norm = torch.nn.utils.get_total_norm(widened([local(each) for each in gradients]))
+            self._gradient_norm = torch.nn.utils.get_total_norm(widened([local_tensor(each) for each in gradients]))
 
     def discard(self) -> None:
         """Leave out the examples of the step under way; the optimizer did not step."""
@@ -189,7 +189,7 @@ class RecordedSquares:
         """Add the step's sums to the total, if they and the adapter's gradients are finite everywhere."""
         assert self._gradient_norm is not None
         finite = torch.isfinite(self._gradient_norm).to(self.total.device) & self._coming.isfinite().all()
-        if world() > 1:  # one step counts everywhere or nowhere
+        if world_size() > 1:  # one step counts everywhere or nowhere
             flag = finite.to(torch.int32)
             dist.all_reduce(flag, dist.ReduceOp.MIN)
             finite = flag > 0
@@ -208,7 +208,7 @@ class RecordedSquares:
 
     def _bring_together(self) -> None:
         """The sums of all processes to the first; the others go on from zero."""
-        if world() > 1:
+        if world_size() > 1:
             dist.all_reduce(self.total)
             dist.all_reduce(self.counts)
 

@@ -22,8 +22,8 @@ from hlora.model.adapters import adapted_matrices, unwrapped
 from hlora.model.optimizers import check_trained_by, learning_rate
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
-from hlora.parallel.dtensor import whole
-from hlora.parallel.group import together
+from hlora.parallel.dtensor import full_tensor
+from hlora.parallel.group import raise_on_all
 from hlora.system.errors import AdapterError, ArtifactError
 
 if TYPE_CHECKING:
@@ -280,7 +280,10 @@ class ImportanceRecorder:
                 "Train with recorder.step, recorder.attach or recorder.callback before consolidating."
             )
         self._follow()
-        As, Bs = copies_of([whole(m.A) for m in self.matrices]), copies_of([whole(m.B) for m in self.matrices])
+        As, Bs = (
+            copies_of([full_tensor(m.A) for m in self.matrices]),
+            copies_of([full_tensor(m.B) for m in self.matrices]),
+        )
         check_same_everywhere(As, Bs)
         found = self._recording.consolidated(As, Bs, self._movement.start, xi=xi)
         provenance = {
@@ -309,7 +312,7 @@ class ImportanceRecorder:
         for name, omega in self._recording.gathered().items():
             tensors |= {f"{name}.omega.{part}": tensor for part, tensor in encodings.parts(omega).items()}
             tensors[f"{name}.start_A"], tensors[f"{name}.start_B"] = self._movement.start[name]
-        with together():
+        with raise_on_all():
             _check_finite(tensors)
         return {
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},

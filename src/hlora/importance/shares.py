@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
-from hlora.parallel.dtensor import local, whole
-from hlora.parallel.group import is_first, rank, world
+from hlora.parallel.dtensor import full_tensor, local_tensor
+from hlora.parallel.group import is_main, rank, world_size
 
 if TYPE_CHECKING:
     from hlora.model.adapters import AdaptedMatrix
@@ -32,7 +32,7 @@ class Shares:
 
     def __init__(self, matrices: Sequence[AdaptedMatrix]) -> None:
         self.matrices = list(matrices)
-        self.processes = world()
+        self.processes = world_size()
         self.owners = balanced([m.B.shape[0] * m.A.shape[1] for m in matrices], self.processes)
         self.indices = [i for i, owner in enumerate(self.owners) if owner == rank() or self.processes == 1]
         self.mine = [self.matrices[i] for i in self.indices]
@@ -48,7 +48,7 @@ class Shares:
 
     def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What `to_owners` takes of factors or gradients: the rows that are here, or all in any other layout."""
-        take = local if self._by_rows else whole
+        take = local_tensor if self._by_rows else full_tensor
         return [take(tensor) for tensor in tensors]
 
     @property
@@ -118,7 +118,7 @@ class Shares:
     def versions(self) -> list[int]:
         """Numbers that change with the factors in place; a DTensor and what it holds count each for itself."""
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
-        return [factor._version + (local(factor)._version if self.sharded else 0) for factor in factors]
+        return [factor._version + (local_tensor(factor)._version if self.sharded else 0) for factor in factors]
 
     def gathered(self, mine: dict[str, Encoded], encoding: str, everywhere: bool) -> dict[str, Encoded]:
         """The matrices of all processes by name, in host memory: everywhere, or at the first process alone."""
@@ -138,11 +138,11 @@ class Shares:
                     dist.broadcast(part, owner)
                 elif owner != 0 and own is not None:
                     dist.send(part.to(device).contiguous(), 0)
-                elif owner != 0 and is_first():
+                elif owner != 0 and is_main():
                     part = torch.empty_like(part, device=device)
                     dist.recv(part, owner)
                 parts[name] = part
-            if everywhere or own is not None or is_first():
+            if everywhere or own is not None or is_main():
                 found[matrix.name] = encodings.from_parts({name: part.cpu() for name, part in parts.items()})
         return found
 

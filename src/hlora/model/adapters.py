@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hlora.model.initialisation import CHANGES_BASE, initialisation
-from hlora.parallel.dtensor import whole as full_tensor
+from hlora.parallel.dtensor import full_tensor
 from hlora.system.errors import AdapterError
 
 _BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again

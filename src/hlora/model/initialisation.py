@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hlora.parallel.dtensor import whole
+from hlora.parallel.dtensor import full_tensor
 from hlora.system.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def is_at_base(matrix: AdaptedMatrix) -> bool:
     PiSSA and OLoRA are recognised by what their fresh factors have in common and training destroys: PiSSA's A and B
     hold the same singular values (BᵀB = AAᵀ, diagonal), the columns of OLoRA's B are orthonormal (BᵀB = 1).
     """
-    A, B = (whole(factor.detach()).cpu().double() for factor in (matrix.A, matrix.B))
+    A, B = (full_tensor(factor.detach()).cpu().double() for factor in (matrix.A, matrix.B))
     of_A, of_B = A @ A.T, B.T @ B  # (r, r); BA itself may take 470 MB
     tolerance = max(_TOLERANCE, 2 * torch.finfo(matrix.B.dtype).eps)
     if matrix.initialisation == "olora":

@@ -6,17 +6,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, sharing memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a DTensor, by a collective operation; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+def distribute_like(parameter: Tensor, values: Tensor) -> Tensor:
     """`values`, which every process has in full, distributed as the parameter is. Communicates nothing."""
     if not isinstance(parameter, DTensor):
         return values

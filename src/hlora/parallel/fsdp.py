@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from hlora.parallel.group import world
+from hlora.parallel.group import world_size
 from hlora.parallel.launch import sharding
 
 
@@ -31,7 +31,7 @@ def shard(model: Any) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    mesh = init_device_mesh(device_for(model).type, (world(),))
+    mesh = init_device_mesh(device_for(model).type, (world_size(),))
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)

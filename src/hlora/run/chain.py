@@ -12,7 +12,7 @@ from hlora.config.run import RunConfig
 from hlora.data.domain import DomainRows, Space, domain_rows
 from hlora.evaluation.evaluate import evaluate
 from hlora.parallel.fsdp import shard
-from hlora.parallel.group import first_does, together
+from hlora.parallel.group import on_main, raise_on_all
 from hlora.parallel.launch import sharding
 from hlora.run.job import Job
 from hlora.run.results import read_results
@@ -71,7 +71,7 @@ def measure_earlier(job: Job, results: dict[str, Any], earlier: list[Earlier]) -
         measured = {}
         for name, rows in sets.items():
             logger.info("evaluating: %s", name)
-            measured[name] = first_does(partial(_domain_measures, job, model, rows), in_step=sharding())
+            measured[name] = on_main(partial(_domain_measures, job, model, rows), in_step=sharding())
         results["chain"] = _extended(_chain_of(earlier), _name(job.config.output, earlier), results["arms"], measured)
     job.release(model)
 
@@ -85,7 +85,7 @@ def _domain_measures(job: Job, model: Any, rows: DomainRows) -> dict[str, Any]:
 def _rows_again(job: Job, earlier: Earlier) -> DomainRows:
     """The domain of an earlier run, whose test rows have to be the same as then."""
     config = earlier.config
-    with together():
+    with raise_on_all():
         space = Space.of(job.base, job.tokenizer, config.training.of_tune())
         rows = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
         then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]

@@ -22,7 +22,7 @@ from hlora.model.base import load_base, pick_device
 from hlora.model.lora import attach_lora
 from hlora.model.saved_adapter import changes_base, load_adapter
 from hlora.parallel.fsdp import is_sharded
-from hlora.parallel.group import first_goes_first, together
+from hlora.parallel.group import main_first, raise_on_all
 from hlora.parallel.launch import sharding
 from hlora.run.data_check import check_data
 from hlora.run.lengths import fit_lengths
@@ -56,17 +56,17 @@ class Job:
         Changes nothing on disk until every check has passed, except that it makes the output directory.
         """
         output = Path(config.output)
-        with together():
+        with raise_on_all():
             check_sharding(config)
             make_directory(output)
             check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
             check_data(config)
-        base, tokenizer = first_goes_first(lambda: load_base(config.model))
+        base, tokenizer = main_first(lambda: load_base(config.model))
         job = cls(fit_lengths(config, base), base, tokenizer, output, resumable=resumable, given=given)
-        with together():
+        with raise_on_all():
             job.domain  # noqa: B018  # an unusable row is reported now, not after the general phase
         job.general  # noqa: B018  # read by every process
-        with together():
+        with raise_on_all():
             probe_texts(config.penalty.probe_texts, job.general, config.general.column)
             model = attach_lora(base, config.lora, config.seed)
             adapted_matrices(model, unprotected=config.importance.unprotected)
@@ -81,7 +81,7 @@ class Job:
         In several processes: the first use after `release` may load the base again, so every process makes it.
         """
         if self._base is None:
-            self._base, _ = first_goes_first(lambda: load_base(self.config.model))
+            self._base, _ = main_first(lambda: load_base(self.config.model))
         return self._base
 
     @base.setter
@@ -108,7 +108,7 @@ class Job:
     def general(self) -> GeneralText:
         general, evaluation, seed = self.config.general, self.config.evaluation, self.config.seed
         read = partial(general_text, general, evaluation, self.base, self.tokenizer, seed, self.output)
-        return first_goes_first(read)  # the model's own samples are kept in the output directory
+        return main_first(read)  # the model's own samples are kept in the output directory
 
     @cached_property
     def domain(self) -> DomainRows:

@@ -23,9 +23,9 @@ from hlora.importance.penalty import ImportancePenalty, PenaltyOptions
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.importance.squared_gradients import fisher_information
 from hlora.model.lora import attach_lora
-from hlora.parallel.dtensor import whole
+from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.fsdp import is_sharded
-from hlora.parallel.group import first_goes_first, is_first, together
+from hlora.parallel.group import is_main, main_first, raise_on_all
 from hlora.report.card import adapter_card
 from hlora.run.job import Job
 from hlora.run.once import recording_settings
@@ -210,7 +210,7 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
     else:
         source = GeneralSource(source="model", samples=_PROBE_SAMPLES)
         with model.disable_adapter():
-            samples = first_goes_first(partial(model_samples, source, model, job.tokenizer, seed, job.output))
+            samples = main_first(partial(model_samples, source, model, job.tokenizer, seed, job.output))
         probe = SampleProbe(model, pack(job.tokenizer, samples, _PROBE_SAMPLES, source.sample_tokens, at_most=True))
     return ForgettingBudget(penalty, probe, parse_budget(options.budget), every=options.probe_every)
 
@@ -222,12 +222,12 @@ def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     """
     gathered = None
     if is_sharded(model):
-        gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+        gathered = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     model.peft_config["default"].base_model_name_or_path = job.config.model.name
     facts = {"general": job.general.facts, "domain": job.domain.facts}
     card = adapter_card({"config": job.config.model_dump(), "provenance": {"data": facts}})
-    with together():
-        if is_first():
+    with raise_on_all():
+        if is_main():
             with building(directory) as fresh:
                 # False, as no embedding is adapted: PEFT would ask the hub whether the vocabulary was changed.
                 model.save_pretrained(str(fresh), state_dict=gathered, save_embedding_layers=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hlora.evaluation.evaluate import add_forgetting
 from hlora.parallel.fsdp import shard
-from hlora.parallel.group import first_does, is_first, together, world
+from hlora.parallel.group import is_main, on_main, raise_on_all, world_size
 from hlora.parallel.launch import sharding
 from hlora.run.job import Job
 from hlora.run.results import measure, starting_results
@@ -38,8 +38,8 @@ def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     )  # of an interrupted run that had trained this phase, but not measured it
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
-        with together():
-            if is_first():
+        with raise_on_all():
+            if is_main():
                 write_json(job.output / UNFINISHED, {**_made_from(job), "results": results})
 
 
@@ -52,14 +52,14 @@ def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[],
     with timed(job, results, f"evaluate {arm}"):
         if sharding():
             shard(model)
-        results["arms"][arm] = first_does(lambda: measure(job, model), in_step=sharding())
+        results["arms"][arm] = on_main(lambda: measure(job, model), in_step=sharding())
         add_forgetting(results["arms"][arm], results["arms"]["base"])
     job.release(model)
 
 
 def resumed_results(job: Job, command: str) -> dict[str, Any]:
     """Results of an interrupted run of the same configuration and data, or those that a new run starts with."""
-    return first_does(lambda: _unfinished_here(job, command))
+    return on_main(lambda: _unfinished_here(job, command))
 
 
 def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def _made_from(job: Job) -> dict[str, Any]:
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
     phases = []
     for arguments in (job.config.training.of_record(), job.config.training.of_tune()):
-        rows = world() * math.prod(arguments.get(name, default) for name, default in sizes.items())
+        rows = world_size() * math.prod(arguments.get(name, default) for name, default in sizes.items())
         phases.append({k: v for k, v in arguments.items() if k not in sizes} | {"rows": rows})
     facts["config"]["training"] = phases
-    return {"made_from": written, "by_rows": _digest(facts), "processes": world()}
+    return {"made_from": written, "by_rows": _digest(facts), "processes": world_size()}
 
 
 def _digest(facts: dict[str, Any]) -> str:
@@ -114,7 +114,7 @@ def _digest(facts: dict[str, Any]) -> str:
 
 def forget_unfinished(job: Job) -> None:
     """Remove what an interrupted run would resume from."""
-    if not is_first():
+    if not is_main():
         return
     (job.output / UNFINISHED).unlink(missing_ok=True)
     for phase in (job.output / "logs").glob("*"):

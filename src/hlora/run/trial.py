@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from hlora.config.training import TrainingConfig
 from hlora.model.lora import attach_lora
-from hlora.parallel.group import world
+from hlora.parallel.group import world_size
 from hlora.system.errors import ConfigError, HloraError
 from hlora.system.files import is_io_error
 from hlora.system.redaction import MARK, is_secret_name
@@ -77,7 +77,7 @@ def try_phases(job: Job) -> None:
 def _check_batches(job: Job) -> None:
     """Raises ConfigError if the domain's rows make no whole batch and incomplete batches are dropped."""
     arguments, rows = job.config.training.of_tune(), len(job.domain.train)
-    batch = world() * int(arguments.get("per_device_train_batch_size", 8))
+    batch = world_size() * int(arguments.get("per_device_train_batch_size", 8))
     if arguments.get("dataloader_drop_last") and not arguments.get("packing") and rows < batch:
         part = "tune" if "dataloader_drop_last" in job.config.training.tune else "common"
         raise ConfigError(
@@ -115,7 +115,7 @@ def _suspects(training: TrainingConfig, phase: str, message: str) -> Iterator[st
 
 def _is_to_blame(build: Build, arguments: dict[str, Any], name: str) -> bool:
     """Whether the trial succeeds without the argument."""
-    if world() > 1:  # an error in one process alone would leave the others waiting: the first suspect is blamed
+    if world_size() > 1:  # an error in one process alone would leave the others waiting: the first suspect is blamed
         return True
     try:
         build({key: value for key, value in arguments.items() if key != name})

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora.parallel.dtensor import laid_out_like, whole
-from hlora.parallel.group import exchange, is_first, rank, together
+from hlora.parallel.dtensor import distribute_like, full_tensor
+from hlora.parallel.group import all_gather_text, is_main, raise_on_all, rank
 from hlora.training.checkpoint_files import (
     checkpoint_directory,
     complete_checkpoint,
@@ -89,7 +89,7 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ends = state.global_step >= state.max_steps or control.should_training_stop
-        if not ends and exchange("due" if time.monotonic() - self._saved >= _EVERY else "")[0]:
+        if not ends and all_gather_text("due" if time.monotonic() - self._saved >= _EVERY else "")[0]:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -101,10 +101,10 @@ class Checkpoints(TrainerCallback):
             "epoch_number": self._epoch_number,
         }
         first, *others = [
-            _from_text(text) for text in exchange(_to_text({"random": random_state(), "epoch": self._epoch}))
+            _from_text(text) for text in all_gather_text(_to_text({"random": random_state(), "epoch": self._epoch}))
         ]
-        with together():
-            if is_first():
+        with raise_on_all():
+            if is_main():
                 save_state(
                     checkpoint_directory(args, state),
                     "resume",
@@ -118,7 +118,7 @@ def _gathered(value: Any) -> Any:
     """An optimizer's state in full, where FSDP2 has sharded it. Every process calls it."""
     if isinstance(value, Mapping):
         return {key: _gathered(each) for key, each in value.items()}
-    return whole(value) if isinstance(value, Tensor) else value
+    return full_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
@@ -127,7 +127,9 @@ def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
     for number, sums in kept["state"].items():
         of = parameters[number]
         kept["state"][number] = {
-            name: laid_out_like(of, each.to(of.device)) if isinstance(each, Tensor) and each.shape == of.shape else each
+            name: distribute_like(of, each.to(of.device))
+            if isinstance(each, Tensor) and each.shape == of.shape
+            else each
             for name, each in sums.items()
         }
     optimizer.load_state_dict(kept)

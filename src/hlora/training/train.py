@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora.parallel.dtensor import whole
+from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.fsdp import device_for
-from hlora.parallel.group import first_does, is_first, world
+from hlora.parallel.group import is_main, on_main, world_size
 from hlora.system.errors import ConfigError, TrainingError
 from hlora.training.checkpoint import Checkpoints
 from hlora.training.checkpoint_files import latest_checkpoint
@@ -58,7 +58,7 @@ class StopWhenDiverged(TrainerCallback):
 
     def _check(self, state: TrainerState, model: Any, seen: str = "") -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        lost = [name for name, parameter in trained.items() if not whole(parameter.isfinite().all())]
+        lost = [name for name, parameter in trained.items() if not full_tensor(parameter.isfinite().all())]
         if lost:
             raise TrainingError(
                 f"step {state.global_step}: {seen}{lost[0]} is not finite. Lower training.common.learning_rate, or set "
@@ -110,7 +110,7 @@ def build_trainer(
 
     # Trainer moves the model to an accelerator if there is one, even where model.device asks for the CPU.
     defaults: dict[str, Any] = {"use_cpu": device_for(model).type == "cpu"}
-    if world() > 1:
+    if world_size() > 1:
         defaults["ddp_find_unused_parameters"] = False  # every LoRA layer is used; a search costs one pass a step
     if resumable:
         defaults |= {"save_only_model": True, "save_total_limit": 2}  # two, in case the newest is incomplete
@@ -119,7 +119,7 @@ def build_trainer(
     config = sft_arguments(output, {**defaults, **arguments, **named, **_for_token_ids(dataset, arguments)}, seed)
     config.hub_token = None  # Trainer pickles its arguments into each checkpoint
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    if len(dataset) < _QUICK or not is_first():
+    if len(dataset) < _QUICK or not is_main():
         disable_progress_bars()
     try:
         trainer_class = trainer_class or SFTTrainer
@@ -178,7 +178,7 @@ def train(
     last = [Checkpoints()] if resumable else []
     for callback in (*last, line, StopWhenDiverged(), *callbacks):
         add_callback_first(trainer, callback)
-    found = first_does(lambda: _latest(output)) if resumable else None
+    found = on_main(lambda: _latest(output)) if resumable else None
     if found is not None:
         logger.info("resuming from %s", found)
     try:
