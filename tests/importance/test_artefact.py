@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hlora.importance import artefact
+from hlora.importance import artefact_files
 from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.importance.squared_gradients import fisher_of_sequences
@@ -172,7 +172,9 @@ def test_saved_importance_loads_identically(
     assert_same(saved, loaded)
     assert loaded.provenance.items() >= saved.provenance.items()
     assert set(loaded.provenance["versions"]) == {"torch", "transformers", "peft"}
-    assert sorted(path.name for path in (tmp_path / "importance").iterdir()) == sorted((*artefact._FILES, "README.md"))
+    assert sorted(path.name for path in (tmp_path / "importance").iterdir()) == sorted(
+        (*artefact_files.FILES, "README.md")
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["importance"]
 
 
@@ -233,7 +235,7 @@ def test_a_crash_while_writing_leaves_the_old_importance(
     """The disk is full at the first or the second tensor file."""
     old = record(peft_model, token_ids)
     old.save(tmp_path / "importance")
-    calls, real = [], artefact.save_file
+    calls, real = [], artefact_files.save_file
 
     def full_disk(tensors: dict[str, Tensor], path: Path) -> None:
         calls.append(path)
@@ -241,7 +243,7 @@ def test_a_crash_while_writing_leaves_the_old_importance(
             raise OSError("No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(artefact, "save_file", full_disk)
+    monkeypatch.setattr(artefact_files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         record(peft_model, token_ids).save(tmp_path / "importance")
     assert len(calls) == when

@@ -1,14 +1,7 @@
-"""The artefact: importance Ω, the general adapter θ^ν and where they come from, as one directory.
-
-importance.safetensors   Ω of each matrix in its encoding, and a few values of each base matrix
-importance.json          encoding, per-matrix numbers, provenance
-adapter_model.safetensors, adapter_config.json   θ^ν, an ordinary PEFT adapter
-README.md                the card: what it is, and how to load it
-"""
+"""Importance Ω, the general adapter θ^ν and where they come from: checked, added, saved and loaded as one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -19,30 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from hlora.importance.artefact_files import (
+    FILES,
+    FORMAT,
+    constructible,
+    locate,
+    plain,
+    read_files,
+    refuse_foreign,
+    short,
+    write_files,
+)
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import distribute_like
 from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import is_main
-from hlora.report.card import importance_card, named_card, public_name
+from hlora.report.card import named_card, public_name
 from hlora.system.errors import ArtifactError
-from hlora.system.files import building, how_to_convert, sha256, write_json
+from hlora.system.files import building, how_to_convert
 from hlora.system.hub import upload
 from hlora.system.redaction import redacted, without_paths
-
-FORMAT = 1
-_FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """What is known of one adapted matrix at the end of the general task."""
+    """One adapted matrix at the end of the general phase."""
 
     omega: Encoded  # (d_out, d_in)
     """Ω (Eq. 13), unit of the loss / weight²."""
@@ -50,14 +49,25 @@ class ImportanceMatrix:
     B: Tensor  # (d_out, r)
     scale: float
     undo_cost: float
-    """Σ Ω Δ²: what the penalty of Eq. 14 says it costs to undo the general phase."""
+    """Σ Ω Δ², what undoing the general phase costs in the penalty of Eq. 14."""
     base_sample: Tensor  # (≤ 16,)
-    """A few values of W₀, to recognise the base model again."""
+    """A few values of W₀, by which the base model is recognised."""
 
 
 @dataclass(repr=False)
 class Importance:
-    """Consolidated importance of every adapted matrix (Eq. 13) and the adapter it is anchored at."""
+    """The importance Ω of every adapted matrix, and the adapter θ^ν that it is anchored at.
+
+    `Importance.load` reads one from a directory or the hub; `ImportanceRecorder.consolidate` makes one.
+
+    Attributes:
+        matrices: ImportanceMatrix by the name of the matrix.
+        encoding: "factored", row and column sums of Ω; or "float32", dense.
+        lora_config: LoRA settings of the recording, as PEFT has them.
+        provenance: Where the importance comes from: method, steps, data, base model, versions.
+
+    Source: Eq. 13.
+    """
 
     matrices: dict[str, ImportanceMatrix]
     encoding: str
@@ -70,7 +80,14 @@ class Importance:
 
     @classmethod
     def of(cls, source: Importance | str | Path) -> Importance:
-        """An importance as it is, or that of a directory or a hub repository. Raises ArtifactError for another kind."""
+        """Return `source` itself if it is an Importance, else load it.
+
+        Args:
+            source: An Importance, a directory or a hub repository.
+
+        Raises:
+            ArtifactError: `source` is something else, or cannot be loaded.
+        """
         if isinstance(source, Importance):
             return source
         if not isinstance(source, str | Path):
@@ -79,30 +96,33 @@ class Importance:
         return cls.load(source)
 
     def norms(self) -> dict[str, float]:
-        """‖Ω_l‖₂ of each matrix (Eq. 15, Fig. 7)."""
+        """The norm ‖Ω_l‖₂ of each matrix, by name. Source: Eq. 15, Fig. 7."""
         return {name: float(encodings.norm(matrix.omega)) for name, matrix in self.matrices.items()}
 
     def nbytes(self) -> int:
-        """Bytes of Ω alone, as the paper counts its storage."""
+        """Bytes of Ω alone, which is what the paper counts as storage."""
         return sum(encodings.nbytes(matrix.omega) for matrix in self.matrices.values())
 
     def describe(self) -> dict[str, Any]:
         """Encoding, bytes, norms and provenance as plain values, for results.json and `hlora inspect`."""
         return {
-            "method": "path_integral",  # of artefacts that say nothing
+            "method": "path_integral",  # if the provenance has no method
             "recorded": "in one pass at the base model" if self.without_move else "along the general phase",
             "encoding": self.encoding,
             "bytes": self.nbytes(),
-            "anchors": ["base"] if self.without_move else ["general", "base"],  # what it can hold a model to
+            "anchors": ["base"] if self.without_move else ["general", "base"],  # those that it can hold a model to
             "layer_norms": self.norms(),
             "undo_cost": sum(matrix.undo_cost for matrix in self.matrices.values()),
             **self.provenance,
         }
 
     def __add__(self, other: Importance) -> Importance:
-        """Importance of several general tasks (Eq. 13, Σ_ν); the anchor θ^ν is the later one's, `other`'s.
+        """The importance of two general tasks in sequence, anchored at the adapter of the later one, `other`.
 
-        Raises ArtifactError when the two differ in encoding, method, gradient or matrices.
+        Raises:
+            ArtifactError: The two differ in encoding, method, gradient or matrices.
+
+        Source: Eq. 13, Σ_ν.
         """
         if self.encoding != other.encoding:
             raise ArtifactError(f"cannot add importance in {self.encoding} to one in {other.encoding}")
@@ -124,13 +144,17 @@ class Importance:
 
     @property
     def without_move(self) -> bool:
-        """Whether it was recorded in one pass at the base model, without training: then θ^ν is W₀."""
+        """Whether it was recorded in one pass at the base model, without training. Then θ^ν is W₀."""
         return self.provenance.get("method") == "squared_gradients" and "steps" not in self.provenance
 
     def covering(self, matrices: list[AdaptedMatrix]) -> Importance:
-        """The part of the importance that concerns `matrices`, whatever their rank: all that anchor "base" needs.
+        """The importance of `matrices` only, which may have any rank; the anchor "base" needs no more.
 
-        Raises ArtifactError that names the first matrix which is not covered, and what to do.
+        Args:
+            matrices: The adapted matrices of the model to protect.
+
+        Raises:
+            ArtifactError: A matrix is not covered, has another shape, or is on another base model.
         """
         for matrix in matrices:
             mine = self.matrices.get(matrix.name)
@@ -150,7 +174,14 @@ class Importance:
         return replace(self, matrices={matrix.name: self.matrices[matrix.name] for matrix in matrices})
 
     def check(self, matrices: list[AdaptedMatrix]) -> None:
-        """Raises ArtifactError that names the first matrix whose adapter is unlike the recording's, and what to do."""
+        """Check that an adapter has the matrices, rank and scale of the recording, on the same base model.
+
+        Args:
+            matrices: The adapted matrices of the model to protect.
+
+        Raises:
+            ArtifactError: The adapter differs. Names the first matrix that does.
+        """
         by_name = {matrix.name: matrix for matrix in matrices}
         _same_names(self.matrices, by_name, "the importance", "the model's adapter")
         for name, mine in self.matrices.items():
@@ -161,7 +192,7 @@ class Importance:
                 raise ArtifactError(
                     f"{name}: importance was recorded with A {expected[0]}, B {expected[1]}, scale {expected[2]}; "
                     f"the adapter has A {got[0]}, B {got[1]}, scale {got[2]}. "
-                    f"Use the recording's LoRA settings: {_short(self.lora_config)}; or the anchor base, "
+                    f"Use the recording's LoRA settings: {short(self.lora_config)}; or the anchor base, "
                     "which takes any rank."
                 )
             self._check_base(other)
@@ -174,7 +205,17 @@ class Importance:
             )
 
     def load_adapter_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
-        """Set the model's adapter to θ^ν, where the domain phase starts. Raises ArtifactError on a mismatch."""
+        """Set the model's adapter to θ^ν, where the domain phase starts.
+
+        Args:
+            model: A model with LoRA.
+            adapter_name: The adapter to set; by default the active one.
+
+        In several processes every one calls it, also if the model is sharded.
+
+        Raises:
+            ArtifactError: The adapter or its base model differs from the recording's.
+        """
         reshard(model)
         matrices = adapted_matrices(model, adapter_name, unprotected="warn")
         self.check(matrices)
@@ -185,10 +226,15 @@ class Importance:
                     factor.copy_(distribute_like(factor, values.to(factor.device)))
 
     def save(self, directory: str | Path) -> Path:
-        """Write the artefact, whole or not at all: built beside `directory`, flushed, then renamed into place.
+        """Save to a directory atomically: write next to it, flush, then rename into place.
 
-        Replaces an importance that is there. Raises ArtifactError when `directory` holds anything else, and when a
-        number is negative or not finite; nothing is written then. In a group of processes the first writes.
+        Args:
+            directory: Where to save. An importance that is there is replaced.
+
+        In several processes the main one writes.
+
+        Raises:
+            ArtifactError: `directory` holds something else, or a number is negative or not finite. Nothing is written.
         """
         directory = Path(directory)
         if not is_main():
@@ -223,41 +269,36 @@ class Importance:
             tensors[f"{name}.base_sample"] = matrix.base_sample
             factors[f"base_model.model.{name}.lora_A.weight"] = matrix.A
             factors[f"base_model.model.{name}.lora_B.weight"] = matrix.B
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, directory / "importance.safetensors")
-        save_file({k: v.contiguous().cpu() for k, v in factors.items()}, directory / "adapter_model.safetensors")
-        if self.lora_config:
-            LoraConfig(**_constructible(self.lora_config)).save_pretrained(str(directory))
-        document = self.document()
-        (directory / "README.md").write_text(importance_card(document), encoding="utf-8")
-        sums = {name: sha256(directory / name) for name in _FILES[1:] if (directory / name).exists()}
-        document["sha256"] = {**sums, "importance.json": _digest(document)}
-        write_json(directory / "importance.json", document, indent=1)
+        write_files(directory, self.document(), tensors, factors=factors, lora_config=self.lora_config)
 
     def push_to_hub(
         self, repo: str, *, private: bool = False, license: str | None = None, card: str | None = None
     ) -> str:
-        """Upload the artefact to the hub with its card; returns the repository's address.
+        """Upload the importance to the hub with its card.
 
         `hlora.protect(trainer, repo, phi=1.0)` and `Importance.load(repo)` read it from there. Paths of this machine
-        become their last part.
+        are shortened to their last part.
 
         Args:
-            repo: user/name; made if it is new.
-            private: of a new repository.
-            license: for the card, such as apache-2.0.
-            card: a card of your own, in place of the one that hlora writes.
+            repo: Repository, user/name. Created if it does not exist.
+            private: Whether a new repository is private.
+            license: Licence for the card, such as apache-2.0.
+            card: Text of your own card, to replace the one that hlora writes.
 
-        In several processes: the first uploads.
+        Returns:
+            The repository's address.
+
+        In several processes the main one uploads.
 
         Raises:
             ConfigError: `repo` is not of the form user/name.
-            ArtifactError: a number is not finite, or the hub refused it or cannot be reached.
+            ArtifactError: A number is not finite, or the hub refuses the upload or cannot be reached.
         """
         if not is_main():
             return repo
         public = replace(
             self,
-            lora_config=without_paths(_constructible(self.lora_config)),
+            lora_config=without_paths(constructible(self.lora_config)),
             provenance=without_paths(redacted(self.provenance)),
         )
         for facts, name in ((public.lora_config, "base_model_name_or_path"), (public.provenance, "base_model")):
@@ -271,45 +312,33 @@ class Importance:
             return upload(directory, repo, "Importance, written by hlora", private=private)
 
     def document(self) -> dict[str, Any]:
-        """What importance.json holds, but its checksums: plain values without secrets."""
+        """What importance.json holds, without checksums: plain values, secrets redacted."""
         document = {
             "format": FORMAT,
             "encoding": self.encoding,
             "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
-            "lora_config": _constructible(self.lora_config),
+            "lora_config": constructible(self.lora_config),
             "provenance": {
                 **self.provenance,
                 "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
             },
         }
-        plain: dict[str, Any] = redacted(json.loads(json.dumps(document, default=_plain)))
-        return plain
+        without_secrets: dict[str, Any] = redacted(json.loads(json.dumps(document, default=plain)))
+        return without_secrets
 
     @classmethod
     def load(cls, source: str | Path) -> Importance:
-        """Read an artefact from a directory, or, given a string, from a hub repository when no such directory exists.
+        """Load an importance from a directory or the hub.
 
-        Raises ArtifactError when it is absent, damaged or of a newer format.
+        Args:
+            source: A directory. A string user/name is a hub repository if there is no such directory.
+
+        Raises:
+            ArtifactError: The importance does not exist, is damaged, or has another format.
         """
-        directory = _locate(source)
+        directory = locate(source)
         try:
-            document = json.loads((directory / "importance.json").read_text(encoding="utf-8"))
-            if document.get("format") != FORMAT:
-                raise ArtifactError(
-                    f"{directory}/importance.json: format {document.get('format')!r}, this hlora reads {FORMAT}. "
-                    "Use the hlora that wrote it, or record again."
-                )
-            if document["encoding"] not in encodings.ENCODINGS:
-                raise ArtifactError(
-                    f"{directory}: importance in {document['encoding']!r}, this hlora reads "
-                    f"{' and '.join(encodings.ENCODINGS)}. Record again in one of them."
-                )
-            for name, expected in document.pop("sha256", {}).items():  # against damage, not against an author
-                found = _digest(document) if name == "importance.json" else sha256(directory / Path(name).name)
-                if found != expected:
-                    raise ValueError(f"{name} is not the file that was saved")
-            tensors = _read(directory / "importance.safetensors")
-            factors = _read(directory / "adapter_model.safetensors")
+            document, tensors, factors = read_files(directory)
             matrices = {}
             for name, facts in document["matrices"].items():
                 own = {part: tensors[f"{name}.{part}"] for part in encodings.PARTS if f"{name}.{part}" in tensors}
@@ -330,52 +359,13 @@ class Importance:
         ) as error:  # fmt: skip
             raise ArtifactError(
                 f"{directory}: not a readable importance ({type(error).__name__}: {error}). "
-                f"Expected the files {', '.join(_FILES)}; copy it again or record again.{how_to_convert(directory)}"
+                f"Expected the files {', '.join(FILES)}; copy it again or record again.{how_to_convert(directory)}"
             ) from None
 
 
 def _check_cost(undo_cost: float, name: str) -> None:
     if not math.isfinite(undo_cost):
         raise ValueError(f"{name}.undo_cost: expected a finite number, got {undo_cost}")
-
-
-def refuse_foreign(directory: Path) -> None:
-    """Raises ArtifactError when `directory` holds anything else than an importance."""
-    if not directory.exists():
-        return
-    found = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]
-    card = ("README.md",) if "importance.json" in found else ()  # without one it is another's README
-    foreign = sorted(name for name in found if name not in (*_FILES, *card))
-    if foreign:
-        raise ArtifactError(
-            f"{directory}: holds {foreign[0]}, which is not part of an importance and would be lost. "
-            "Save to a directory of its own."
-        )
-
-
-def _locate(source: str | Path) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ArtifactError(f"{source}: no such directory. Record one with `hlora record CONFIG`.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub client raises many kinds; to the user all mean the same
-        raise ArtifactError(
-            f"{source}: neither a directory here nor a hub repository that can be reached "
-            f"({type(error).__name__}). Check the name and the network, or pass a directory."
-        ) from None
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _same_names(first: Mapping[str, Any], second: Mapping[str, Any], one: str, other: str) -> None:
@@ -388,25 +378,3 @@ def _same_names(first: Mapping[str, Any], second: Mapping[str, Any], one: str, o
                 f"{lacks} lacks it (it has {modules}). Use the same base model and target_modules for both, "
                 "or record again."
             )
-
-
-def _short(lora_config: Mapping[str, Any]) -> str:
-    keys = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
-    shown = {k: _plain(lora_config[k]) for k in keys if lora_config.get(k)}
-    return ", ".join(f"{key}={value}" for key, value in shown.items()) or "not kept"
-
-
-def _constructible(lora_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that LoraConfig takes, as plain values and without empty ones."""
-    names = LoraConfig.__dataclass_fields__
-    kept = {k: _plain(v) for k, v in lora_config.items() if k in names and v not in (None, {}, [])}
-    return {k: v for k, v in kept.items() if k not in ("auto_mapping", "runtime_config", "peft_version")}
-
-
-def _plain(value: Any) -> Any:
-    """JSON's view of sets, enums and dataclasses."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if hasattr(value, "value"):
-        return value.value
-    return value if isinstance(value, str | int | float | bool | list | dict | tuple) or value is None else str(value)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hlora.importance.artefact import Importance, refuse_foreign
+from hlora.importance.artefact import Importance
+from hlora.importance.artefact_files import refuse_foreign
 from hlora.importance.callbacks import RecordingCallback
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import unwrapped
