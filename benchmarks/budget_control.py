@@ -101,7 +101,9 @@ def recorded(grid: Grid, directory: Path) -> Importance:
     if not directory.is_dir():
         config = grid.cell("HLoRA", next(iter(grid.config.tasks)), 0, None).config
         model = attach_lora(grid.base, config.lora, 0)
-        found = fisher_information(model, grid.tokenizer, grid.general(config).train, 64, 128, 0, encoding="factored")
+        text = grid.general(config).train
+        sizes = {"examples": 64, "max_length": 128}
+        found = fisher_information(model, grid.tokenizer, text, **sizes, seed=0, encoding="factored")
         found.save(directory)
         model.unload()
     return Importance.load(directory)

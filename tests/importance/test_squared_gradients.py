@@ -61,7 +61,7 @@ def test_fisher_equals_one_backward_pass_an_example_at_any_batch_size(
     exact_model: PeftModel, model_dir: str, token_ids: Tensor, batch_size: int
 ) -> None:
     sequences = token_ids[:7]
-    importance = fisher_of_sequences(exact_model, sequences, SEED, batch_size)
+    importance = fisher_of_sequences(exact_model, sequences, SEED, batch_size=batch_size)
     expected = fisher_by_one_backward_an_example(model_dir, list(importance.matrices), sequences)
     assert len(expected) == 6
     for name, fisher in expected.items():
@@ -77,7 +77,7 @@ def test_half_the_fisher_penalty_is_the_kl_divergence_of_a_small_change(model_di
     with torch.no_grad():
         before = base(input_ids=sequence).logits[0, :-1].log_softmax(-1)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"], layers_to_transform=[1])).double()
-    ((name, matrix),) = fisher_of_sequences(model, sequence.repeat(4000, 1), SEED, 500).matrices.items()
+    ((name, matrix),) = fisher_of_sequences(model, sequence.repeat(4000, 1), SEED, batch_size=500).matrices.items()
     assert isinstance(matrix.omega, Tensor)
     row, column = divmod(int(matrix.omega.argmax()), matrix.omega.shape[1])
     weight = model.get_base_model().get_submodule(name).get_base_layer().weight
@@ -154,7 +154,9 @@ def test_every_encoding_is_of_the_same_fisher_and_survives_saving(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, encoding: str
 ) -> None:
     dense = fisher_of_sequences(peft_model, token_ids, SEED)
-    fisher_of_sequences(peft_model, token_ids, SEED, len(token_ids), encoding).save(tmp_path / "fisher")
+    fisher_of_sequences(peft_model, token_ids, SEED, batch_size=len(token_ids), encoding=encoding).save(
+        tmp_path / "fisher"
+    )
     loaded = Importance.load(tmp_path / "fisher")
     assert loaded.encoding == encoding
     for name, matrix in dense.matrices.items():
@@ -245,7 +247,7 @@ def test_text_labels_take_the_next_tokens_of_the_text(
     exact_model: PeftModel, model_dir: str, token_ids: Tensor, encoding: str
 ) -> None:
     sequences = token_ids[:5]
-    importance = fisher_of_sequences(exact_model, sequences, SEED, 2, encoding, labels="text")
+    importance = fisher_of_sequences(exact_model, sequences, SEED, batch_size=2, encoding=encoding, labels="text")
     base = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     weights = [base.get_submodule(name).weight for name in importance.matrices]
     expected = [torch.zeros_like(weight) for weight in weights]
@@ -266,7 +268,7 @@ def test_effective_squares_are_those_of_equation_11_at_the_base_point(
     exact_model: PeftModel, token_ids: Tensor
 ) -> None:
     sequence = token_ids[:1]
-    importance = fisher_of_sequences(exact_model, sequence, SEED, 1, labels="text", gradient="effective")
+    importance = fisher_of_sequences(exact_model, sequence, SEED, batch_size=1, labels="text", gradient="effective")
     (exact_model(input_ids=sequence, labels=sequence).loss * (sequence.shape[1] - 1)).backward()
     for m in adapted_matrices(exact_model):
         assert m.A.grad is not None and m.B.grad is not None and not m.A.grad.any()

@@ -173,7 +173,7 @@ def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Span]:
     """EWC's importance of the sequences and the time it took."""
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     started = now()
-    importance = fisher_of_sequences(model, ids, job.config.seed, EWC_BATCH)
+    importance = fisher_of_sequences(model, ids, job.config.seed, batch_size=EWC_BATCH)
     spent = now() - started
     model.unload()
     return importance, spent

@@ -133,9 +133,14 @@ def fisher(job: Job) -> Importance:
 
     def measure(directory: Path) -> None:
         model = attach_lora(job.base, config.lora, config.seed)
-        texts, sizes = job.general.train, (options.examples, options.max_length)
         information = fisher_information(
-            model, job.tokenizer, texts, *sizes, config.seed, batch_size=options.batch_size
+            model,
+            job.tokenizer,
+            job.general.train,
+            examples=options.examples,
+            max_length=options.max_length,
+            seed=config.seed,
+            batch_size=options.batch_size,
         )
         information.save(directory)
         model.unload()

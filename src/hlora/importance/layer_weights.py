@@ -18,12 +18,18 @@ from hlora.system.errors import ArtifactError
 def layer_coefficients(
     importance: Importance, layer_weights: LayerWeights = "softmax", group: Group = "matrix"
 ) -> dict[str, float]:
-    """c_l by matrix name; with group "block", the coefficient of the matrix's transformer block.
+    """The coefficient c_l of each matrix. Warns if one exceeds 0.9.
 
-    Warns when one coefficient exceeds 0.9.
+    Args:
+        importance: The importance whose norms ‖Ω_l‖₂ decide.
+        layer_weights: "softmax" (Eq. 15), "norm_share", "uniform" or "sum" (all ones).
+        group: One coefficient for each "matrix", or for each transformer "block".
+
+    Returns:
+        c_l by matrix name; with the group "block", that of the matrix's block.
 
     Raises:
-        ArtifactError: when a norm is not finite, and when norm shares are asked of a zero importance.
+        ArtifactError: A norm is not finite, or "norm_share" is asked of an importance that is zero.
 
     Source: Eq. 15.
     """
@@ -53,11 +59,19 @@ def layer_coefficients(
 
 
 def relative_unit(importance: Importance, coefficients: Mapping[str, float]) -> float:
-    """What L_reg is divided by under a relative φ (see ImportancePenalty)."""
+    """What L_reg is divided by if φ is relative (see ImportancePenalty).
+
+    Args:
+        importance: The importance.
+        coefficients: c_l by matrix name.
+
+    Raises:
+        ArtifactError: The unit is zero or not finite.
+    """
     if importance.without_move:
         traces = {name: float(encodings.total(m.omega)) for name, m in importance.matrices.items()}
         whole = sum(traces.values())
-        # ½ Σ F δ² is the nats; c_l that favour some layers leave the cost of a move alike in all elements unchanged.
+        # ½ Σ F δ² is in nats. Dividing by the mean c_l leaves the cost of a move that is equal everywhere unchanged.
         unit = 2 * sum(coefficients[name] * trace for name, trace in traces.items()) / whole if whole > 0 else 0.0
     else:
         unit = sum(coefficients[name] * m.undo_cost for name, m in importance.matrices.items())
@@ -75,13 +89,13 @@ def relative_unit(importance: Importance, coefficients: Mapping[str, float]) -> 
 
 
 def _block(name: str) -> str:
-    """The name up to its first number: model.layers.3; an encoder's blocks and a decoder's have different ones."""
+    """The name up to its first number, such as model.layers.3; blocks of encoder and decoder differ in their prefix."""
     found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
     return found.group() if found else "the part outside the blocks"
 
 
 def diverged(weighted: float, phi: float) -> str:
-    """What to change when the penalty, or its gradient, is not finite any more."""
+    """The error text for a penalty, or a gradient of it, that is no longer finite."""
     what = f"the penalty is {weighted}" if not math.isfinite(weighted) else "a gradient of the penalty is not finite"
     return (
         f"{what} at phi {phi:g}. So large a phi needs a smaller learning rate: lower penalty.phi, or "

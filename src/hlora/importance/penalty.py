@@ -1,6 +1,6 @@
 """φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i*)² (Eqs. 14–16): a value to add to the loss, or its gradient once a step.
 
-The anchor θ* is the paper's θ^ν, or the base model (`anchor="base"`): W₀, where the penalised square is that of sBA.
+The anchor θ* is the general adapter θ^ν (the paper's), or the base model W₀: the penalised square is then that of sBA.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class PenaltyOptions(TypedDict, total=False):
-    """What `ImportancePenalty` takes beside model, importance and phi. `protect` takes the same."""
+    """Keyword arguments of `ImportancePenalty`, which `protect` takes too."""
 
     layer_weights: LayerWeights
     phi_scale: PhiScale
@@ -39,36 +39,39 @@ class PenaltyOptions(TypedDict, total=False):
 
 
 class ImportancePenalty:
-    """Holds the adapted weights of `model` to an anchor, each element by its importance.
+    """A penalty on moving adapted weights away from an anchor, weighted by the importance of each weight.
+
+    Warns if one layer coefficient exceeds 0.9, since all other layers are then free to drift.
 
     Args:
-        model: a model with LoRA.
-        importance: an Importance, a directory or a hub repository.
-        phi: weight φ of the penalty, in the unit that `phi_scale` says.
-        layer_weights: c_l from the norms ‖Ω_l‖₂: softmax (Eq. 15), norm_share, uniform, or sum (all ones).
+        model: A model with LoRA.
+        importance: An Importance, a directory or a hub repository.
+        phi: Weight φ of the penalty, in the unit that `phi_scale` sets.
+        layer_weights: How the coefficients c_l come from the norms ‖Ω_l‖₂: "softmax" (Eq. 15), "norm_share", "uniform",
+            or "sum" (all ones).
         phi_scale: "paper" takes Eq. 16 as written. "relative" first divides Ω by Σ_l c_l Σ_i Ω_i Δ_i². Then φ is the
-            loss, in nats, of undoing the general phase once, whatever ξ, model and run length. For an importance
-            without a move (squared gradients), φ is the loss, in nats, of one nat a token of expected forgetting,
-            ½ Σ F δ²; layer weights then keep the cost of a move that is alike everywhere.
-        group: one c_l for each adapted "matrix", or for each transformer "block".
-        adapter_name: the adapter to hold; by default the one active adapter.
-        anchor: "general", θ^ν, where the adapter should start too and whose LoRA settings it needs (the paper's).
-            Or "base", the base model, for a fresh adapter of any rank on any matrices that the importance covers.
+            loss, in nats, of undoing the general phase once, whatever ξ, model and run length. For squared gradients
+            recorded without training, φ is the loss, in nats, of one nat per token of expected forgetting, ½ Σ F δ².
+            Layer weights then leave the cost of a uniform move unchanged.
+        group: One coefficient for each adapted "matrix", or for each transformer "block".
+        adapter_name: The adapter to hold; by default the active one.
+        anchor: "general", the general adapter θ^ν (the paper's): the adapter should start there, and needs its LoRA
+            settings. Or "base", the base model: for a fresh adapter of any rank, on matrices that the importance
+            covers.
 
     Attributes:
         coefficients: c_l by matrix name.
-        unit: what L_reg is divided by, 1 in Eq. 16 as written.
+        unit: What L_reg is divided by; 1 in Eq. 16 as written.
 
-    In several processes (DDP, FSDP2) each holds Ω of its share of the matrices alone (shares.py). Every process calls
-    every method, and the results are the same everywhere. A trainer may move the model, join a group or shard after the
-    penalty was made.
-
-    Warns when one coefficient exceeds 0.9, since all other layers are then free to drift.
+    In several processes (DDP, FSDP2) each process holds Ω of its share of the matrices only. Every process must call
+    every method, and gets the same results. A trainer may move or shard the model, or join a group, afterwards.
 
     Raises:
-        ArtifactError: when the importance does not fit the model, is not finite, or is zero everywhere.
-        AdapterError: without LoRA; with the anchor "base" on a trained adapter of PiSSA or OLoRA, which hold a part of
-            the base weights.
+        ArtifactError: The importance does not fit the model, is not finite, or is zero everywhere.
+        AdapterError: The model has no LoRA. Or the anchor is "base", and a PiSSA or OLoRA adapter, which holds a part
+            of the base weights, has been trained.
+
+    Source: Eqs. 14–16.
     """
 
     def __init__(
@@ -117,10 +120,11 @@ class ImportancePenalty:
     def __call__(self) -> Tensor:
         """φ·L_reg, a scalar to add to the task loss, with closed-form gradients to A and B.
 
-        Computed in float32 or wider, inside torch.autocast too.
+        Computed in float32 or wider, also inside torch.autocast.
 
         Raises:
-            TrainingError: where it is not finite. An accelerator is not waited for; the result there is inf or NaN.
+            TrainingError: The penalty is not finite. Checked on a CPU only, since an accelerator would have to be
+                waited for; the result there is inf or NaN.
 
         Source: Eqs. 15–16.
         """
@@ -131,9 +135,11 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Call at the start of a step, so that results of other processes arrive beside the passes of the model.
+        """Start the exchange between processes; call at the start of a step, so that it overlaps with the model.
 
-        The next evaluation takes them, unless a factor was changed in place meanwhile. Does nothing in one process.
+        The next evaluation uses the results, unless a factor was changed in place meanwhile.
+
+        In several processes every one calls it. In one process it does nothing.
         """
         self._follow()
         if self._shares.divided:
@@ -141,11 +147,11 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def regularisation_loss(self) -> Tensor:
-        """L_reg without φ and without gradients, a scalar. Source: Eq. 15."""
+        """L_reg, a scalar without φ and without gradients. Source: Eq. 15."""
         return self._evaluate()[0]
 
     def is_at_anchor(self) -> bool:
-        """Whether the adapter's factors are those of the anchor, to the bit."""
+        """Whether the adapter's factors equal the anchor's, bit for bit."""
         for matrix in self.matrices:
             anchor = self._anchor[matrix.name]
             if anchor is None or not all(
@@ -157,11 +163,16 @@ class ImportancePenalty:
 
     @torch.no_grad()
     def add_gradients_(self) -> Tensor:
-        """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step. Returns L_reg, a scalar.
+        """Add ∂(φ·L_reg)/∂A and ∂B to `.grad`; call once before each optimizer step.
+
+        Returns:
+            L_reg, a scalar.
 
         Raises:
-            TrainingError: where the penalty or a gradient, in its factor's precision, is not finite; nothing is added
-                then. An accelerator is not waited for; the result there is inf or NaN.
+            TrainingError: The penalty, or a gradient in its factor's precision, is not finite; nothing is added then.
+                Checked on a CPU only, since an accelerator would have to be waited for; the result there is inf or NaN.
+
+        Source: Eq. 16.
         """
         value, gradients = self._evaluate()
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
@@ -180,13 +191,13 @@ class ImportancePenalty:
         return value
 
     def callback(self) -> TrainerCallback:
-        """For Trainer and its children: the gradient of Eq. 16 once per optimizer step, before clipping."""
+        """A callback for Trainer and its subclasses: adds the gradient once per optimizer step, before clipping."""
         from hlora.importance.callbacks import PenaltyCallback
 
         return PenaltyCallback(self)
 
     def _check(self, weighted: Tensor, *gradients: Tensor) -> None:
-        """Raises TrainingError that says what to change, where it is known without waiting for the device."""
+        """Raises TrainingError if something is not finite and this is known without waiting for the device."""
         if weighted.is_cpu and not all(bool(each.isfinite().all()) for each in (weighted, *gradients)):
             raise TrainingError(diverged(float(weighted.detach()), self.phi))
 
@@ -202,7 +213,7 @@ class ImportancePenalty:
         return values.sum(), [distribute_like(f, gradient) for f, gradient in zip(factors, gradients, strict=True)]
 
     def _follow(self) -> None:
-        """To where the model is now: Trainer moves or shards it, and may join a group, after the penalty was made."""
+        """Follow the model: Trainer moves or shards it, and may join a group, after the penalty was made."""
         if self._shares.processes == 1 != world_size():
             self._shares = Shares(self.matrices)
             self._omega = {matrix.name: self._omega[matrix.name] for matrix in self._shares.mine}
@@ -227,11 +238,11 @@ class ImportancePenalty:
         )
         weights = [self.coefficients[m.name] / self.unit for m in mine]
         for each in (list(values), *gradients):
-            torch._foreach_mul_(each, weights)  # in place, by one launch where there would be one a matrix
+            torch._foreach_mul_(each, weights)  # in place; one kernel launch for all matrices, not one each
         return values, list(zip(*gradients, strict=True))
 
     def _divided(self) -> Pending:
-        """This process's share of the work done, and its results sent to the others."""
+        """Compute this process's share, and start to send the results to the others."""
         shares = self._shares
         if shares.sharded:
             As, Bs = (
@@ -247,7 +258,7 @@ class ImportancePenalty:
         return shares.to_all(list(values), gradients)
 
     def _current(self) -> Pending | None:
-        """What `begin` has under way, if it is of the factors as they are."""
+        """What `begin` started, if the factors are still the same."""
         if self._begun is not None and self._begun.versions != self._shares.versions():
             self._begun.work.wait()
             self._begun = None
@@ -255,13 +266,13 @@ class ImportancePenalty:
 
 
 def check_phi(phi: float) -> None:
-    """Raises ValueError for a weight of the penalty that is negative, not finite or no number."""
+    """Raises ValueError if `phi` is negative, not finite or not a number."""
     if not isinstance(phi, int | float) or not 0 <= phi < math.inf:
         raise ValueError(f"phi: expected a finite weight of at least 0, got {phi!r}")
 
 
 def _base_factors(matrix: AdaptedMatrix) -> types.Factors | None:
-    """What the adapter has to be for the model to be the base: None for sBA = 0, or the fresh factors of PiSSA."""
+    """The factors at which the model equals the base: None stands for sBA = 0; PiSSA's are its fresh ones."""
     if matrix.initialisation not in HOLDS_BASE:
         return None
     if not is_at_base(matrix):
@@ -275,7 +286,7 @@ def _base_factors(matrix: AdaptedMatrix) -> types.Factors | None:
 
 
 class _Regularisation(torch.autograd.Function):
-    """L_reg with its closed-form gradients; no graph and no d×d tensor is kept."""
+    """L_reg with its closed-form gradients; keeps no graph and no d×d tensor."""
 
     @staticmethod
     def forward(ctx: Any, penalty: ImportancePenalty, *factors: Tensor) -> Tensor:
@@ -287,6 +298,6 @@ class _Regularisation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Rounded once, as in add_gradients_. Of a model split over devices, factors are on several.
+        # Rounded once, as in add_gradients_. The factors of a model that is split over devices are on several.
         scaled = (upstream.to(gradient.device) * gradient for gradient in ctx.saved_tensors)
         return None, *(gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True))

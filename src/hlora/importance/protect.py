@@ -1,4 +1,4 @@
-"""`protect`, the two-line way in for an existing script, and `ProtectCallback` for a trainer that takes callbacks."""
+"""`protect`, one line for an existing script, and `ProtectCallback` for any trainer that takes callbacks."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ logger = logging.getLogger("hlora")
 def protect(
     trainer: Trainer, importance: Importance | str | Path, phi: float, **options: Unpack[PenaltyOptions]
 ) -> ImportancePenalty:
-    """Protect what `importance` covers while `trainer` trains: the two-line way in for an existing script.
+    """Protect the weights that `importance` covers while `trainer` trains; call it before `trainer.train()`.
 
-    A second call on the same trainer replaces the penalty of the first.
+    With the anchor "general", an untrained adapter is set to the general adapter θ^ν, where the paper starts the domain
+    task. A trained adapter stays as it is, with a warning. With the anchor "base" every adapter stays as it is. A
+    second call on the same trainer replaces the first penalty.
 
     Args:
-        trainer: a transformers.Trainer or a child of it, with its model.
-        importance: an Importance, a directory or a hub repository.
-        phi: weight φ of the penalty.
-        options: further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor. With the
-            anchor "general" an untrained adapter is set to θ^ν, where the paper starts the domain task. A trained
-            adapter stays as it is, with a warning. With the anchor "base" every adapter stays as it is.
+        trainer: A transformers.Trainer, or a subclass such as SFTTrainer, with its model.
+        importance: An Importance, a directory or a hub repository.
+        phi: Weight φ of the penalty.
+        options: Further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor.
 
     Returns:
         The penalty.
 
+    In several processes (DDP, FSDP2) every one calls it.
+
     Raises:
-        AdapterError: when `trainer` is no Trainer or its model has no LoRA.
-        ArtifactError: when the importance does not fit the model.
+        AdapterError: `trainer` is not a Trainer, or its model has no LoRA.
+        ArtifactError: The importance cannot be read or does not fit the model.
+
+    Source: Eq. 16.
     """
     if not hasattr(trainer, "callback_handler"):
         raise AdapterError(
@@ -53,7 +57,9 @@ def protect(
     callback, callbacks = ProtectCallback(importance, phi, **options), trainer.callback_handler.callbacks
     name = options.get("adapter_name")
     earlier = [c for c in callbacks if isinstance(c, ProtectCallback) and c.options.get("adapter_name") == name]
-    replaced = [each.penalty for each in earlier if hasattr(each, "penalty")]  # one in a list of callbacks has none yet
+    replaced = [
+        each.penalty for each in earlier if hasattr(each, "penalty")
+    ]  # a callback that waits for its model has none yet
     penalty = callback.start(trainer.model, replaced)
     coefficients = [each.coefficients for each in replaced]
     for each in [*callbacks]:
@@ -64,22 +70,24 @@ def protect(
 
 
 class ProtectCallback(PenaltyCallback):
-    """Protects what `importance` covers in any Trainer that takes callbacks, also before there is a model.
+    """`protect` as a callback, for trainers that take callbacks before there is a model.
 
-    As training begins, an untrained adapter is set to θ^ν and the penalty is made; `protect` says more. A training
-    that resumes from a checkpoint keeps the checkpoint's adapter.
+    When training begins, an untrained adapter is set to θ^ν and the penalty is made, as in `protect`. A training that
+    resumes from a checkpoint keeps the checkpoint's adapter.
 
     Args:
-        importance: an Importance, a directory or a hub repository.
-        phi: weight φ of the penalty.
-        options: further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor.
+        importance: An Importance, a directory or a hub repository.
+        phi: Weight φ of the penalty.
+        options: Further arguments of ImportancePenalty: layer_weights, phi_scale, group, adapter_name, anchor.
 
     Attributes:
-        penalty: the ImportancePenalty, from the start of training on.
+        penalty: The ImportancePenalty, once training has begun.
+
+    In several processes (DDP, FSDP2) every one has the callback.
 
     Raises:
-        ArtifactError: when the importance cannot be read; as training begins, when it does not fit the model.
-        AdapterError: as training begins, when the model has no LoRA.
+        ArtifactError: The importance cannot be read or, when training begins, does not fit the model.
+        AdapterError: When training begins: the model has no LoRA.
     """
 
     def __init__(self, importance: Importance | str | Path, phi: float, **options: Unpack[PenaltyOptions]) -> None:
@@ -99,9 +107,12 @@ class ProtectCallback(PenaltyCallback):
         """Set an untrained adapter of `model` to θ^ν and make the penalty.
 
         Args:
-            model: the model that is trained.
-            earlier: penalties that this one replaces; an adapter at the anchor of one counts as untrained.
-            resumed: whether the adapter is that of a checkpoint, and stays as it is.
+            model: The model to train.
+            earlier: Penalties that this one replaces; an adapter at one of their anchors counts as untrained.
+            resumed: Whether the adapter comes from a checkpoint. Then it stays as it is.
+
+        Returns:
+            The penalty.
         """
         untrained = False
         if self.options.get("anchor", "general") == "general" and not resumed:

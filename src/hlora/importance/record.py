@@ -1,4 +1,4 @@
-"""`RecordCallback`: importance recorded in any trainer that takes callbacks, and saved when training ends."""
+"""`RecordCallback`: records importance in any trainer that takes callbacks, and saves it when training ends."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class RecordCallback(RecordingCallback):
     For trainers that take callbacks before there is a model: the recorder is made as training begins.
 
     Args:
-        directory: where to save; new, or one that holds an importance.
-        xi: ξ of Eq. 13, unit weight².
-        stop_at_move: ends the training once the adapter has moved the recorded matrices by this share of their norm.
-        data: a description of the general text, kept as provenance.
-        options: further arguments of ImportanceRecorder.
+        directory: Where to save: a new directory, or one that holds an importance, which is replaced.
+        xi: Damping ξ of Eq. 13, unit weight².
+        stop_at_move: Ends the training once the adapter has moved the recorded matrices by this share of their norm.
+        data: A description of the general text, kept as provenance.
+        options: Further arguments of ImportanceRecorder.
 
     Attributes:
-        importance: what was saved; None until training ends.
+        importance: The importance that was saved; None until training ends.
 
-    In several processes every one takes part, and the first saves.
+    In several processes every one has the callback, and the main one saves.
 
     Raises:
-        ArtifactError: as training begins, when `directory` holds anything else than an importance.
-        AdapterError: as training begins, when the model has no LoRA or trains what cannot be protected.
+        ArtifactError: When training begins: `directory` holds anything but an importance.
+        AdapterError: When training begins: the model has no LoRA, or trains parts that cannot be protected.
     """
 
     def __init__(

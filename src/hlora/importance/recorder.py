@@ -1,4 +1,4 @@
-"""Records importance while a model trains on general text; the same three ways in for either method."""
+"""Records importance while a model trains on general text, by either method, in a loop, an optimizer or a Trainer."""
 
 from __future__ import annotations
 
@@ -35,32 +35,34 @@ Method = Literal["path_integral", "squared_gradients"]
 class ImportanceRecorder:
     """Records the importance of every LoRA-adapted matrix of `model` while it is trained on general text.
 
-    Three equal ways in: `with recorder.step(lr): optimizer.step()`, `recorder.attach(optimizer)`, and
-    `Trainer(callbacks=[recorder.callback()])`. The loss must be that of the task alone. Gradients must be averaged over
-    accumulation and not yet clipped; the callback sees to that by itself. Recording starts from any adapter state.
+    There are three equal ways to use it: `with recorder.step(lr): optimizer.step()`, `recorder.attach(optimizer)`, and
+    `Trainer(callbacks=[recorder.callback()])`. The loss must be the task loss alone. Gradients must be averaged over
+    accumulation and not yet clipped, which the callback takes care of. Recording can start from any adapter state.
 
-    Squared gradients are of one row of a batch at a time, or of one sequence that packing laid into a row. Their labels
-    are those that the model is trained on. They are watched in the backward pass: from when the recorder is made until
-    `attach`'s detach, the end of the callback's training, or the end of the recorder. The model must be called with
-    `labels`, and not only a part of it. Squared gradients are always kept factored.
+    Squared gradients are taken of each row of a batch, or of each sequence that packing put into a row, with the labels
+    that the model is trained on. Hooks take them in the backward pass, from when the recorder is made until `attach`'s
+    function detaches it, the callback's training ends, or the recorder is deleted. The whole model must be called, with
+    `labels`. Squared gradients are always kept factored.
 
     Args:
         model: A model with LoRA from PEFT, compiled, wrapped or neither.
-        encoding: "factored", d_out + d_in numbers a matrix; or "float32", dense, of a path integral alone.
+        encoding: "factored", d_out + d_in numbers for each matrix; or "float32", dense, for a path integral only.
         adapter_name: The adapter to record; by default the active one.
-        unprotected: What to do about trained parts that importance cannot cover (see adapted_matrices).
+        unprotected: "refuse" or "warn" of trained parts that importance cannot cover, such as embeddings.
         method: "path_integral", gradient times movement (Eqs. 7-12, the paper's); or "squared_gradients".
-        seed: Of the random signs that squared gradients are summed by, and of the choice of rows.
-        share: Of each batch's rows that squared gradients are taken of, at least one. By default as many as take about
-            1 % of a training step: all of them beside a model of 3 billion weights, a third beside one of 135 million.
+        seed: Seed of the random signs by which squared gradients are summed, and of the choice of rows.
+        share: Share of each batch's rows whose squared gradients are taken, at least one row. By default as many as
+            take about 1 % of a training step: all rows for a model of 3 billion weights, a third for 135 million.
 
-    In several processes (DDP, FSDP2) every process calls every method. Each integrates the path integral of its share
-    of the matrices (shares.py), or the squared gradients of its own rows. A trainer may move the model, join a group or
-    shard after the recorder was made.
+    In several processes (DDP, FSDP2) every process must call every method. Each integrates the path integral of its
+    share of the matrices, or the squared gradients of its own rows. A trainer may move or shard the model, or join a
+    group, after the recorder is made.
 
     Raises:
-        AdapterError: The model has no LoRA, or trains what cannot be protected (see adapted_matrices).
-        ValueError: The encoding or method is unknown, or the two do not go together.
+        AdapterError: The model has no LoRA, or trains parts that cannot be protected.
+        ValueError: The encoding or method is unknown, or the two cannot be combined.
+
+    Source: Eqs. 7–13; for squared gradients, docs/equations.md.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class ImportanceRecorder:
 
     @property
     def kind(self) -> str:
-        """A name for the files of its state: the encoding of a path integral, or "squares"."""
+        """Name of the state's files: the encoding of a path integral, or "squares"."""
         return self.encoding if self.method == "path_integral" else "squares"
 
     def reset(self) -> None:
@@ -116,10 +118,10 @@ class ImportanceRecorder:
 
     @contextmanager
     def step(self, lr: float) -> Iterator[None]:
-        """Wraps one `optimizer.step()`; put clipping inside too, so that the gradient is seen before it.
+        """A context manager for one `optimizer.step()`; clip inside it, so that gradients are read before clipping.
 
         Args:
-            lr: The learning rate η of this step. Gradients that a scaler multiplied must be unscaled before.
+            lr: The learning rate η of this step. Gradients that a scaler multiplied must be unscaled first.
         """
         self.capture(lr)
         try:
@@ -130,14 +132,21 @@ class ImportanceRecorder:
         self.integrate()
 
     def attach(self, optimizer: Any) -> Callable[[], None]:
-        """Record each step of `optimizer` through its own hooks; returns a function that detaches.
+        """Record each step of `optimizer` through its own hooks.
 
         Learning rates come from the parameter groups. A step that a gradient scaler skips never reaches the hooks and
-        is not counted. The hooks see gradients as they are when the optimizer steps. So clip inside `recorder.step`
+        is not counted. The hooks see gradients as they are when the optimizer steps. If you clip, use `recorder.step`
         instead, or call `recorder.capture_from(optimizer)` before clipping.
+
+        Args:
+            optimizer: The optimizer that trains the adapter; one that Accelerate wraps is unwrapped.
+
+        Returns:
+            A function that detaches the recorder.
 
         Raises:
             AdapterError: The optimizer has none of the recorded parameters.
+            ValueError: Later, when the optimizer steps with a closure, whose gradients come too late.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the real one
         check_trained_by(optimizer, self.matrices)
@@ -167,10 +176,10 @@ class ImportanceRecorder:
         return detach
 
     def callback(self, stop_at_move: float | None = None) -> TrainerCallback:
-        """For Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients.
+        """A callback for Trainer and SFTTrainer: records every optimizer step of `train()` from unclipped gradients.
 
         Args:
-            stop_at_move: Ends the training once `move()` reaches it.
+            stop_at_move: Ends the training once `move()` reaches this share.
         """
         from hlora.importance.callbacks import RecordingCallback
 
@@ -191,33 +200,37 @@ class ImportanceRecorder:
         return self._movement.share()
 
     def capture_from(self, optimizer: Any) -> None:
-        """Keep what the step needs as it is now, with the learning rates of the optimizer's groups."""
+        """`capture` with the learning rates of the optimizer's parameter groups."""
         scale = getattr(optimizer, "grad_scale", None)  # set while a fused optimizer unscales by itself
         rates = {id(p): learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
         self.capture(rates, 1.0 if scale is None else 1.0 / scale)
 
     @torch.no_grad()
     def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor = 1.0) -> None:
-        """Keep what the step needs as it is now, for the `integrate` after the optimizer's step.
+        """Copy what `integrate` needs, before the optimizer steps.
 
         Args:
-            lr: One learning rate, or one by parameter id. Where A and B differ (LoRA+), η of the second-order term is
-                √(η_A η_B), which makes that term exact.
-            gradient_scale: What the gradients are multiplied by first.
+            lr: One learning rate, or one for each parameter by id. If A's and B's differ (LoRA+), η of the second-order
+                term is √(η_A η_B), which makes that term exact.
+            gradient_scale: Factor to multiply the gradients by first.
+
+        Source: Eq. 11.
         """
         self._follow()
         self._recording.capture(lr, gradient_scale)
 
     def discard(self) -> None:
-        """Forget what `capture` kept; the optimizer did not step."""
+        """Drop what `capture` copied, since the optimizer did not step."""
         self._recording.discard()
 
     @torch.no_grad()
     def integrate(self) -> None:
         """Add the step since `capture` to what is recorded.
 
-        A step that is not finite is skipped, counted and warned of once. On an accelerator that is decided there, and
+        A step that is not finite is skipped and counted, with one warning. An accelerator decides that by itself, so
         the warning comes when the count is next read.
+
+        Source: Eq. 12.
         """
         if not self._recording.captured:
             return
@@ -234,7 +247,7 @@ class ImportanceRecorder:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps left out because a gradient or weight was not finite."""
+        """Optimizer steps skipped because a gradient or weight was not finite."""
         self._warn()
         return int(self._skipped)
 
@@ -249,24 +262,27 @@ class ImportanceRecorder:
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """What is recorded so far, by matrix name, in the encoding: a path integral, or sums of squared gradients.
+        """What is recorded so far, by matrix name: the path integral, or sums of squared gradients.
 
-        In a group of processes, this process's part of it.
+        In several processes, this process's part.
         """
         return self._recording.omega
 
     @torch.no_grad()
     def consolidate(self, xi: float = 1e-3, data: Mapping[str, Any] | None = None) -> Importance:
-        """The importance, anchored at the adapter as it is now; starts to record anew from here.
+        """Compute the importance, anchored at the adapter as it is now. The recorder then starts anew from here.
 
-        Of a path integral ω it is max(ω, 0)/(Δ² + ξ). Of squared gradients it is their sum over the number of tokens
-        that were predicted, so that half the penalty is nats a token, whatever the length of the phase.
+        From a path integral ω it is max(ω, 0)/(Δ² + ξ). From squared gradients it is their sum divided by the number of
+        predicted tokens, so that half the penalty is in nats per token, however long the phase was.
 
         Args:
             xi: Damping ξ of a path integral, unit weight².
             data: A description of the general data, kept as provenance.
 
-        In several processes every one gets the whole, in host memory.
+        Returns:
+            The importance of all matrices, in host memory.
+
+        In several processes every one gets all of it.
 
         Raises:
             ArtifactError: No step was recorded.
@@ -301,12 +317,13 @@ class ImportanceRecorder:
         return importance
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors and plain values: what is recorded, starting factors, counts.
+        """Everything needed to resume, as tensors and plain values: what is recorded, starting factors, counts.
 
-        In several processes the first has all of it, for a group of any number to go on from; another has its part.
+        In several processes the main one returns all of it, from which any number of processes can resume. Each of the
+        others returns its part.
 
         Raises:
-            ArtifactError: A sum has overflowed. A state that is not finite is neither given nor taken.
+            ArtifactError: A sum has overflowed, so the state is not finite.
         """
         tensors: dict[str, Tensor] = {}
         for name, omega in self._recording.gathered().items():
@@ -324,10 +341,13 @@ class ImportanceRecorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Changes nothing when the state is refused.
+        """Resume from a `state_dict`. Changes nothing if the state is refused.
+
+        Args:
+            state: What `state_dict` returned.
 
         Raises:
-            ArtifactError: The state is not finite, or of another model, encoding or method.
+            ArtifactError: The state is not finite, or comes from another model, encoding or method.
         """
         if state.get("method", "path_integral") != self.method:
             raise ArtifactError(f"recording state is of {state.get('method')}, this recorder's method is {self.method}")

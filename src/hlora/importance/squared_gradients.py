@@ -1,10 +1,10 @@
-"""Squared gradients at the base point: the diagonal Fisher information of the adapted matrices, without training.
+"""Squared gradients at the base model: the diagonal Fisher information of the adapted matrices, without training.
 
-It is EWC-LoRA's importance (Kirkpatrick et al. 2017; Xiang et al. 2023, *Language Models Meet World Models*), dense and
-with labels drawn from the model: λ Σ_i F_i (sBA)_i², here `ImportancePenalty(model, importance, phi=λ,
-layer_weights="sum", phi_scale="paper", anchor="base")`. And it is HLoRA's path integral when nothing moves: under SGD
-ω = Σ η g̃² (Eq. 12), so that of a few hundred sequences, factored from the first one, serves as importance that costs
-one pass. On the model's own samples the text is itself a draw from the model, and needs no other labels.
+This is EWC-LoRA's importance (Kirkpatrick et al. 2017; Xiang et al. 2023, *Language Models Meet World Models*), dense
+and with labels drawn from the model: λ Σ_i F_i (sBA)_i², here `ImportancePenalty(model, importance, phi=λ,
+layer_weights="sum", phi_scale="paper", anchor="base")`. It is also HLoRA's path integral if nothing moves: under SGD
+ω = Σ η g̃² (Eq. 12). So the squared gradients of a few hundred sequences, kept factored, serve as importance that costs
+one pass. The model's own samples are drawn from the model already, and need no other labels.
 """
 
 from __future__ import annotations
@@ -33,15 +33,28 @@ def fisher_information(
     model: PeftModel,
     tokenizer: Any,
     documents: list[str],
+    *,
     examples: int,
     max_length: int,
     seed: int,
     at_most: bool = False,
     **options: Any,
 ) -> Importance:
-    """Squared gradients of the adapted matrices on general text: `pack`, then `fisher_of_sequences` with `options`.
+    """Squared gradients of the adapted matrices on general text: `pack`, then `fisher_of_sequences`.
 
-    Raises DataError when the text is too short for so many examples, AdapterError as `fisher_of_sequences` does.
+    Args:
+        model: The base model with its adapter.
+        tokenizer: The model's.
+        documents: General text.
+        examples: Sequences to make of it.
+        max_length: Tokens in a sequence.
+        seed: Seed of the sampled labels.
+        at_most: Accept text that is too short for so many sequences.
+        options: Further arguments of `fisher_of_sequences`.
+
+    Raises:
+        DataError: The text is too short.
+        AdapterError: As `fisher_of_sequences`.
     """
     return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length, at_most), seed, **options)
 
@@ -50,6 +63,7 @@ def fisher_of_sequences(
     model: PeftModel,
     sequences: Tensor,  # (examples, length) token ids
     seed: int,
+    *,
     batch_size: int = 8,
     encoding: str = "float32",
     labels: Literal["sampled", "text"] = "sampled",
@@ -57,24 +71,33 @@ def fisher_of_sequences(
 ) -> Importance:
     """F = E_b[(∂ Σ_t log p(y_bt | x_b,<t) / ∂W)²] / T at the pretrained weights W, T = length − 1 tokens predicted.
 
-    labels: y drawn from the model itself (EWC), or the text's own next tokens, which are such a draw where the model
-    wrote the text. Given the true prefix the scores of two drawn positions do not correlate, so the squared sum over a
-    sequence is an unbiased estimate of the sum of squares, and ½ Σ F δ² is the second-order KL divergence that a change
-    δ of W makes, diagonal part, in nats a token: the unit of λ, and of a relative φ.
-    gradient: exact, G = ∂L/∂W, or effective, g̃ of Eq. 11, which is s² G AᵀA where B = 0: G as far as A sees it.
-    seed: of the sampled labels; they do not depend on `batch_size`.
-    encoding: float32 forms each example's dense gradient, factored never does (`add_squares_`). The sums are kept in
-    float32 or wider; memory beyond them is two matrices of a layer and one batch's activations.
+    Given the true prefix, the scores at two sampled positions are uncorrelated. So the square of the sum over a
+    sequence is an unbiased estimate of the sum of squares. ½ Σ F δ² is the diagonal part of the second-order KL
+    divergence that a change δ of W makes, in nats per token: the unit of λ, and of a relative φ.
 
-    The result is anchored at the adapter's A and B = 0, W itself, and the adapter's state does not matter to it, but
-    for A to the effective gradient.
+    Args:
+        model: The base model with its adapter. The adapter's state does not matter, except A to the effective gradient.
+        sequences: Token ids (examples, length).
+        seed: Seed of the sampled labels, which do not depend on `batch_size`.
+        batch_size: Sequences in one pass.
+        encoding: "float32" forms the dense gradient of each example, "factored" never does (`add_squares_`). Sums are
+            kept in float32 or wider. Memory on top of them: two matrices of a layer and one batch's activations.
+        labels: "sampled", y drawn from the model (EWC); or "text", the next tokens of the text, which are such a draw
+            if the model generated the text.
+        gradient: "exact", G = ∂L/∂W; or "effective", g̃ of Eq. 11, which is s² G AᵀA if B = 0.
 
-    Raises AdapterError without LoRA, or where a layer's input keeps no example apart (experts of a mixture).
+    Returns:
+        An importance anchored at the adapter's A and B = 0, which is W itself.
+
+    Raises:
+        AdapterError: The model has no LoRA, or a layer's input mixes the examples (experts of a mixture).
+
+    Source: Kirkpatrick et al. 2017 (EWC), docs/equations.md.
     """
     matrices = {matrix.name: matrix for matrix in adapted_matrices(model, unprotected="warn")}
     check_base_without_adapter(matrices.values())
     wide = {name: _wide(matrix.A) for name, matrix in matrices.items()}
-    encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
+    encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # refuse an unknown encoding before the pass
     sums: dict[str, Encoded] = {}
     for name, m in matrices.items():
         sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], m.A.device, wide[name])
@@ -142,9 +165,14 @@ def fisher_of_sequences(
 
 
 def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
-    """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place. x: (n, T, d_in), gradient: (n, T, d_out).
+    """total += Σ_b G_b², G_b = Σ_t gradient[b, t] ⊗ x[b, t], in place.
 
     Factored sums form no (d_out, d_in) tensor (`squares.exact_sums`).
+
+    Args:
+        total: The sums so far, a (d_out, d_in) matrix.
+        x: Inputs (n, T, d_in).
+        gradient: Gradients of the outputs (n, T, d_out).
     """
     if isinstance(total, Factored):
         row, column = squares.exact_sums(x, gradient)
@@ -157,21 +185,21 @@ def add_squares_(total: Encoded, x: Tensor, gradient: Tensor) -> None:
 
 
 def whole_model_bytes(model: nn.Module) -> int:
-    """Bytes of a float32 Fisher of every base parameter, as the paper counts EWC's storage (Fig. 5)."""
+    """Bytes of a float32 Fisher of every base parameter, which is how the paper counts EWC's storage (Fig. 5)."""
     return 4 * sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
 
 
 def _sample(logits: Tensor, uniform: Tensor) -> Tensor:  # (n, vocabulary), (n,) in [0, 1) → (n,)
-    """One label a row from its distribution, by the inverse of its cumulative sum."""
+    """Draw one label for each row from its distribution, by inverting the cumulative sum."""
     cumulated = logits.softmax(-1).cumsum(-1)
-    # The last sum is 1 up to rounding; scaled by it, no draw falls beyond.
+    # The last sum is 1 up to rounding; scaling by it keeps every draw inside.
     drawn = uniform.to(cumulated)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, drawn, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
 @contextmanager
 def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
-    """Adapter off, evaluation mode, nothing trained, a graph from the embeddings on; all as before afterwards."""
+    """Adapter off, evaluation mode, no parameter trained, a graph from the embeddings on. Restores all of it."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -184,7 +212,7 @@ def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
             finally:
                 embedded.remove()
     finally:
-        model.requires_grad_(False)  # leaving disable_adapter makes the active adapter trained, also a frozen one
+        model.requires_grad_(False)  # leaving disable_adapter sets requires_grad, even of a frozen adapter
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, training in modes.items():
