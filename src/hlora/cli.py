@@ -21,6 +21,7 @@ from rich.table import Table
 
 from hlora import __version__
 from hlora.after.commands import chat, merge, push
+from hlora.before.commands import check, show_check
 from hlora.system.errors import LOST_PEER, ConfigError, HloraError, culprit, io_message
 from hlora.system.files import is_io_error
 from hlora.system.redaction import RedactingFormatter, redact_argument
@@ -73,13 +74,14 @@ def run(
         typer.Option("--after", metavar="OUTPUT", help="Go on from a finished run, and keep what it learned too."),
     ] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and estimate only, as `hlora check` does.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Record importance on general text, tune on the domain under its protection, evaluate, report."""
     settings = _load(config, overrides, importance, after)
     from hlora import pipeline
 
-    _show(pipeline.run(settings, _command(), overwrite))
+    show_check(settings) if dry_run else _show(pipeline.run(settings, _command(), overwrite))
 
 
 @app.command()
@@ -275,7 +277,7 @@ def print_config(
         print(starting_comparison() if comparison else starting_yaml(), end="")
 
 
-for command in (merge, chat, push):
+for command in (check, merge, chat, push):
     app.command()(command)
 
 
