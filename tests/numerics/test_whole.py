@@ -48,7 +48,7 @@ def assert_equations(d_out: int, d_in: int, rank: int = 2) -> None:
 def test_the_compiled_form_equals_the_equations_and_one_graph_serves_many_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ops, "_Room", None)  # nothing is streamed
+    monkeypatch.setattr(ops, "_Scratch", None)  # nothing is streamed
     for d_out, d_in in SHAPES:
         assert_equations(d_out, d_in)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a user's region around the loss

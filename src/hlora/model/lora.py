@@ -12,20 +12,25 @@ from hlora.system.errors import ConfigError, first_line
 
 
 def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
-    """A fresh LoRA adapter (B = 0) on `base`, the same for the same seed.
+    """Attach a fresh LoRA adapter (B = 0) to `base`.
+
+    Args:
+        base: The base model.
+        settings: The `lora` section.
+        seed: Determines A.
 
     Raises:
         ConfigError: `target_modules` or `exclude_modules` names a module that the model lacks.
     """
     for field in ("target_modules", "exclude_modules"):
         named = getattr(settings, field)
-        for target in named if isinstance(named, list) else ():  # PEFT refuses a list of which nothing matches alone
+        for target in named if isinstance(named, list) else ():  # PEFT refuses a list only if none of it matches
             if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
                 raise ConfigError(_no_such_module(base, f"lora.{field}: no module {target!r}"))
     set_seed(seed)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, any number will do
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so any number works
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
@@ -34,7 +39,7 @@ def attach_lora(base: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
     )
     try:
         model = get_peft_model(base, config)
-    except (ValueError, re.error) as error:  # a single name is a regular expression to PEFT
+    except (ValueError, re.error) as error:  # PEFT reads a single name as a regular expression
         raise ConfigError(_no_such_module(base, f"lora.target_modules: {first_line(error)}")) from None
     assert isinstance(model, PeftModel)
     return model

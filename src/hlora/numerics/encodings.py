@@ -1,7 +1,7 @@
-"""How importance is kept: dense in float32, a plain tensor, or factored into row and column sums.
+"""How importance is kept: dense, a plain float32 tensor, or factored into row and column sums.
 
-A factored importance is two vectors, as Adafactor keeps second moments (Shazeer & Stern 2018):
-Ω ≈ row ⊗ column / total, which has exactly the row and column sums of the dense one.
+Factored importance is two vectors, as in Adafactor (Shazeer & Stern 2018): Ω ≈ row ⊗ column / total. Its row and
+column sums are exactly those of the dense importance.
 Bytes for LLaMA-3.2-3B q_proj and v_proj (28 layers, 3072×3072 and 1024×3072): float32 1.31 GiB, factored 1.1 MB.
 """
 
@@ -17,22 +17,23 @@ from torch import Tensor
 ENCODINGS = ("float32", "factored")
 PARTS = ("dense", "row", "column")  # suffixes of their tensors in a safetensors file
 
-_BLOCK = 1 << 18  # elements of one block. 3072², r 8, 2 cores: recording 13 ms (2¹⁶ 25, 2²⁰ 34), penalty 23 (35, 23)
+_BLOCK = 1 << 18  # elements in a block. 3072², r 8, 2 cores: recording 13 ms (2¹⁶ 25, 2²⁰ 34), penalty 23 (35, 23)
 
 
 class Factored(NamedTuple):
-    """Row sums and column sums of a (d_out, d_in) matrix; stands for row ⊗ column / total."""
+    """Row and column sums of a (d_out, d_in) matrix, which represent row ⊗ column / total."""
 
-    row: Tensor  # (d_out,), or of a stack of matrices (n, d_out)
-    column: Tensor  # (d_in,), (n, d_in)
+    row: Tensor  # (d_out,), or (n, d_out) for a stack of matrices
+    column: Tensor  # (d_in,), or (n, d_in)
 
     def dense(self) -> Tensor:  # (d_out, d_in)
+        """The matrix that it represents."""
         row, column = self.scaled()
         return row[..., None] * column[..., None, :]
 
     def scaled(self) -> tuple[Tensor, Tensor]:
-        """Vectors u, v with u ⊗ v = row ⊗ column / total; zeros when the total is zero."""
-        # The mean of the two sums, which agree unless negatives were clamped: a product of them underflows at 1e-23.
+        """Vectors u, v with u ⊗ v = row ⊗ column / total; zeros if the total is zero."""
+        # total is the mean of both sums, which agree unless negatives were clamped. Their product underflows at 1e-23.
         whole = total(self)[..., None]
         return self.row, torch.where(whole == 0, torch.zeros_like(self.column), self.column / whole)
 
@@ -41,7 +42,11 @@ Encoded = Tensor | Factored
 
 
 def zeros(encoding: str, d_out: int, d_in: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoded:
-    """An all-zero (d_out, d_in) matrix in the encoding. Raises ValueError for an unknown encoding."""
+    """An all-zero (d_out, d_in) matrix in the encoding.
+
+    Raises:
+        ValueError: The encoding is unknown.
+    """
     if encoding == "factored":
         return Factored(*(torch.zeros(size, dtype=dtype, device=device) for size in (d_out, d_in)))
     if encoding == "float32":
@@ -50,7 +55,7 @@ def zeros(encoding: str, d_out: int, d_in: int, device: torch.device, dtype: tor
 
 
 def row_blocks(d_out: int, d_in: int, device: torch.device | None = None) -> Iterator[slice]:
-    """Slices of rows, each of at most 2¹⁸ elements or one row; eight times that on an accelerator: fewer launches."""
+    """Slices of rows of at most 2¹⁸ elements, or one row; eight times that on an accelerator, for fewer launches."""
     elements = _BLOCK if device is None or device.type == "cpu" else 8 * _BLOCK
     height = max(1, elements // max(1, d_in))
     for start in range(0, d_out, height):
@@ -58,7 +63,7 @@ def row_blocks(d_out: int, d_in: int, device: torch.device | None = None) -> Ite
 
 
 def add(a: Encoded, b: Encoded) -> Encoded:
-    """Sum of two matrices in the same encoding; for factored ones the sums of their row and column sums."""
+    """Sum of two matrices in the same encoding. Factored: row and column sums are added."""
     if isinstance(a, Factored) and isinstance(b, Factored):
         return Factored(a.row + b.row, a.column + b.column)
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
@@ -71,7 +76,7 @@ def norm(matrix: Encoded) -> Tensor:
         row, column = matrix.scaled()
         return torch.linalg.vector_norm(row) * torch.linalg.vector_norm(column)
     blocks = [torch.linalg.vector_norm(matrix[rows]) for rows in row_blocks(*shape(matrix))]
-    return torch.linalg.vector_norm(torch.stack(blocks))  # in float32 a sum of all squares at once is less precise
+    return torch.linalg.vector_norm(torch.stack(blocks))  # more precise in float32 than one sum of all squares
 
 
 def total(matrix: Encoded) -> Tensor:
@@ -82,7 +87,7 @@ def total(matrix: Encoded) -> Tensor:
 
 
 def shape(matrix: Encoded) -> tuple[int, int]:
-    """(d_out, d_in) of the matrix that it stands for."""
+    """(d_out, d_in) of the matrix."""
     if isinstance(matrix, Factored):
         return matrix.row.numel(), matrix.column.numel()
     return matrix.shape[0], matrix.shape[1]
@@ -94,6 +99,7 @@ def nbytes(matrix: Encoded) -> int:
 
 
 def to_device(matrix: Encoded, device: torch.device) -> Encoded:
+    """The matrix on a device."""
     return from_parts({name: part.to(device) for name, part in parts(matrix).items()})
 
 
@@ -103,14 +109,15 @@ def parts(matrix: Encoded) -> dict[str, Tensor]:
 
 
 def from_parts(tensors: dict[str, Tensor]) -> Encoded:
+    """The matrix of `parts`."""
     return tensors["dense"] if "dense" in tensors else Factored(**tensors)
 
 
 def check(tensors: dict[str, Tensor], encoding: str, d_out: int, d_in: int, name: str = "omega") -> None:
-    """Whether `tensors` are the parts of a (d_out, d_in) matrix in the encoding.
+    """Check that `tensors` are the parts of a (d_out, d_in) matrix in the encoding, in float32 or float64.
 
-    Raises ValueError that names the first part which is missing, of another dtype or shape, or holds a number that is
-    negative or not finite; float64 is as good as float32.
+    Raises:
+        ValueError: A part is missing, has another dtype or shape, or holds a number that is negative or not finite.
     """
     for part, like in parts(zeros(encoding, d_out, d_in, torch.device("meta"))).items():
         got = tensors.get(part)
@@ -119,5 +126,5 @@ def check(tensors: dict[str, Tensor], encoding: str, d_out: int, d_in: int, name
             raise ValueError(f"{name}.{part}: {encoding} has {like.dtype} of {tuple(like.shape)} there, got {found}")
         if got.numel():
             least, largest = (float(bound) for bound in got.aminmax())
-            if not 0 <= least <= largest < math.inf:  # NaN is neither
+            if not 0 <= least <= largest < math.inf:  # also false for NaN
                 raise ValueError(f"{name}.{part}: importance is 0 or more and finite, got {least:g} to {largest:g}")

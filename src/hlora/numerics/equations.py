@@ -1,8 +1,8 @@
-"""Equations 7–16 of the paper in plain PyTorch: slow, obvious, any dtype. Everything else is tested against it.
+"""Equations 7–16 of the paper in plain PyTorch: slow, obvious, any dtype. Faster code is tested against it.
 
 Notation: θ = W₀ + s·B·A, s the LoRA scale (alpha/r), ν the general task, μ the domain task, η the learning
 rate of the step, ω the path integral, Ω the consolidated importance, ξ its damping, φ the penalty's weight.
-docs/equations.md gives each equation's derivation, our reading of it and its test.
+docs/equations.md has each equation's derivation, reading and test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def movement(
     B_next: Tensor,  # (d_out, r)
     scale: float,
 ) -> Tensor:  # (d_out, d_in)
-    """How far one optimizer step moved the weight, Δθ = s(B⁺A⁺ − BA) (Eqs. 7–10, any optimizer)."""
+    """Movement of the weight in one step of any optimizer, Δθ = s(B⁺A⁺ − BA) (Eqs. 7–10)."""
     return scale * (B_next @ A_next - B @ A)
 
 
@@ -38,7 +38,7 @@ def exact_gradient(
     x: Tensor,  # (tokens, d_in)
     grad_y: Tensor,  # (tokens, d_out), ∂L/∂y of y = θx
 ) -> Tensor:  # (d_out, d_in)
-    """G = ∂L/∂θ = Σ_t ∂L/∂y_t ⊗ x_t, which Eqs. 3–6 ask for. g^B = s G Aᵀ and g^A = s Bᵀ G (reading 7)."""
+    """G = ∂L/∂θ = Σ_t ∂L/∂y_t ⊗ x_t (Eqs. 3–6). g^B = s G Aᵀ and g^A = s Bᵀ G (reading 7 in docs/equations.md)."""
     return torch.einsum("to,ti->oi", grad_y, x)
 
 
@@ -46,8 +46,10 @@ def squared_gradients(
     x: Tensor,  # (examples, tokens, d_in)
     grad_y: Tensor,  # (examples, tokens, d_out), ∂L/∂y
 ) -> Tensor:  # (d_out, d_in)
-    """Σ_b G_b², with G_b the gradient of example b alone, L summed over its tokens. Divided by the number of tokens it
-    is the diagonal of the empirical Fisher information, per token."""
+    """Σ_b G_b², with G_b the gradient of example b alone, L summed over its tokens.
+
+    Divided by the number of tokens it is the diagonal of the empirical Fisher information, per token.
+    """
     return sum((exact_gradient(*example) ** 2 for example in zip(x, grad_y, strict=True)), start=torch.zeros(()).to(x))
 
 
@@ -57,7 +59,7 @@ def sketched_squares(
     P: Tensor,  # (d_in, k) random, of mean 0 and variance 1/k
     Q: Tensor,  # (d_out, k) random, of mean 0 and variance 1/k
 ) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
-    """Row and column sums of Σ_b G_b² as a sketch estimates them: Σ_b ‖(G_b P)_i‖² and Σ_b ‖(G_bᵀ Q)_j‖²."""
+    """Estimated row and column sums of Σ_b G_b², by a sketch: Σ_b ‖(G_b P)_i‖² and Σ_b ‖(G_bᵀ Q)_j‖²."""
     gradients = [exact_gradient(*example) for example in zip(x, grad_y, strict=True)]
     rows = sum((G @ P).square().sum(1) for G in gradients)
     columns = sum((G.T @ Q).square().sum(1) for G in gradients)
@@ -65,14 +67,14 @@ def sketched_squares(
 
 
 def path_integral(omega: Tensor, gradient: Tensor, delta: Tensor) -> Tensor:
-    """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12), or with G in the place of g̃. All (d_out, d_in)."""
+    """ω after one more step, ω − g̃ ⊙ Δθ (Eq. 12); G can replace g̃. All (d_out, d_in)."""
     return omega - gradient * delta
 
 
 def consolidate(omega: Tensor, delta: Tensor, xi: float) -> Tensor:
-    """Ω = max(ω, 0) / (Δ² + ξ) (Eq. 13), Δ the whole phase's movement. All (d_out, d_in).
+    """Ω = max(ω, 0) / (Δ² + ξ) (Eq. 13), Δ the movement of the whole phase. All (d_out, d_in).
 
-    A negative ω would reward drift, hence the clamp (method.md, reading 2).
+    ω is clamped since a negative value would reward drift (reading 2 in docs/equations.md).
     """
     return omega.clamp(min=0) / (delta**2 + xi)
 
@@ -83,10 +85,10 @@ def layer_penalty(importance: Tensor, theta: Tensor, theta_nu: Tensor) -> Tensor
 
 
 def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
-    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,), summing to one (Eq. 15) but for "sum".
+    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,). They sum to one, except with "sum" (Eq. 15).
 
-    softmax: Eq. 15 as written; depends on the unit of Ω. norm_share: ‖Ω_l‖ / Σ ‖Ω_k‖, which does not.
-    uniform: 1/L, the ablation without layer weights. sum: all ones, the plain sum over all matrices, as EWC has it.
+    softmax: Eq. 15 as written, which depends on the unit of Ω. norm_share: ‖Ω_l‖ / Σ ‖Ω_k‖, which does not.
+    uniform: 1/L, the ablation without layer weights. sum: all ones, the plain sum over all matrices, as in EWC.
     """
     if kind == "softmax":
         return torch.softmax(norms, dim=0)

@@ -1,13 +1,13 @@
 """The two hot operations and the consolidation.
 
-`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Factored ones make
-nothing larger than the low-rank factors. Dense ones are streamed over blocks of rows, with no temporary beyond one
-block; on an accelerator recording and penalty are compiled by PyTorch over the whole matrix instead (`_whole`).
+`accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Factored importance
+needs no tensor larger than the low-rank factors. Dense importance is streamed over blocks of rows, with one block of
+temporary memory. On an accelerator PyTorch compiles recording and penalty over the whole matrix instead (`_whole`).
 
-Low-rank products come as a pair (left, right) that stands for left @ right. A difference of two adapters is
-taken as s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32.
-What is small and low-rank takes stacks of matrices of one shape as well, (n, d_out, k) and (n, k, d_in): a few dozen
-matrices of 576×576 cost more in calls than in arithmetic.
+A pair (left, right) is the low-rank product left @ right. The difference of two adapters is computed as
+s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32. Low-rank functions also take stacks
+of matrices of one shape, (n, d_out, k) and (n, k, d_in): for dozens of 576×576 matrices, calls cost more than
+arithmetic.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from hlora.system.errors import first_line
 
 logger = logging.getLogger("hlora")
 
-_STREAMED: tuple[str, ...] = ("cpu", "meta")  # device types whose dense matrices go in blocks; others compile
-_LONGEST = 32  # terms of a compiled sum, 2r; 64 of them took 74 s to compile on a busy CPU core
+_STREAMED: tuple[str, ...] = ("cpu", "meta")  # device types that stream dense matrices; others compile
+_LONGEST = 32  # maximum terms (2r) of a compiled sum; 64 took 74 s to compile on a busy CPU core
 
 
 def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
-    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider. A: (r, d_in), B: (d_out, r), or stacks of them.
+    """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider.
 
-    start: A₀ and B₀; None for W₀, from where the difference is sBA, of rank r.
+    Args:
+        A: (r, d_in), or a stack (n, r, d_in).
+        B: (d_out, r), or a stack (n, d_out, r).
+        start: A₀ and B₀. None stands for W₀: the difference is then sBA, of rank r.
+        scale: The LoRA scale s.
     """
     A, B = _wide(A), _wide(B)
     if start is None:
@@ -44,13 +48,13 @@ def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pai
 
 
 def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr: float | Tensor, scale: float) -> Pair:
-    """g̃ of Eq. 11 as a pair of rank 2r: s·[g^B, B]·[A − ηg^A; g^A]. Of stacks with lr (n, 1, 1) where it differs."""
+    """g̃ as a pair of rank 2r, s·[g^B, B]·[A − ηg^A; g^A]. A stack may have lr of shape (n, 1, 1). Source: Eq. 11."""
     A, B, grad_A, grad_B = (_wide(factor) for factor in (A, B, grad_A, grad_B))
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
 def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
-    """ω −= g̃ ⊙ Δθ (Eq. 12), in place. One pass over ω, or O((d_out + d_in) r²) when factored."""
+    """ω −= g̃ ⊙ Δθ in place. Dense: one pass over ω; factored: O((d_out + d_in) r²). Source: Eq. 12."""
     if isinstance(omega, Factored):
         row, column = product_sums(gradient, delta)
         omega.row.sub_(row)
@@ -58,9 +62,9 @@ def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
         return
     if _whole(_accumulate_whole_, omega, *gradient, *delta) is not None:
         return
-    room = _Room()
+    scratch = _Scratch()
     for rows in row_blocks(*shape(omega), omega.device):
-        omega[rows].sub_(room.product(0, delta, rows).mul_(room.product(1, gradient, rows)))
+        omega[rows].sub_(scratch.product(0, delta, rows).mul_(scratch.product(1, gradient, rows)))
 
 
 @outside_autocast
@@ -72,9 +76,13 @@ def accumulate_all_(
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
 
-    counted: False for a step to leave out, whatever it holds; nobody asks the device which.
+    Args:
+        omegas: ω of each matrix, changed in place.
+        steps: The optimizer step of each matrix.
+        scales: The LoRA scale of each matrix.
+        counted: False skips the step, also if it holds NaN. Stays on the device, so that nothing waits for it.
     """
-    for alike in alike_in([step.A for step in steps], [step.B for step in steps], scales):
+    for alike in group_by_shape([step.A for step in steps], [step.B for step in steps], scales):
         gradient, delta = _pairs([steps[i] for i in alike], scales[alike[0]])
         leave = counted.logical_not().to(delta[1].device)
         if isinstance(omegas[alike[0]], Factored):
@@ -90,7 +98,7 @@ def accumulate_all_(
 
 
 def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
-    """Gradient and movement of one step of matrices of one shape, as stacks."""
+    """Gradient and movement in one step, as stacks, of matrices that have one shape."""
     fields = ("A", "B", "grad_A", "grad_B", "A_next", "B_next")
     A, B, grad_A, grad_B, A_next, B_next = (_stack([getattr(step, part) for step in steps]) for part in fields)
     lr: float | Tensor = steps[0].lr
@@ -106,10 +114,17 @@ def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,
 
 
 def consolidate(omega: Encoded, delta: Pair, xi: float) -> tuple[Encoded, float]:
-    """Ω (Eq. 13) and the share of elements whose ω was negative and is taken as 0.
+    """Ω, and the share of the elements of ω that were negative and count as 0.
 
-    Dense: in place, streamed. Factored: ω and Δ² are each row ⊗ column / total, and Ω is kept by the row and column
-    sums of their ratio, again streamed; the share is that of the row and column sums.
+    Dense: in place, streamed. Factored: ω and Δ² are each row ⊗ column / total. Ω is kept as the row and column sums of
+    their ratio, also streamed. The share is then that of the row and column sums.
+
+    Args:
+        omega: ω of one matrix.
+        delta: Δ, the movement of the whole phase, as a pair.
+        xi: Damping ξ, unit weight².
+
+    Source: Eq. 13.
     """
     P, Q = delta
     if isinstance(omega, Factored):
@@ -141,7 +156,7 @@ def consolidate_all(
     scales: Sequence[float],
     xi: float,
 ) -> list[Consolidated]:
-    """`consolidate` for every matrix of a model, with what else is known of each Ω."""
+    """`consolidate` for every matrix of a model, with the cost of undoing the phase and the norm of each Ω."""
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
         delta = difference(A, B, start, scale)
@@ -152,7 +167,7 @@ def consolidate_all(
 
 
 def penalty(importance: Encoded, delta: Pair) -> Tensor:
-    """Σ_i Ω_i D_i² (Eq. 14) with D = left @ right, a scalar."""
+    """Σ_i Ω_i D_i² with D = left @ right, a scalar. Source: Eq. 14."""
     return _penalty(importance, delta, None)[0]
 
 
@@ -163,9 +178,11 @@ def penalty_with_gradients(
     anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
-    """Σ Ω D² (Eq. 14), D = s(BA − B_νA_ν) or sBA, with ∂/∂A = 2s Bᵀ(Ω⊙D) and ∂/∂B = 2s (Ω⊙D) Aᵀ, in one pass over Ω.
+    """Σ Ω D², D = s(BA − B_νA_ν) or sBA, with its gradients 2s Bᵀ(Ω⊙D) for A and 2s (Ω⊙D) Aᵀ for B, in one pass over Ω.
 
-    Of a stack of factored matrices: (n,), (n, r, d_in), (n, d_out, r).
+    For a stack of factored matrices the results are (n,), (n, r, d_in), (n, d_out, r).
+
+    Source: Eq. 14.
     """
     value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
     assert grad_A is not None and grad_B is not None
@@ -180,9 +197,9 @@ def penalties_with_gradients(
     anchors: Sequence[Factors | None],
     scales: Sequence[float],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
-    """`penalty_with_gradients` for every matrix of a model. Factored ones of one shape are computed as one stack."""
+    """`penalty_with_gradients` for every matrix of a model. Factored matrices of one shape are computed as a stack."""
     found: dict[int, tuple[Tensor, ...]] = {}
-    for alike in alike_in(As, Bs, scales):
+    for alike in group_by_shape(As, Bs, scales):
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
                 found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i])
@@ -196,7 +213,7 @@ def penalties_with_gradients(
     return torch.stack([value.to(values[0].device) for value in values]), list(grad_As), list(grad_Bs)
 
 
-def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]) -> list[list[int]]:
+def group_by_shape(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]) -> list[list[int]]:
     """Indices of matrices that can be stacked: same shapes, precision, device and scale."""
     groups: dict[object, list[int]] = {}
     for i, (A, B, scale) in enumerate(zip(As, Bs, scales, strict=True)):
@@ -207,7 +224,7 @@ def alike_in(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
 def _penalty(
     importance: Encoded, delta: Pair, factors: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Σ Ω D², and for factors (A, B) also Bᵀ(Ω⊙D) and (Ω⊙D)Aᵀ."""
+    """Σ Ω D² and, given factors (A, B), Bᵀ(Ω⊙D) and (Ω⊙D)Aᵀ."""
     P, Q = delta
     if isinstance(importance, Factored):
         u, v = (vector.to(P.dtype) for vector in importance.scaled())
@@ -218,7 +235,7 @@ def _penalty(
             return value, None, None
         A, B = factors
         return value, (B.mT @ weighted) @ spread, weighted @ (spread @ A.mT)
-    # Σ Ω D² = Σ ((Ω⊙D) Qᵀ) ⊙ P, and (Ω⊙D) Qᵀ begins with (Ω⊙D) Aᵀ: no second copy of D, no pass of its own.
+    # Σ Ω D² = Σ ((Ω⊙D) Qᵀ) ⊙ P, and (Ω⊙D) Qᵀ begins with (Ω⊙D) Aᵀ. So there is no second copy of D or pass over Ω.
     B = P[:, :0] if factors is None else factors[1]
     found = None if factors is None else _whole(_products_whole, importance, P, Q, B)
     products, grad_A = _products_streamed(importance, P, Q, B) if found is None else found
@@ -232,18 +249,18 @@ def _products_streamed(
     importance: Tensor, P: Tensor, Q: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor]:  # (d_out, 2r), (r, d_in)
     """(Ω⊙D) Qᵀ and Bᵀ(Ω⊙D), D = PQ."""
-    products, grad_A, room = torch.empty_like(P), Q.new_zeros(B.shape[1], Q.shape[1]), _Room()
+    products, grad_A, scratch = torch.empty_like(P), Q.new_zeros(B.shape[1], Q.shape[1]), _Scratch()
     for rows in row_blocks(*shape(importance), importance.device):
-        weighted = room.product(0, (P, Q), rows).mul_(importance[rows])
+        weighted = scratch.product(0, (P, Q), rows).mul_(importance[rows])
         torch.mm(weighted, Q.T, out=products[rows])
         grad_A.addmm_(B[rows].T, weighted)
     return products, grad_A
 
 
 def _whole(compute: Callable[..., Any], matrix: Tensor, left: Tensor, *factors: Tensor) -> Any:
-    """compute(matrix, left, *factors) compiled over a whole matrix: a few launches, where blocks would be hundreds.
+    """compute(matrix, left, *factors), compiled over the whole matrix: a few kernel launches, not hundreds for blocks.
 
-    None where dense matrices are streamed: on a CPU, whose cache holds a block, and once compiling has failed.
+    Returns None if dense matrices are streamed: on a CPU, whose cache holds a block, and after compiling has failed.
     """
     global _STREAMED
     kind = matrix.device.type
@@ -252,7 +269,7 @@ def _whole(compute: Callable[..., Any], matrix: Tensor, left: Tensor, *factors: 
     try:
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             return _compiled(compute)(matrix, left, *factors)
-    except Exception as error:  # no compiler, an old driver, no memory: of many kinds; to us all mean the same
+    except Exception as error:  # no compiler, an old driver, no memory: many types, one meaning
         _STREAMED = (*_STREAMED, kind)
         logger.warning("dense importance is computed in blocks on %s, with more launches: %s", kind, first_line(error))
         return None
@@ -260,33 +277,33 @@ def _whole(compute: Callable[..., Any], matrix: Tensor, left: Tensor, *factors: 
 
 @cache
 def _compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(compute, dynamic=True, fullgraph=True)  # one graph for all shapes of a rank
+    return torch.compile(compute, dynamic=True, fullgraph=True)  # one graph for all shapes with the same rank
 
 
 def _accumulate_whole_(omega: Tensor, P: Tensor, Q: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """ω −= (PQ) ⊙ (UV): one read and one write of ω."""
+    """ω −= (PQ) ⊙ (UV), with one read and one write of ω."""
     return omega.sub_(_short_sums(P, Q) * _short_sums(U, V))
 
 
 def _products_whole(importance: Tensor, P: Tensor, Q: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`_products_streamed` in one pointwise pass and two products."""
+    """`_products_streamed` as one pointwise pass and two products."""
     weighted = _short_sums(P, Q).mul_(importance)
     return weighted @ Q.T, B.T @ weighted
 
 
 def _short_sums(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, by sums over k that a compiler takes into the pass around them."""
+    """left @ right as sums over k, which a compiler fuses into the pass around them."""
     total = left[:, :1] * right[:1]
     for k in range(1, left.shape[1]):
         total = total + left[:, k, None] * right[k]
     return total
 
 
-class _Room:
-    """Memory for blocks of rows of low-rank products, kept from one block to the next.
+class _Scratch:
+    """Scratch memory for blocks of rows of low-rank products, reused from block to block.
 
-    A block of 1 MB that is allocated anew may be new pages each time: 37 products of 85×16 with 16×3072 took 1.6 to
-    13 ms in six processes, and 1.2 to 2.2 ms into memory that was kept.
+    Allocating a 1 MB block each time may map new pages: 37 products of 85×16 with 16×3072 took 1.6 to 13 ms in six
+    processes, against 1.2 to 2.2 ms into reused memory.
     """
 
     def __init__(self) -> None:
@@ -294,7 +311,7 @@ class _Room:
 
     def product(self, which: int, pair: Pair, rows: slice) -> Tensor:  # (rows, d_in)
         left, right = pair[0][rows], pair[1]
-        if which not in self._kept:  # of the first block, which is the largest
+        if which not in self._kept:  # sized for the first block, which is the largest
             self._kept[which] = left.new_empty(len(left), right.shape[1])
         return torch.mm(left, right, out=self._kept[which][: len(left)])
 

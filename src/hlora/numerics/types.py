@@ -1,4 +1,4 @@
-"""What goes into the two hot operations, and what comes out."""
+"""Inputs and results of recording and penalty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
 
 
 class Step(NamedTuple):
-    """One optimizer step of one matrix: its factors before and after, the gradients before, and the learning rate."""
+    """One optimizer step of one matrix: factors before and after, gradients before, and the learning rate."""
 
     A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
@@ -25,12 +25,12 @@ class Step(NamedTuple):
 
 
 class Consolidated(NamedTuple):
-    """Ω of one matrix, and what the pass that made it saw on its way."""
+    """Ω of one matrix, with what the pass that computed it measured."""
 
     importance: Encoded
     negative: float
-    """Share of the elements of ω that were below zero, and are taken as 0."""
+    """Share of the elements of ω that were negative and count as 0."""
     undo_cost: float
-    """Σ Ω Δ²: what the penalty of Eq. 14 says it costs to undo the general phase."""
+    """Σ Ω Δ², what undoing the general phase costs in the penalty of Eq. 14."""
     norm: float
     """‖Ω‖₂"""
