@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,12 @@ def test_a_row_is_cut_and_masked_as_the_arguments_say(model_dir: str) -> None:
 
 
 def test_steps_of_an_epoch_and_squared_gradients_are_estimated(job_fields: dict[str, Any], tmp_path: Path) -> None:
-    job_fields["training"]["tune"] = {"num_train_epochs": 2, "max_length": 64, "gradient_accumulation_steps": 2}
+    job_fields["training"]["tune"] = {
+        "num_train_epochs": 2,
+        "max_length": 64,
+        "gradient_accumulation_steps": 2,
+        "bf16": True,
+    }
     job_fields["importance"] = {"method": "squared_gradients", "sequences": 6, "sequence_length": 16}
     job_fields["penalty"] = {"anchor": "base"}
     job_fields["evaluation"] = {"max_tokens": 60, "window": 32, "generate": 0, "accuracy": False}
@@ -123,3 +129,26 @@ def test_an_error_names_its_field_with_status_2_and_writes_nothing(
     status, _, err = hlora("check", config, "--set", fields[0], "--set", fields[1], "--set", "domain.max_unusable=1")
     assert status == 2 and "training.tune.dataloader_drop_last: 24 training rows make no batch" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_chat_template_is_named_and_its_end_of_turn_is_trained(
+    hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chatty = shutil.copytree(model_dir, tmp_path / "chatty")
+    tokenizer.save_pretrained(chatty)
+    for name, start in (("train", 0), ("test", 100)):
+        rows = [
+            [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]
+            for n in range(start, start + 5)
+        ]
+        text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    status, out, err = hlora("check", config, "--set", f"model.name={chatty}", "--set", "domain.task=rows")
+    assert status == 0, err
+    assert f"template: the chat template of {chatty}" in out
+    assert "<user>0?</user><assistant>⟦yes</assistant>⟧" in out

@@ -108,7 +108,7 @@ def _notes(config: RunConfig) -> list[str]:
     except ConfigError as error:
         notes.append(f"a run would be refused: {error}")
     if any(_is_written(part) for part in [config.general, *config.general.mixture]):
-        notes.append(f"the model writes general text itself; {_SAMPLES} samples were made here, and this is not timed.")
+        notes.append(f"the model writes general text itself: {_SAMPLES} samples here, which are counted but not timed.")
     if config.penalty.budget is not None:
         notes.append("the probes of the forgetting budget are not timed.")
     return notes

@@ -54,6 +54,8 @@ def show_check(config: RunConfig) -> None:
 
 
 def _facts(found: Check) -> list[str]:
+    from hlora.report.format import three_digits
+
     job, about = found.job, "" if found.counted else "about "
     domain, general = job.domain.facts, job.general.facts
     chats = sum(not isinstance(example.prompt, str) for example in job.domain.train)
@@ -63,7 +65,7 @@ def _facts(found: Check) -> list[str]:
         template = f"{named} for {chats} rows, plain text for the others"
     base = job.base
     lines = [
-        f"model: {job.config.model.name}, {base.num_parameters() / 1e6:,.1f} million parameters, "
+        f"model: {job.config.model.name}, {three_digits(base.num_parameters() / 1e6)} million parameters, "
         f"{str(base.dtype).removeprefix('torch.')}, {base.device.type}",
         f"template: {template}",
         f"general text: {_count(general['documents'], 'document')}, {about}{found.general_tokens:,} tokens in "
@@ -89,13 +91,14 @@ def _shown(found: Check, row: TrainedRow, number: int, marks: bool) -> Text:
 
 
 def _costs(found: Check) -> Table:
-    from hlora.report.format import duration, size
+    from hlora.report.format import duration, size, three_digits
 
     device = "device" if found.job.base.device.type != "cpu" else "process"
     table = Table("phase", "times", "one takes", "together", f"memory of the {device}", title="Estimated")
     for cost in found.costs:
         fits = not math.isnan(cost.each)
-        times = [duration(cost.each), duration(cost.seconds)] if fits else ["does not fit", "–"]
+        one = f"{three_digits(cost.each)} s" if cost.each < 10 else duration(cost.each)
+        times = [one, duration(cost.seconds)] if fits else ["does not fit", "–"]
         memory = "–" if cost.memory is None else size(cost.memory)
         table.add_row(cost.name, f"{cost.count:,}", *times, memory if cost.whole_batch else f"above {memory}")
     return table

@@ -101,11 +101,11 @@ def measured_phase(
         arguments: Those of trl.SFTConfig.
         callbacks: Recorder and penalty, as in the phase.
     """
-    args = sft_arguments(job.output, {**arguments, "report_to": []}, job.config.seed)
+    on_cpu = model.device.type == "cpu"
+    args = sft_arguments(job.output, {"use_cpu": on_cpu, **arguments, "report_to": []}, job.config.seed)
     lengths = [min(len(ids), args.max_length or len(ids)) for ids in rows["input_ids"]]
     batch = args.per_device_train_batch_size
     longest = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    on_cpu = model.device.type == "cpu"
     if args.packing and name != "record":  # TRL joins these rows; those of the general text are packed already
         length = args.max_length or max(lengths)
         total_rows = max(1, total_rows * sum(lengths) / len(rows) / length)
