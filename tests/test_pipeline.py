@@ -55,6 +55,11 @@ def test_run_writes_adapter_importance_results_and_report(hlora: Invoke, config:
         assert text["tokens"] == 199 and text["perplexity"] > 1 and text["bits_per_byte"] > 0
         assert text["forgetting"] == text["nll"] - next(iter(results["arms"]["base"]["texts"].values()))["nll"]
         assert {"answer_nll", "acc", "acc_norm", "exact_match"} <= set(arm["domain"])
+        assert "drift_left_out" not in arm
+    drifts = {arm: next(iter(found["texts"].values())) for arm, found in results["arms"].items()}
+    assert {arm for arm, text in drifts.items() if text.get("kl_from_base", 0) > 0} == drifts.keys() - {"base"}
+    tuned = {arm for arm, text in drifts.items() if text.get("kl_from_general", 0) > 0}
+    assert tuned == {"hlora", "lora", "lora_after_general"}
     assert [entry["step"] for entry in results["history"]["tune"]] == [1, 2, 3, 4]
     last = results["history"]["tune"][-1]
     assert last["total_loss"] == pytest.approx(last["loss"] + last["weighted_regularisation_loss"])

@@ -67,12 +67,12 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
             measure_once(job, results, start, lambda: at_general_adapter(job, importance))
 
         adapter = _tuned(job, results, importance)
-        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
+        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
 
         measure_earlier(job, results, earlier)
 
         for arm in config.baselines:
-            measure_once(job, results, arm, partial(_baseline, job, results, arm, importance))
+            measure_once(job, results, arm, partial(_baseline, job, results, arm, importance), importance)
         results = on_main(lambda: finish(job, results))
         on_main(lambda: forget_unfinished(job))
         return results
@@ -120,9 +120,12 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": earlier["history"], "seconds": seconds}
         measure_once(job, results, "base", lambda: job.base)
-        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter))
-        if job.given is not None or (job.output / "importance").is_dir():
-            results["importance"] = describe(job.given or Importance.load(job.output / "importance"), config)
+        importance = job.given
+        if importance is None and (job.output / "importance").is_dir():
+            importance = Importance.load(job.output / "importance")
+        measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
+        if importance is not None:
+            results["importance"] = describe(importance, config)
         return on_main(lambda: finish(job, results))
 
 

@@ -68,6 +68,10 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
     assert base["forgetting"] == 0
     tuned = cells["LoRA(μ)", 1, None]["test"]["texts"]["other"]
     assert tuned["forgetting"] == pytest.approx(tuned["nll"] - base["nll"]) and tuned["forgetting"] != 0
+    for (arm, *_), cell in cells.items():
+        text = cell["test"]["texts"]["other"]
+        assert ("kl_from_base" in text) == (arm != "Base"), arm
+        assert ("kl_from_general" in text) == (arm in ("HLoRA", "LoRA(ν+μ)")), arm
     assert (Path(comparison_config.output) / "report.html").is_file() and list(
         (Path(comparison_config.output) / "tables").iterdir()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from conftest import GENERAL_TEXT
 from made_tokenizers import TEMPLATES, made_model, made_tokenizer
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from trl import SFTTrainer
 
@@ -26,7 +26,7 @@ from hlora.data.tasks import Example
 from hlora.evaluation.answers import generate_answers
 from hlora.evaluation.evaluate import evaluate
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import mean_kl, text_likelihood, windows
+from hlora.evaluation.likelihood import losses_and_drift, sliding_window, text_likelihood, windows
 from hlora.system.errors import TrainingError
 from hlora.training.train import train
 
@@ -266,23 +266,19 @@ def test_the_mean_divergence_on_a_text_is_that_of_the_dense_distributions(tmp_pa
     other, _ = load(made_model(tmp_path / "other", tokenizer, seed=1))
     ids = torch.tensor(tokenizer(GENERAL_TEXT)["input_ids"][:70])
 
-    def logits(of: Any) -> Any:
-        def read(rows: Tensor) -> Tensor:
-            return of(input_ids=rows).logits
-
-        return read
-
-    rows = windows(ids, 24, 12, before=[0])
-    found = [mean_kl(logits(model), logits(other), rows, size) for size in (1, 3, 50)]
-    total, count = 0.0, 0
+    references = {"model": lambda: nullcontext(model), "itself": lambda: nullcontext(other)}
+    expected = []
     with torch.no_grad():
-        for window, new in rows:
+        for window, new in windows(ids, 24, 12, before=[0]):
             p, q = (of(input_ids=window[None]).logits[0, :-1].double().log_softmax(-1) for of in (model, other))
-            total += float((p.exp() * (p - q)).sum(-1)[-new:].sum())
-            count += new
-    assert count == 69 and total > 1
-    assert found == pytest.approx([total / count] * 3, rel=1e-5)
-    assert mean_kl(logits(model), logits(model), rows) == pytest.approx(0, abs=1e-6)
+            expected.append((p.exp() * (p - q)).sum(-1)[-new:])
+    for size in (1, 3, 50):
+        losses, drift = losses_and_drift(other, ids, 24, 12, batch_size=size, before=[0], references=references)
+        assert torch.equal(losses, sliding_window(other, ids, 24, 12, batch_size=size, before=[0]))
+        assert drift["model"].shape == losses.shape == (69,)
+        torch.testing.assert_close(drift["model"], torch.cat(expected), rtol=1e-3, atol=1e-6)
+        assert float(drift["model"].mean()) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+        torch.testing.assert_close(drift["itself"], torch.zeros(69).double(), rtol=0, atol=1e-6)
 
 
 def test_a_trainer_that_trains_other_tokens_than_are_scored_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from hlora.evaluation.evaluate import evaluate
 from hlora.methods import METHODS
 from hlora.model.base import load_base, pick_device
 from hlora.run.data_check import check_data
+from hlora.run.drift import measure_with_drift
 from hlora.run.job import Job
 from hlora.run.lengths import fit_lengths
 from hlora.run.results import describe
@@ -248,7 +249,8 @@ class Grid:
         train = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         started = time.perf_counter()
-        test = evaluate(model, self.tokenizer, job.general.evaluation, job.domain, cell.config.evaluation)
+        start = importance if method.needs in ("importance", "general") and not method.reference else None
+        test = measure_with_drift(job, model, cell.config.evaluation, start, base_changed=method.alters_base)
         test.pop("samples")
         validation = None
         if self.validates(cell.seed):

@@ -15,7 +15,7 @@ from hlora.data.domain import DomainRows
 from hlora.data.rendering import Rendered, render
 from hlora.evaluation.answers import answer_limit, answer_nll, generate_answers, mean_with_stderr
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import text_likelihood
+from hlora.evaluation.likelihood import Reference, text_likelihood
 
 logger = logging.getLogger("hlora")
 
@@ -29,10 +29,14 @@ def evaluate(
     texts: Mapping[str, str],
     domain: DomainRows,
     settings: EvaluationConfig,
+    *,
+    references: Mapping[str, Reference] | None = None,
 ) -> dict[str, Any]:
     """All measures of one model, as plain values: `texts` (by name), `domain` and `samples`. See docs/quickstart.md.
 
     The same texts, tokens and rows are scored whatever the model, so results before and after compare.
+
+    references: models by name, whose predictions on each text the model's are compared with (see text_likelihood).
 
     Raises TrainingError where a loss is not finite: a diverged model, or one whose float16 overflows.
     """
@@ -40,7 +44,7 @@ def evaluate(
     model.eval()
     result: dict[str, Any] = {"texts": {}, "domain": {"rows": len(domain.test)}, "samples": []}
     for name, text in texts.items():
-        result["texts"][name] = text_likelihood(model, tokenizer, text, settings)
+        result["texts"][name] = text_likelihood(model, tokenizer, text, settings, references=references)
     if settings.accuracy and domain.test[0].choices:
         result["domain"] |= harness_accuracy(model, tokenizer, domain, settings.batch_size)
     else:

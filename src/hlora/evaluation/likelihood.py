@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -25,38 +26,56 @@ from hlora.system.errors import DataError, TrainingError
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models
 
+Reference = Callable[[], AbstractContextManager[Any]]
+"""Opens a context that gives the model to compare with, such as the measured one with its adapter switched off."""
+
 
 @torch.no_grad()
 def text_likelihood(
-    model: Any, tokenizer: PreTrainedTokenizerBase, text: str, settings: EvaluationConfig
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    settings: EvaluationConfig,
+    *,
+    references: Mapping[str, Reference] | None = None,
 ) -> dict[str, Any]:
     """Perplexity (per token) and bits per byte of a text's first `max_tokens` tokens, by sliding window.
 
     Each token is scored once, given up to window − 1 tokens before it and at least window − stride of them where the
     text has as many. Each window begins with BOS where the tokenizer adds one. nll: nats per token, weighted by tokens,
     with its standard error; nll_each: its mean over each 64 tokens, to compare two models on the same text by paired
-    differences.
+    differences. kl_<name>, with the same two beside it, is the mean of KL(reference ‖ model) over the same tokens, in
+    nats a token over the whole vocabulary: how far the model's predictions have drifted from that reference.
     """
     tokens, scored_bytes = first_tokens(tokenizer, text, settings.max_tokens)
     if len(tokens) < 2:
         raise DataError(f"evaluation.texts: a text of {len(tokens)} tokens has nothing to score; it needs at least 2")
-    losses = sliding_window(
+    losses, drift = losses_and_drift(
         model,
         tokens,
         settings.window,
         settings.scored_by_window,
         batch_size=settings.batch_size,
         before=text_start(tokenizer),
+        references=references or {},
     )
     nll = checked_finite(float(losses.mean()), "a text's mean token loss")
     return {
         "perplexity": math.exp(min(nll, 700.0)),
         "bits_per_byte": float(losses.sum()) / math.log(2) / max(1, scored_bytes),
-        "nll": nll,
-        "nll_stderr": float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
-        "nll_each": [float(block.mean()) for block in losses.split(PAIRED_BLOCK)],
+        **_mean_of_tokens("nll", losses),
+        **{key: value for name, each in drift.items() for key, value in _mean_of_tokens(f"kl_{name}", each).items()},
         "tokens": len(losses),
         "bytes": scored_bytes,
+    }
+
+
+def _mean_of_tokens(name: str, each: Tensor) -> dict[str, Any]:
+    """The mean, its standard error and the mean of each block of tokens."""
+    return {
+        name: float(each.mean()),
+        f"{name}_stderr": float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else 0.0,
+        f"{name}_each": [float(block.mean()) for block in each.split(PAIRED_BLOCK)],
     }
 
 
@@ -67,12 +86,34 @@ def sliding_window(
 
     before: token ids at the start of every window, within its length; `tokens` begin with them.
     """
-    losses = [
-        part
-        for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size, "perplexity")
-        for part in token_losses(model, rows, new)
-    ]
-    return torch.cat(losses)
+    return losses_and_drift(model, tokens, window, stride, batch_size=batch_size, before=before)[0]
+
+
+@torch.no_grad()
+def losses_and_drift(
+    model: Any,
+    tokens: Tensor,
+    window: int,
+    stride: int,
+    *,
+    batch_size: int,
+    before: Sequence[int] = (),
+    references: Mapping[str, Reference] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """−log p of each token but the first, and KL(reference ‖ model) there by the reference's name: (n − 1,), float64.
+
+    A batch goes through the model once, and once through each reference. No logits outlive their batch: those of a
+    whole text would fill gigabytes. Other arguments as `sliding_window`'s.
+    """
+    losses: list[Tensor] = []
+    drift: dict[str, list[Tensor]] = {name: [] for name in references or {}}
+    for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size, "perplexity"):
+        scored = _scored_logits(model, rows, new)
+        losses += _losses_of(scored, rows, new)
+        for name, reference in (references or {}).items():
+            with reference() as other:
+                drift[name] += map(divergences, _scored_logits(other, rows, new), scored)
+    return torch.cat(losses), {name: torch.cat(parts) for name, parts in drift.items()}
 
 
 def windows(tokens: Tensor, window: int, stride: int, *, before: Sequence[int] = ()) -> list[tuple[Tensor, int]]:
@@ -96,6 +137,19 @@ def token_losses(model: Any, sequences: Sequence[Tensor], counts: Sequence[int])
 
     Shorter sequences are padded on the right, where nothing is scored or attended to.
     """
+    return _losses_of(_scored_logits(model, sequences, counts), sequences, counts)
+
+
+def _losses_of(scored: Sequence[Tensor], sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    losses = []
+    for logits, sequence, count in zip(scored, sequences, counts, strict=True):  # one row in float32 at a time
+        target = sequence[len(sequence) - count :].to(logits.device)
+        losses.append(cross_entropy(logits.float(), target, reduction="none").cpu().double())
+    return losses
+
+
+def _scored_logits(model: Any, sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """What predicts the last `counts[i]` tokens of each sequence i: (counts[i], vocabulary), from one forward pass."""
     ids = pad_sequence(list(sequences), batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     options: dict[str, Any] = {}
@@ -108,39 +162,8 @@ def token_losses(model: Any, sequences: Sequence[Tensor], counts: Sequence[int])
         options["logits_to_keep"] = ids.shape[1] - first
     logits = model(input_ids=ids.to(model.device), use_cache=False, **options).logits
     offset = ids.shape[1] - logits.shape[1]
-    losses = []
-    for row, sequence, count in zip(logits, sequences, counts, strict=True):  # one row in float32 at a time
-        end = len(sequence)
-        scored = row[end - count - 1 - offset : end - 1 - offset].float()
-        target = sequence[end - count :].to(scored.device)
-        losses.append(cross_entropy(scored, target, reduction="none").cpu().double())
-    return losses
-
-
-def mean_kl(
-    before: Callable[[Tensor], Tensor],
-    after: Callable[[Tensor], Tensor],
-    rows: Sequence[tuple[Tensor, int]],
-    batch_size: int = 8,
-) -> float:
-    """Mean of KL(before ‖ after) over the tokens of a text, in nats a token, over the whole vocabulary.
-
-    It is the change of the model's predictions on a text, whether or not the text is in its style.
-
-    Args:
-        before, after: token ids (n, length) → logits (n, length, vocabulary) of two models, or of one PEFT model with
-            its adapter off and on.
-        rows: the text's `windows`.
-        batch_size: windows at once; one row of logits at a time is in float32.
-    """
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for some, new in _batches(rows, batch_size, "divergence"):
-            ids = torch.stack(list(some))
-            for base, tuned, scored in zip(before(ids), after(ids), new, strict=True):
-                total += float(divergences(base[-scored - 1 : -1], tuned[-scored - 1 : -1]).sum())
-                count += scored
-    return total / count
+    ends = [len(sequence) - 1 - offset for sequence in sequences]
+    return [row[end - count : end] for row, end, count in zip(logits, ends, counts, strict=True)]
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:  # (n, vocabulary) twice → (n,) float64 on the CPU

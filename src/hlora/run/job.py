@@ -46,7 +46,7 @@ class Job:
     """Whether the phases write checkpoints, and resume from those on the disk."""
     given: Importance | None = None
     """An importance recorded earlier, for the domain phase: the one that `importance.use` names, or the one on disk."""
-    _base_changed: bool = False
+    base_changed: bool = False
     """Whether an adapter on the base model has changed its weights."""
 
     @classmethod
@@ -90,13 +90,13 @@ class Job:
 
     def with_adapter(self, directory: Path, rank: int | None = None) -> PeftModel:
         """The base model with a saved adapter on it (see `load_adapter`). `release` takes the adapter off again."""
-        self._base_changed = changes_base(directory)
+        self.base_changed = changes_base(directory)
         return load_adapter(self.base, directory, rank)
 
     def release(self, model: Any) -> None:
         """Take the adapter off the base model, or drop a base that is sharded or changed: `base` loads it again."""
-        if is_sharded(model) or self._base_changed:
-            self._base, self._base_changed = None, False
+        if is_sharded(model) or self.base_changed:
+            self._base, self.base_changed = None, False
         elif isinstance(model, PeftModel):
             model.unload()
 

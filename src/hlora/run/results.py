@@ -14,21 +14,25 @@ import torch
 from transformers import PreTrainedModel
 
 from hlora.config.run import RunConfig
-from hlora.evaluation.evaluate import evaluate
 from hlora.importance.artefact import Importance
 from hlora.importance.layer_weights import layer_coefficients
 from hlora.parallel.fsdp import device_for
 from hlora.report.card import adapter_card, importance_card
 from hlora.report.run.page import write_report
+from hlora.run.drift import measure_with_drift
 from hlora.run.job import Job
 from hlora.system.errors import DataError
 from hlora.system.files import write_json, write_text
 from hlora.system.redaction import redacted
 
 
-def measure(job: Job, model: Any) -> dict[str, Any]:
-    """Every measure of one model on the job's evaluation texts and test rows (see evaluation.evaluate)."""
-    return evaluate(model, job.tokenizer, job.general.evaluation, job.domain, job.config.evaluation)
+def measure(job: Job, model: Any, importance: Importance | None = None) -> dict[str, Any]:
+    """Every measure of one model on the job's evaluation texts and test rows (see evaluation.evaluate).
+
+    importance: where the general phase ended, for the drift from there. A run after another has no general phase.
+    """
+    start = importance if job.config.after is None else None
+    return measure_with_drift(job, model, job.config.evaluation, start, base_changed=job.base_changed)
 
 
 def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:

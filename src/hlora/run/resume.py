@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from hlora.evaluation.evaluate import add_forgetting
+from hlora.importance.artefact import Importance
 from hlora.parallel.fsdp import shard
 from hlora.parallel.group import is_main, on_main, raise_on_all, world_size
 from hlora.parallel.launch import sharding
@@ -43,8 +44,13 @@ def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
                 write_json(job.output / UNFINISHED, {**_made_from(job), "results": results})
 
 
-def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any]) -> None:
-    """Measure the model that `make` returns, unless this run has already done so."""
+def measure_once(
+    job: Job, results: dict[str, Any], arm: str, make: Callable[[], Any], importance: Importance | None = None
+) -> None:
+    """Measure the model that `make` returns, unless this run has already done so.
+
+    importance: where the general phase ended, for the drift from there.
+    """
     if arm in results["arms"]:
         return
     model = make()
@@ -52,7 +58,7 @@ def measure_once(job: Job, results: dict[str, Any], arm: str, make: Callable[[],
     with timed(job, results, f"evaluate {arm}"):
         if sharding():
             shard(model)
-        results["arms"][arm] = on_main(lambda: measure(job, model), in_step=sharding())
+        results["arms"][arm] = on_main(lambda: measure(job, model, importance), in_step=sharding())
         add_forgetting(results["arms"][arm], results["arms"]["base"])
     job.release(model)
 

@@ -208,6 +208,17 @@ def test_forgetting_table_has_loss_cost_and_strength(comparison):
     assert len(table.rows) == 14
 
 
+def test_forgetting_table_has_the_drift_from_the_base_model_where_cells_measured_it(comparison):
+    for each in comparison["cells"]:
+        if each["arm"] == "HLoRA" and each["status"] == "done":
+            each["test"]["texts"]["wikitext"]["kl_from_base"] = 0.0123
+    table = forgetting_table(comparison)
+    heading = "Drift from the base model, nats/token wikitext"
+    assert row(table, "piqa", "HLoRA")[heading].text == "0.0123 ± 0.0000"
+    assert row(table, "piqa", "Base")[heading].text == "–"
+    assert "Drift from the base model, nats/token other" not in row(table, "piqa", "HLoRA")
+
+
 def test_equal_domain_table_states_its_target_and_reads_curves_there(comparison):
     table = equal_domain_table(comparison, resamples=200)
     assert "piqa 72.00; medmcqa 72.00" in table.title  # 90 − 0.9 (90 − 70)

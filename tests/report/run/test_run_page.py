@@ -235,9 +235,21 @@ def test_a_result_from_before_there_was_forgetting_has_no_column_of_it(tmp_path)
     assert "forgetting, wiki" not in write(content, tmp_path).text
 
 
+def test_the_drift_on_a_text_is_in_summary_and_page_and_has_no_column_where_nobody_measured_it(tmp_path):
+    content = results(after_general=evaluation(2.8), hlora=evaluation(3.05))
+    assert not [row for row in summary_rows(content) if "drift" in row.measure]
+    assert "drift" not in write(content, tmp_path).text
+    content["arms"]["after_general"]["texts"]["wiki"]["kl_from_base"] = 0.0213
+    content["arms"]["hlora"]["texts"]["wiki"] |= {"kl_from_base": 0.03456, "kl_from_general": 0.0111}
+    (row,) = (row for row in summary_rows(content) if "drift" in row.measure)
+    assert row == ("drift from base, wiki", "0", "0.0213", "0.0346", "nats", None)
+    text = write(content, tmp_path).text
+    assert "drift from base, wiki" in text and "0.0346" in text and "0.0111 from the general phase" in text
+
+
 def test_each_measure_of_the_summary_stands_on_one_line_of_a_terminal_of_100_columns(full):
     for arm in full["arms"].values():
-        arm["texts"] = {"general (held out)": {**arm["texts"]["wiki"], "perplexity": 123456.7}}
+        arm["texts"] = {"general (held out)": {**arm["texts"]["wiki"], "perplexity": 123456.7, "kl_from_base": 0.0123}}
         add_forgetting(arm, full["arms"]["base"])
     console = Console(width=100)
     with console.capture() as capture:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hlora.report.comparison.cells import cells_of, untuned
+from hlora.report.comparison.cells import cells_of, measure, untuned
 from hlora.report.comparison.columns import best_and_second, column_of, status_of, unfinished
 from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.equal_domain import equal_domain, equal_domain_ratio, equal_domain_target
@@ -91,16 +91,21 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
     """What each arm forgot, learned and cost on each task.
 
     Forgetting is the rise of the mean token loss over Base in nats/token, PEFT's yardstick, so negative is better than
-    before. Best and second are among the tuned methods of a task. Peak memory is the largest over seeds, seconds are
+    before. Drift is the mean KL(Base ‖ arm) a token, for comparisons that measured it. Best and second are among the
+    tuned methods of a task. Peak memory is the largest over seeds, seconds are
     of the domain phase (mean), importance in bytes on disk.
     """
     arms, texts, rows = comparison["arms"], comparison["texts"], []
+    drifts = [
+        text for text in texts if any(measure(cell, "kl_from_base", text) is not None for cell in comparison["cells"])
+    ]
     for task in comparison["tasks"]:
         columns = [
             *(
                 column_of(comparison, arms, task, "forgetting", text=text, digits=3, why=text == texts[0])
                 for text in texts
             ),
+            *(column_of(comparison, arms, task, "kl_from_base", text=text, digits=4) for text in drifts),
             column_of(comparison, arms, task, "answer_nll"),
             column_of(comparison, arms, task, "acc", lower=False, scale=100, digits=1),
         ]
@@ -124,6 +129,7 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
     groups = [
         ("", ["Task", "Method", "Strength"]),
         ("Forgetting, nats/token", list(texts)),
+        *([("Drift from the base model, nats/token", drifts)] if drifts else []),
         ("", ["Answer NLL, nats", "Acc %", "Train s", "Peak GB", "Importance MB"]),
     ]
     title = f"Forgetting (rise of the mean token loss over Base), domain and cost, {_of(comparison)}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hlora.report.format import change, number, three_digits
+from hlora.report.format import change, decimals, number, three_digits
 
 DOMAIN_MEASURES = {
     "answer_nll": ("answer NLL, nats", True),
@@ -15,6 +15,10 @@ DOMAIN_MEASURES = {
     "exact_match": ("exact match, %", False),
 }
 """Measure of the domain → its name with the unit, and whether lower is better."""
+
+
+DRIFT = "drift from base"
+"""Mean KL(base ‖ arm) over the tokens of a text and the whole vocabulary, nats a token. Lower is better."""
 
 
 def shown_value(evaluation: Mapping[str, Any], key: str) -> str:
@@ -40,6 +44,11 @@ def shown_spread(evaluation: Mapping[str, Any], key: str) -> str:
     if not math.isfinite(stderr):
         return ""
     return f"± {stderr:.2f}" if key == "answer_nll" else f"± {100 * stderr:.1f}"
+
+
+def shown_drift(text: Mapping[str, Any], reference: str = "base") -> str:
+    """The drift on a text from the base model, or from "general", the model after the general phase."""
+    return decimals(number(text.get(f"kl_from_{reference}")), 4)
 
 
 def rise_spread(base: Mapping[str, Any], text: Mapping[str, Any]) -> str:

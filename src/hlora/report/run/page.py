@@ -2,7 +2,8 @@
 
 `results` is what results.json holds; any part may be missing:
 
-arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr, forgetting, tokens, bytes}},
+arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr, forgetting, kl_from_base,
+             kl_from_general, each with _stderr, tokens, bytes}}, drift_left_out: why one of the two is missing,
              forgetting: {mean, worst, text} over the texts, text names the worst,
              domain: {rows, answer_nll, acc, acc_norm, exact_match, each with _stderr, generated},
              samples: [{prompt, expected, answer}]}; `base` is what all are compared with
@@ -33,7 +34,15 @@ from hlora.report.heatmap import importance_heatmap
 from hlora.report.page import about, render, write_page
 from hlora.report.run.chain import chain_picture, chain_tables, general_forgetting
 from hlora.report.run.figures import budget_curves, forgetting_picture, loss_curves
-from hlora.report.run.measures import DOMAIN_MEASURES, rise_spread, shown_difference, shown_spread, shown_value
+from hlora.report.run.measures import (
+    DOMAIN_MEASURES,
+    DRIFT,
+    rise_spread,
+    shown_difference,
+    shown_drift,
+    shown_spread,
+    shown_value,
+)
 from hlora.report.run.verdict import improved, main_arm, verdict
 from hlora.report.style import phase_label, svg
 from hlora.system.redaction import redacted
@@ -88,6 +97,7 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     measures = [key for key in DOMAIN_MEASURES if any(key in (arm.get("domain") or {}) for arm in arms.values())]
     scored = [text for arm in arms.values() for text in (arm.get("texts") or {}).values()]
     columns = ["perplexity", *(["forgetting"] if any("forgetting" in text for text in scored) else [])]
+    columns += [DRIFT] if any("kl_from_base" in text for text in scored) else []
     heading = [f"{column}, {text}" for text in texts for column in columns]
     heading += [DOMAIN_MEASURES[key][0] for key in measures]
     base = arms.get("base") or {}
@@ -110,6 +120,12 @@ def _numbers(arms: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
                 cells.append(
                     {"value": shown_value(other, "forgetting"), "note": spread, "change": "", "better": better}
                 )
+            if DRIFT in columns:
+                general = (
+                    f"{shown_drift(other, 'general')} from the general phase" if "kl_from_general" in other else ""
+                )
+                shown = "0" if name == "base" else shown_drift(other)
+                cells.append({"value": shown, "note": general, "change": "nats a token", "better": None})
         one, other = base.get("domain") or {}, arm.get("domain") or {}
         for key in measures:
             better = improved(one, other, key, DOMAIN_MEASURES[key][1])

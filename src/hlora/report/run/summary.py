@@ -11,7 +11,15 @@ from rich.text import Text
 
 from hlora.methods import label_of
 from hlora.report.format import number, percent
-from hlora.report.run.measures import DOMAIN_MEASURES, optional_value, rise_spread, shown_difference, shown_value
+from hlora.report.run.measures import (
+    DOMAIN_MEASURES,
+    DRIFT,
+    optional_value,
+    rise_spread,
+    shown_difference,
+    shown_drift,
+    shown_value,
+)
 from hlora.report.run.verdict import improved, main_arm, verdict
 
 
@@ -56,6 +64,9 @@ def summary_rows(results: Mapping[str, Any]) -> list[Row]:
                 shown_value(other, "forgetting"),
             )
             rows.append(Row(f"forgetting, {text}", *values, f"{rise_spread(one, other)} nats".lstrip(), better))
+        if "kl_from_base" in other:
+            before = shown_drift(middle) if "kl_from_base" in middle else None
+            rows.append(Row(f"{DRIFT}, {text}", "0", before, shown_drift(other), "nats", None))
     rows += _overall_forgetting(base, general, tuned)
     one, middle, other = (each.get("domain") or {} for each in (base, general, tuned))
     for key, (label, lower_is_better) in DOMAIN_MEASURES.items():
