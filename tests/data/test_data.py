@@ -369,9 +369,9 @@ def test_a_wrong_row_is_named_by_file_and_number(questions: tuple[str, str], tmp
         with pytest.raises(DataError) as caught:
             read_domain(train, test, task="multiple_choice")
         assert str(caught.value) == (
-            f"{wrong}: 1 of 3 rows cannot be used, and domain.max_unusable (1%) lets 0 be left out. "
+            f"{wrong}: 1 of 3 rows cannot be used, and domain.max_unusable (1%) allows 0 to be skipped. "
             "Row 3: wrong label: 2, expected 0 to 1, or a letter from A on. Task 'multiple_choice' needs question, "
-            "choices (a list), label (index of the right choice); domain.columns maps other names to these. Mend them, "
+            "choices (a list), label (index of the right choice); domain.columns maps other names to these. Fix them, "
             "or raise domain.max_unusable."
         )
 
@@ -404,8 +404,8 @@ def test_unusable_rows_within_the_limit_are_left_out_counted_and_listed(
         },
     }
     assert [record.message.split(". ")[0] for record in caplog.records] == [
-        f"{files[0]}: left out 2 of 22 rows that cannot be used",
-        f"{files[1]}: left out 1 of 5 rows that cannot be used",
+        f"{files[0]}: skipped 2 of 22 rows that cannot be used",
+        f"{files[1]}: skipped 1 of 5 rows that cannot be used",
     ]
     for limit in (1, 0, "5%"):
         with pytest.raises(DataError, match=r"train.jsonl: 2 of 22 rows"):
@@ -430,7 +430,7 @@ def test_general_documents_without_text_are_left_out_within_the_limit(tmp_path: 
         DataError, match=r"a.jsonl: 2 of 200 rows .* general.max_unusable \(1\) lets 1 .* Row 8: no text"
     ):
         read_general(GeneralConfig(paths=[file], max_unusable=1))
-    with pytest.raises(DataError, match=r"a.jsonl: Row 8: no text.*; Row 9: .* no row is left out"):
+    with pytest.raises(DataError, match=r"a.jsonl: Row 8: no text.*; Row 9: .* must not lose rows"):
         read_general(GeneralConfig(paths=[file]), {"same": file})
 
 

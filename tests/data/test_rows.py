@@ -165,7 +165,7 @@ def test_one_line_that_cannot_be_read_does_not_cost_the_file(tmp_path: Path) -> 
     found = read_rows(str(file))
     assert found.kept == {1: {"a": 1}, 10: {"a": "😀"}}
     assert {number: reason.split(":")[0] for number, reason in found.unusable.items()} == {
-        2: "not JSON", 4: "not UTF-8", 5: "no object", 6: "key twice", 7: "key twice", 8: "no object",
+        2: "not JSON", 4: "not UTF-8", 5: "no object", 6: "duplicate key", 7: "duplicate key", 8: "no object",
         9: "not Unicode", 11: "not JSON", 12: "not JSON",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""General text: what the general phase trains on, what forgetting is measured on, and what is held out from both."""
+"""General text: documents for the general phase, texts to measure forgetting on, and what is held out from both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hlora.system.errors import ConfigError, DataError
 
 logger = logging.getLogger("hlora")
 
-_HELD_OUT = 0.1  # share of the general documents kept for evaluation when no evaluation text is named
+_HELD_OUT = 0.1  # share of the general documents held out for evaluation if no evaluation text is named
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,17 @@ class GeneralText:
     evaluation: dict[str, str]
     """Text by its name in the report."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Source, sizes, hashes and what was left out, for provenance."""
+    """Source, sizes, hashes and what was skipped, for provenance."""
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Dataset:
-        """Rows of token ids, packed here and not by TRL, so that each begins with BOS where the tokenizer adds one.
+        """Rows of token ids, packed here and not by TRL, so that each begins with BOS if the tokenizer adds one.
 
-        arguments: of trl.SFTConfig, those of the general phase. Without `packing` each document is a row.
+        Args:
+            tokenizer: The model's.
+            arguments: Arguments of trl.SFTConfig for the general phase. Without `packing` each document is a row.
+
+        Raises:
+            ConfigError: `packing` without a `max_length`.
         """
         if not arguments.get("packing"):
             return Dataset.from_dict({"input_ids": document_rows(tokenizer, self.train)})
@@ -65,12 +70,20 @@ def general_text(
 ) -> GeneralText:
     """Read or sample the general text, and the texts to evaluate on.
 
-    Lines of 80 characters or more that stand in an evaluation text are taken out of the training documents. Without
-    `evaluation.texts` the last tenth of the documents is held out. Samples of the model are read from
-    `directory`, and kept there (`keep`).
+    Lines of 80 characters or more that also appear in an evaluation text are removed from the training documents.
+    Without `evaluation.texts` the last tenth of the documents is held out.
 
-    Raises DataError when a file cannot be read, more of its rows than `max_unusable` hold no text, or nothing is left
-    to train on.
+    Args:
+        config: The `general` section.
+        evaluation: The `evaluation` section.
+        model: The base model, to sample from.
+        tokenizer: The model's.
+        seed: Seed of sampling and of the order of a mixture.
+        directory: Where samples of the model are read from and kept.
+        keep: Whether to keep new samples there.
+
+    Raises:
+        DataError: A file cannot be read, too many of its rows hold no text, or nothing is left to train on.
     """
     unusable: dict[str, Any] = {}
 
@@ -112,9 +125,10 @@ def general_text(
 
 
 def _split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """All but the last tenth of the documents, and that tenth; of a single document the same by its lines.
+    """All but the last tenth of the documents, and that tenth. A single document is split by its lines.
 
-    Raises DataError for a single line.
+    Raises:
+        DataError: There is only one line.
     """
     lines = documents[0].rstrip().splitlines(keepends=True) if len(documents) == 1 else documents
     held_out = max(1, round(len(lines) * _HELD_OUT))
@@ -136,7 +150,7 @@ def _documents(
     directory: Path,
     keep: bool,
 ) -> tuple[list[str], dict[str, Any]]:
-    """The documents of a source, and what was left out of it (see Rows.facts)."""
+    """The documents of a source, and what was skipped (see Rows.facts)."""
     if source.source == "files":
         parts = [read_documents(path, source.column) for path in source.paths]
     elif source.source == "hub":
@@ -145,7 +159,7 @@ def _documents(
         samples = model_samples(source, model, tokenizer, seed, directory, keep)
         parts = [Rows("samples", dict(enumerate(samples, 1)))]
     parts = [part.within(source.max_unusable, "general.max_unusable", "Set general.column. ") for part in parts]
-    # Blank documents count as nothing at all: data sets of the hub have one for each blank line of a page.
+    # Blank documents do not count: some hub data sets have one for each blank line of a page.
     documents = [text for part in parts for text in part.kept.values() if text.strip()][: source.max_documents]
     if not documents:
         raise DataError(f"general: no text in what source {source.source!r} names. Give it some, or another source.")
@@ -153,9 +167,9 @@ def _documents(
 
 
 def _mixed(parts: list[list[str]], weights: list[float], seed: int) -> tuple[list[str], list[int]]:
-    """Documents of several sources in one seeded order, and the characters taken of each.
+    """Documents of several sources in one seeded order, and the number of characters taken from each.
 
-    As much as there is without repeating any: the source with the fewest characters for its weight sets the total.
+    Nothing is repeated, so the source with the fewest characters for its weight sets the total.
     """
     total = min(sum(map(len, part)) / weight for part, weight in zip(parts, weights, strict=True))
     documents: list[str] = []
@@ -173,7 +187,7 @@ def _mixed(parts: list[list[str]], weights: list[float], seed: int) -> tuple[lis
 
 
 def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
-    """Set the last tenth of the general documents aside, to choose strengths on. Raises DataError when there is one."""
+    """Hold out the last tenth of the general documents, to choose strengths on. Raises DataError for one document."""
     if len(text.train) < 2:
         raise DataError("general: one document, which leaves none to choose strengths on. Give more general text.")
     held_out = max(1, round(len(text.train) * _HELD_OUT))
@@ -190,7 +204,13 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
 def probe_texts(paths: Mapping[str, str], general: GeneralText, column: str = "text") -> dict[str, str]:
     """The texts that a forgetting budget is measured on, without long lines that are also trained or evaluated on.
 
-    column: of files of rows, general.column. Raises DataError for a text of which nothing is left.
+    Args:
+        paths: Name → file.
+        general: The general text.
+        column: Column that holds the text in files of rows.
+
+    Raises:
+        DataError: Nothing is left of a text.
     """
     found = {}
     for name, path in paths.items():
@@ -209,17 +229,18 @@ def probe_texts(paths: Mapping[str, str], general: GeneralText, column: str = "t
 
 
 def measured_text(path: str, column: str = "text") -> list[str]:
-    """All documents of a file that something is measured on. Raises DataError when one of them cannot be used."""
+    """All documents of a file to measure on, from which no row is skipped. Raises DataError if one cannot be used."""
     found = read_documents(path, column)
     if found.unusable:
-        raise DataError(f"{path}: {found.first(5)}. Of a text that is measured on no row is left out; mend them.")
+        raise DataError(f"{path}: {found.first(5)}. A text to measure on must not lose rows, so fix them.")
     return list(found.kept.values())
 
 
 def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
-    """Leave out of the general documents what stands in `others`: whole ones, and lines of 80 characters or more.
+    """Remove from the general documents what also appears in `others`: documents, and lines of 80 characters or more.
 
-    Raises DataError when nothing is left.
+    Raises:
+        DataError: Nothing is left.
     """
     others = list(others)
     apart = [document for document in text.train if not any(document.strip() in other for other in others)]

@@ -1,4 +1,4 @@
-"""Rows of a file: what can be read of them, and what cannot with its reason, up to a limit that the user sets.
+"""Rows of a file: those that can be read, and those that cannot with the reason, up to a limit that the user sets.
 
 A reason is its kind, a colon and the particulars, such as "wrong label: 7, expected 0 to 1". Rows are counted by kind.
 """
@@ -25,8 +25,8 @@ from hlora.system.errors import DataError, first_line
 
 logger = logging.getLogger("hlora")
 
-_LISTED = 20  # rows left out of a file that are listed one by one
-_DOCUMENT = 10_000  # characters of one document cut from a .txt file, at paragraph ends
+_LISTED = 20  # skipped rows that are listed one by one
+_DOCUMENT = 10_000  # characters in a document cut from a .txt file at paragraph ends
 _ROWS = (".jsonl", ".json", ".parquet", ".csv")
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
 
@@ -36,15 +36,15 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Rows(Generic[T]):
-    """Rows of one source by their number, from 1; that of the line in a .jsonl file."""
+    """Rows of one source by number, from 1. In a .jsonl file it is the number of the line."""
 
     source: str
     kept: dict[int, T]
     unusable: dict[int, str] = field(default_factory=dict)
-    """Why, by number."""
+    """Reason by number."""
 
     def read(self, reader: Callable[[T], U]) -> Rows[U]:
-        """What `reader` makes of each row. One that it refuses by a DataError is unusable, for the reason it says."""
+        """Apply `reader` to each row. If it raises DataError, the row is unusable and the message is the reason."""
         kept, unusable = {}, dict(self.unusable)
         for number, row in self.kept.items():
             try:
@@ -54,25 +54,30 @@ class Rows(Generic[T]):
         return Rows(self.source, kept, dict(sorted(unusable.items())))
 
     def within(self, limit: int | str, name: str, needed: str = "") -> Rows[T]:
-        """These rows, after a warning where some are unusable.
+        """Return these rows; warn if some are unusable.
 
-        limit: how many may be, "1%" or a number of rows; name: of the field that says so; needed: what a row needs.
-        Raises DataError that lists the first unusable rows when they are more.
+        Args:
+            limit: How many rows may be unusable, such as "1%" or 5.
+            name: Field that sets the limit.
+            needed: A sentence that says what a row needs.
+
+        Raises:
+            DataError: More rows are unusable. Lists the first ones.
         """
         count, total = len(self.unusable), len(self.unusable) + len(self.kept)
         if count > allowed(limit, total):
             raise DataError(
-                f"{self.source}: {count} of {total} rows cannot be used, and {name} ({limit}) lets "
-                f"{allowed(limit, total)} be left out. {self.first(5)}. {needed}Mend them, or raise {name}."
+                f"{self.source}: {count} of {total} rows cannot be used, and {name} ({limit}) allows "
+                f"{allowed(limit, total)} to be skipped. {self.first(5)}. {needed}Fix them, or raise {name}."
             )
         if count:
             logger.warning(
-                "%s: left out %d of %d rows that cannot be used. %s", self.source, count, total, self.first(5)
+                "%s: skipped %d of %d rows that cannot be used. %s", self.source, count, total, self.first(5)
             )
         return self
 
     def facts(self) -> dict[str, Any]:
-        """What was left out, by source, for provenance: counted by kind, and the first 20 with their reasons."""
+        """What was skipped, for provenance: counts by kind, and the first 20 rows with their reasons."""
         if not self.unusable:
             return {}
         listed = {f"row {number}": reason for number, reason in list(self.unusable.items())[:_LISTED]}
@@ -81,15 +86,20 @@ class Rows(Generic[T]):
         return {self.source: {"rows": len(self.unusable), "of": total, "reasons": dict(kinds), "first": listed}}
 
     def first(self, count: int) -> str:
-        """The first unusable rows with their reasons, in a line."""
+        """The first unusable rows with their reasons, in one line."""
         shown = "; ".join(f"Row {number}: {reason}" for number, reason in list(self.unusable.items())[:count])
         return shown + (f"; and {len(self.unusable) - count} more" if len(self.unusable) > count else "")
 
 
 def read_documents(path: str, column: str = "text") -> Rows[str]:
-    """Documents of a .txt file, cut at paragraph or line ends to about 10,000 characters, or of a column of rows.
+    """Documents of a file: a .txt file cut at paragraph or line ends to about 10,000 characters, or a column of rows.
 
-    Raises DataError for a file that cannot be read.
+    Args:
+        path: The file.
+        column: Column that holds the text in a file of rows.
+
+    Raises:
+        DataError: The file cannot be read.
     """
     if _kind(path) == ".txt":
         return Rows(path, dict(enumerate(_paragraph_groups(_read_text(path)), 1)))
@@ -97,7 +107,7 @@ def read_documents(path: str, column: str = "text") -> Rows[str]:
 
 
 def text_of(row: dict[str, Any], column: str) -> str:
-    """The text in a row's column. Raises DataError when there is none."""
+    """The text in a column of a row. Raises DataError if there is none."""
     if column not in row:
         raise DataError(f"missing column: {column!r}, it has {', '.join(map(str, row)) or 'nothing'}")
     if not isinstance(row[column], str):
@@ -108,7 +118,8 @@ def text_of(row: dict[str, Any], column: str) -> str:
 def read_rows(path: str) -> Rows[dict[str, Any]]:
     """Rows of a .jsonl, .json, .parquet or .csv file, also packed as .gz or .zst. CSV cells are text.
 
-    Raises DataError for a file that cannot be read.
+    Raises:
+        DataError: The file cannot be read.
     """
     kind = _kind(path)
     if kind == ".parquet":
@@ -121,17 +132,19 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
     if content[:100].lstrip()[:1] == b"[":
         with suppress(ValueError, RecursionError):
             return Rows(path, dict(enumerate(json.loads(content.decode("utf-8")), 1))).read(_object)
-    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")  # U+2028 may stand inside a text
+    lines = (
+        content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    )  # splitlines would also split at U+2028, inside a text
     return Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
 
 
 def is_rows_file(source: str) -> bool:
-    """Whether a source is a file, by its suffix or because it is there; else it names a hub data set or a split."""
+    """Whether a source is a file, by its suffix or since it exists. Otherwise it names a hub data set or split."""
     return _kind(source) in _ROWS or Path(source).is_file()
 
 
 def _kind(path: str) -> str:
-    """The file's suffix, that before .gz or .zst."""
+    """The file's suffix, before .gz or .zst."""
     name = Path(path)
     return name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
 
@@ -167,7 +180,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DataError(f"key twice: {twice!r}")
+        raise DataError(f"duplicate key: {twice!r}")
     return row
 
 
@@ -179,7 +192,7 @@ def _parquet_rows(path: str) -> Rows[dict[str, Any]]:
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     try:
         return Rows(path, dict(enumerate(table.to_pylist(), 1)))
-    except problems:  # a text that is not UTF-8, a date that Python does not know: which row has it?
+    except problems:  # text that is not UTF-8, or a date that Python cannot hold: find the row
         pass
 
     def one(number: int) -> dict[str, Any]:
@@ -192,7 +205,7 @@ def _parquet_rows(path: str) -> Rows[dict[str, Any]]:
 
 
 def _csv_rows(path: str) -> Rows[dict[str, Any]]:
-    limit = csv.field_size_limit(sys.maxsize)  # a cell of more than 131,072 characters is for its row to judge
+    limit = csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters in a cell is not ours
     table = csv.DictReader(io.StringIO(_read_text(path)), restkey="(no name)", strict=True)
     try:
         columns = table.fieldnames or []
@@ -214,7 +227,7 @@ def _csv_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _paragraph_groups(text: str) -> list[str]:
     groups, group = [], ""
-    for paragraph in re.split(r"(?<=\n)[ \t]*\n", text):  # a blank line, be it empty or of spaces
+    for paragraph in re.split(r"(?<=\n)[ \t]*\n", text):  # a blank line, empty or of spaces
         for part in _cut_at_lines(paragraph + "\n"):
             group += part
             if len(group) >= _DOCUMENT:
@@ -224,7 +237,7 @@ def _paragraph_groups(text: str) -> list[str]:
 
 
 def _cut_at_lines(paragraph: str) -> list[str]:
-    """A paragraph in parts of at least a document's length, cut at line ends: a text may have one sentence a line."""
+    """A paragraph cut at line ends into parts of a document's length or more; some texts have one sentence per line."""
     parts, part = [], ""
     for line in paragraph.splitlines(keepends=True):
         part += line
@@ -254,11 +267,11 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _existing(path: str) -> Path:
-    """The path of a file that is there. Raises DataError."""
+    """The path of a file that exists. Raises DataError if it does not."""
     try:
         if Path(path).is_file():
             return Path(path)
         problem = "a directory, expected a file" if Path(path).is_dir() else f"no such file (from {Path.cwd()})"
-    except OSError as error:  # a name too long, a directory that may not be searched
+    except OSError as error:  # the name is too long, or the directory may not be searched
         problem = f"cannot be read ({error.strerror})"
     raise DataError(f"{path}: {problem}")

@@ -1,4 +1,4 @@
-"""Text that the base model writes by itself."""
+"""Text that the base model generates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ def model_samples(
     directory: Path,
     keep: bool = True,
 ) -> list[str]:
-    """Text that the base model writes by itself from its first token, by its own distribution; seeded.
+    """Sample text from the base model, from the first token on.
 
-    Read from `directory` if it is kept there, else sampled and kept (`keep`).
+    Args:
+        config: How many samples, of what length and temperature.
+        model: The base model.
+        tokenizer: The model's.
+        seed: Seed of the sampling.
+        directory: Where samples are read from, if they are there.
+        keep: Whether to keep new samples there.
     """
     shape = f"{config.samples}x{config.sample_tokens}"
     cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
@@ -46,5 +52,5 @@ def model_samples(
             samples += tokenizer.batch_decode(texts, skip_special_tokens=True)
     if keep:
         directory.mkdir(parents=True, exist_ok=True)
-        return write_json(cache, {"asked": asked, "samples": samples})["samples"]  # as a later run will read them
+        return write_json(cache, {"asked": asked, "samples": samples})["samples"]  # as a resumed run reads them
     return samples

@@ -1,8 +1,8 @@
-"""What the processes of a training have to agree on: decisions, errors, and which process goes first.
+"""What the processes of a training must agree on: decisions, errors, and which process goes first.
 
 Tensors travel through the training's own process group (importance/shares.py). Decisions and errors travel through a
-second group (gloo), in which a process may wait for long without using a device. Without a process group, or in a group
-of one, nothing here communicates.
+second group (gloo), in which a process may wait for a long time without using a device. Without a process group, or in
+a group of one, nothing here communicates.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def raise_on_all() -> Iterator[None]:
         yield
     except (HloraError, OSError) as raised:
         error = raised
-    said = {} if error is None else {"kind": type(error).__name__, "text": str(error)}
-    everyone = [json.loads(text) for text in all_gather_text(json.dumps(said))]
+    mine = {} if error is None else {"kind": type(error).__name__, "text": str(error)}
+    everyone = [json.loads(text) for text in all_gather_text(json.dumps(mine))]
     if error is not None:
         error.__dict__["reported"] = any(everyone[: rank()])  # an earlier process prints it
         raise error
@@ -115,10 +115,7 @@ def on_main(work: Callable[[], Work], in_step: bool = False) -> Work:
         if is_main():
             result = work()
         elif in_step:
-            with (
-                redirect_stdout(io.StringIO()),
-                redirect_stderr(io.StringIO()),
-            ):  # only the main process shows its progress
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one progress display is enough
                 work()
     text = all_gather_text(json.dumps(result) if is_main() else "")[0]
     return result if is_main() else json.loads(text)

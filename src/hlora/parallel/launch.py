@@ -1,4 +1,4 @@
-"""How this process was launched: alone, or as one of several by torchrun or accelerate, for DDP or for FSDP2."""
+"""How this process was launched: alone, or by torchrun or accelerate as one of several, for DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ def only_alone(command: str, instead: str) -> None:
 
 
 def join_launch(device: str) -> None:
-    """Join the process group if torchrun or accelerate launched this process. device: `model.device`."""
+    """Join the process group if torchrun or accelerate launched this process.
+
+    Args:
+        device: `model.device`.
+
+    Raises:
+        ConfigError: The launch asks for FSDP1 or DeepSpeed.
+    """
     if not _launched() or dist.is_initialized():
         return
     old = _asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
@@ -29,9 +36,8 @@ def join_launch(device: str) -> None:
         )
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # with sharded ones, Trainer does not save the adapter alone
     os.environ["FSDP_SYNC_MODULE_STATES"] = "false"  # FSDP1 only; Accelerate would look for a GPU
-    os.environ.setdefault(
-        "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
-    )  # otherwise all blocks are gathered at once
+    # Otherwise all blocks are gathered at once.
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl")

@@ -1,1 +1,1 @@
-"""The ground: errors, files, locks, redaction. Imports nothing else of hlora."""
+"""The lowest floor: errors, files, locks, redaction. Imports nothing else from hlora."""

@@ -1,4 +1,4 @@
-"""Options that the configuration and the library share, each with its values."""
+"""The values of options that the configuration and the library share."""
 
 from __future__ import annotations
 

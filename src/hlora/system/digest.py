@@ -1,4 +1,4 @@
-"""Digests of settings and of texts, by which the same is recognised again."""
+"""Digests of settings and texts, by which hlora recognises them again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def digest(made_from: Mapping[str, Any]) -> str:
-    """A name for what is determined by `made_from`: 16 hexadecimal digits of its SHA-256."""
+    """A name for anything that `made_from` determines: 16 hexadecimal digits of its SHA-256."""
     text = json.dumps(made_from, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,11 +1,11 @@
-"""What can go wrong, as one small tree.
+"""The errors of hlora, as one small tree.
 
 HloraError
 ├── ConfigError    a field of the configuration is wrong or unknown
 ├── DataError      a file, row or column cannot be used
 ├── AdapterError   the model has parts that importance cannot protect
 ├── ArtifactError  a saved importance or adapter is damaged, or belongs to another model
-├── TrainingError  a loss or weight is not finite any more
+├── TrainingError  a loss or weight is no longer finite
 ├── ClusterError   the machines that compute a grid's cells are missing, or die
 └── CannotRun      a method of a comparison does not work on this model
 
@@ -56,17 +56,17 @@ class CannotRun(HloraError):
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of another library's error, at most 200 characters, to quote in one of ours."""
+    """Type and first line of another library's error, up to 200 characters, to quote in one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs an extra of hlora, as a sentence. hlora is on no package index, only in a clone."""
+    """A sentence with the command that installs an extra. hlora is not on a package index, so in a clone."""
     return f"In your clone of hlora: pip install '.[{extra}]'"
 
 
 def io_message(error: BaseException) -> str:
-    """What the command line prints for an error of the disk: full, no permission, a mount that is gone."""
+    """What the command line prints for a disk error: disk full, no permission, a lost mount."""
     place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
     return (
@@ -84,10 +84,10 @@ LOST_PEER = (
 
 @contextmanager
 def culprit(path: Path, remedy: str) -> Iterator[None]:
-    """Turn any error but the disk's, while the content of a file is used, into a DataError that names the file."""
+    """Turn any error from the content of a file, except disk errors, into a DataError that names the file."""
     try:
         yield
     except (HloraError, OSError):
         raise
-    except Exception as error:  # anyone may have edited the file, which can cause any error
+    except Exception as error:  # the file may have been edited by hand, which can cause any error
         raise DataError(f"{path}: not as hlora writes it ({first_line(error)}). {remedy}") from None

@@ -1,4 +1,4 @@
-"""Outputs are whole or absent: written beside their place, flushed to the disk, renamed into it."""
+"""Atomic writes: an output is written next to its place, flushed to the disk, and renamed into place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory for output. Raises ConfigError when it cannot be made or written to."""
+    """Make a directory for output. Raises ConfigError if it cannot be made or written to."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
@@ -38,7 +38,7 @@ def make_directory(directory: Path) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raises ConfigError where a directory for output is no directory, or has none to stand in. Writes nothing."""
+    """Raises ConfigError if an output path, or a parent of it, is not a directory. Writes nothing."""
     try:
         there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not there.is_dir():
@@ -48,9 +48,9 @@ def check_directory(directory: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Raises ConfigError for a symbolic link in an output directory where a write or a removal would follow it.
+    """Raises ConfigError for a symbolic link in an output directory that a write or removal would follow.
 
-    The directory itself may be one. A linked file or artefact below it is replaced, and what it points to stays.
+    The directory itself may be a link. A linked file or artefact in it is replaced, and the link's target stays.
     """
     for path in (directory / ".lock", directory / "logs", *directory.glob("logs/*"), *directory.glob("logs/*/*")):
         if path.is_symlink():
@@ -63,7 +63,7 @@ def refuse_links(directory: Path) -> None:
 def is_io_error(error: BaseException) -> bool:
     """Whether an error means that a file could not be read or written.
 
-    Libraries have their own: safetensors an error type, tokenizers "(os error 28)" in a bare Exception, torch.save a
+    Libraries raise their own: safetensors an error type, tokenizers a bare Exception with "(os error 28)", torch.save a
     RuntimeError of its stream writer.
     """
     if isinstance(error, OSError | SafetensorError):
@@ -72,7 +72,7 @@ def is_io_error(error: BaseException) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write a UTF-8 file atomically."""
     building = beside(path, "tmp")
     try:
         with building.open("w", encoding="utf-8") as stream:
@@ -85,14 +85,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> Any:
-    """Write a value as JSON without secrets, whole or not at all; returns the value as written."""
+    """Write a value as JSON atomically, with secrets redacted; returns the value as written."""
     written = redacted(value)
     write_text(path, json.dumps(written, indent=indent))
     return written
 
 
 def how_to_convert(directory: Path) -> str:
-    """A hint, with a space before it, where a directory holds pickled weights; empty where it holds none."""
+    """A hint with a leading space if a directory holds pickled weights, else an empty text."""
     found = (path.name for path in directory.glob("*") if path.suffix in PICKLES)
     pickles = sorted(name for name in found if not name.startswith(("training_args", "optimizer", "scheduler", "rng")))
     if not pickles:
@@ -117,18 +117,24 @@ def sha256(path: Path) -> str:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """A name beside `path` that no other process, of this machine or another, and no other thread has.
+    """A temporary name next to `path` that is unique to this process, machine and call.
 
-    kind: tmp for what will take its place, old for what had it.
+    Args:
+        path: The final place.
+        kind: tmp for a new version, old for the one that it replaces.
     """
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}-{_machine()}.{kind}")
 
 
 @contextmanager
 def building(directory: Path, locked: bool = False) -> Iterator[Path]:
-    """A fresh directory to fill; it takes the place of `directory` when the block ends without an exception.
+    """Yield a fresh directory to fill. It replaces `directory` when the block ends without an exception.
 
-    What an interrupted process left of the same directory is cleared away (`locked`: see clear).
+    Clears away leftovers of an interrupted process first.
+
+    Args:
+        directory: The final place.
+        locked: See `clear`.
     """
     clear(directory, locked)
     fresh = beside(directory, "tmp")
@@ -153,10 +159,14 @@ def building(directory: Path, locked: bool = False) -> Iterator[Path]:
 
 
 def clear(path: Path, locked: bool = False) -> None:
-    """Remove what an interrupted `building` or `write_text` left beside `path`, and put back what it had moved away.
+    """Remove leftovers of an interrupted `building` or `write_text` of `path`, and restore what it had moved away.
 
-    What a living process of this machine is about to finish stays. Of another machine's process nobody here knows
-    whether it lives: what it left goes only if the caller has the lock of `path` (locked), so no other works on it.
+    Leftovers of a live process on this machine are kept. Whether a process on another machine is alive cannot be known
+    here, so its leftovers are removed only under a lock.
+
+    Args:
+        path: The final place.
+        locked: The caller holds the lock of `path`, so no other process works on it.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
         owner, kind = left.name.rsplit(".", 2)[1:]
@@ -173,7 +183,7 @@ def clear(path: Path, locked: bool = False) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A file, a directory, or a link to one, whose target stays."""
+    """Remove a file, a directory or a link; a link's target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,8 +1,8 @@
-"""One process at a time works on an output directory, or on one cell of a comparison.
+"""Locks, so that one process at a time works on an output directory or a cell of a comparison.
 
-The lock is the operating system's, by filelock: flock on Unix, LockFileEx on Windows. It ends with its process, however
-that ends. A network file system has to pass locks on: NFS does from Linux 2.6.12 on, unless mounted with nolock. Where
-a file system has none, filelock warns and falls back to a file that marks the holder.
+The lock is the operating system's, by filelock: flock on Unix, LockFileEx on Windows. It is released when its
+process ends for any reason. A network file system must support locks: NFS does from Linux 2.6.12 on, unless mounted
+with nolock. On a file system without locks, filelock warns and falls back to a marker file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from hlora.system.files import clear, make_directory, refuse_links, write_text
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Lock a file, made if it is not there. False at once when another process or thread holds the lock.
+    """Lock a file, which is created if missing. Yields False at once if another process or thread holds the lock.
 
-    Raises OSError where the file is a symbolic link.
+    Raises:
+        OSError: The file is a symbolic link.
     """
     try:
         held = FileLock(path).acquire(blocking=False)
@@ -36,14 +37,15 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Lock an output directory, made if it is not there, and clear away what an interrupted process left in it.
+    """Lock an output directory, which is created if missing, and clear away leftovers of an interrupted process.
 
-    Raises ConfigError that names the process which holds the lock, and since when; or that the directory cannot be
-    written; or, at the end, that it is no longer the one which was locked, as when a mount is lost.
+    Raises:
+        ConfigError: Another process holds the lock (named, with its start), or the directory cannot be written. Or, at
+            the end, the directory is no longer the one that was locked, as after a lost mount.
     """
     make_directory(directory)
     refuse_links(directory)
-    lock, owner = directory / ".lock", directory / ".lock.owner"  # Windows lets no other process read a locked file
+    lock, owner = directory / ".lock", directory / ".lock.owner"  # on Windows others cannot read a locked file
     with try_lock(lock) as mine:
         if not mine:
             holder = ""
@@ -58,13 +60,13 @@ def lock_directory(directory: Path) -> Iterator[None]:
         write_text(owner, f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         locked = lock.stat()
         yield
-        # What makes directories that are missing, Trainer and TensorBoard too, has begun another in its place.
+        # If the directory vanished, Trainer or TensorBoard has created another in its place.
         try:
             same = os.path.samestat(locked, lock.lstat())
         except OSError:
             same = False
         if not same:
             raise ConfigError(
-                f"output: {directory} was taken away while this ran, as when a mount is lost; what is there now may "
-                "not be whole. Bring it back and start the same command again, which goes on from what it holds."
+                f"output: {directory} was taken away while this ran, as after a lost mount. What is there now may be "
+                "incomplete. Bring it back and start the same command again, which resumes from what it holds."
             )

@@ -1,4 +1,4 @@
-"""What a module's dotted name says."""
+"""Reads dotted module names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other libraries print, kept off the terminal."""
+"""Keeps other libraries' output off the terminal."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Secrets stay out of what is written and printed: tokens, keys and passwords become <redacted>.
+"""Redacts secrets in all output: tokens, keys and passwords become <redacted>.
 
-Of what is passed on to others, paths of this machine go too (`without_paths`).
+In what is shared with others, paths of this machine are shortened too (`without_paths`).
 
-A secret is known by the name of its field or variable (hub_token, WANDB_API_KEY, PGPASSWORD), by being the value of an
-environment variable of such a name, by its shape (hf_…, sk-…, a JWT), or by its place in an address (user:password@).
+A secret is recognised by the name of its field or variable (hub_token, WANDB_API_KEY, PGPASSWORD), as the value of an
+environment variable with such a name, by its shape (hf_…, sk-…, a JWT), or by its place in an address (user:password@).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = re.compile(
 )
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bsk-[\w-]{16,}"  # OpenAI, Anthropic and those that copy them
+    r"|\bsk-[\w-]{16,}"  # OpenAI, Anthropic and others with the same prefix
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bxox[abeprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"  # a JSON web token
@@ -35,11 +35,11 @@ _ASSIGNED = re.compile(r"""([\w.-]+)(=)("[^"]*"|'[^']*'|[^\s'"&,;)]+)|(?<=['"])(
 _PATH = re.compile(
     r"(?<![\w:/.~>-])(?:~|\.{1,2})?/(?:[^/\s'\"`|]+/)*([^/\s'\"`|]+)" r"|\b[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s'\"`|]+)"
 )
-_LEAST = 8  # characters of an environment variable's value that is a secret: `yes` is none
+_LEAST = 8  # minimum length of a secret value in the environment, since `yes` is not a secret
 
 
 def redacted(value: Any) -> Any:
-    """A copy of nested mappings, lists and text without secrets. Other values are passed on as they are."""
+    """A copy of nested mappings, lists and text without secrets. Other values stay as they are."""
     return _everywhere(without_secret_fields(value), _values_of_environment())
 
 
@@ -49,7 +49,7 @@ def redact_text(text: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """A copy of nested mappings, lists and text in which a path of this machine is its last part alone."""
+    """A copy of nested mappings, lists and text with paths of this machine shortened to their last part."""
     if isinstance(value, str):
         if value.startswith(("/", "~/")) and "\n" not in value:  # a path with spaces, too
             return value.rstrip("/").rpartition("/")[2]
@@ -62,13 +62,13 @@ def without_paths(value: Any) -> Any:
 
 
 def redact_argument(argument: str) -> str:
-    """One word of a command line without secrets; of `field=value` with a secret's name the whole value goes."""
+    """One word of a command line without secrets; the whole value of a `field=value` whose name is a secret's."""
     name, separator, _ = argument.partition("=")
     return f"{name}={MARK}" if separator and is_secret_name(name) else redact_text(argument)
 
 
 def without_secret_fields(value: Any) -> Any:
-    """The same with the text of each field that has a secret's name taken out."""
+    """The same value with the text of each field that has a secret's name redacted."""
     if isinstance(value, Mapping):
         return {
             key: MARK if isinstance(each, str) and is_secret_name(str(key)) else without_secret_fields(each)
@@ -80,12 +80,12 @@ def without_secret_fields(value: Any) -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a field, by its path, or a variable of that name holds a secret; eos_token and its like do not."""
+    """Whether a variable, or a field with that path, holds a secret. eos_token and the like do not."""
     return any(_NAME.search(part) for part in name.split("."))
 
 
 class RedactingFormatter(logging.Formatter):
-    """A log line, with the traceback that it may have, without secrets."""
+    """Formats a log line and its traceback without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact_text(super().format(record))
