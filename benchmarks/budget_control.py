@@ -149,7 +149,15 @@ def run(
         steered = ForgettingBudget(penalty, probe, parse_budget(settings["budget"]), landing=not settings["no_landing"])
         callbacks = [penalty.callback(), steered.callback()]
     started = time.perf_counter()
-    history = train(model, grid.tokenizer, domain.dataset(grid.tokenizer), output / "logs", arguments, seed, callbacks)
+    history = train(
+        model,
+        grid.tokenizer,
+        domain.dataset(grid.tokenizer),
+        output=output / "logs",
+        arguments=arguments,
+        seed=seed,
+        callbacks=callbacks,
+    )
     seconds = time.perf_counter() - started
     at_probe = Rise(steered.history[-1]["rise"], steered.history[-1]["stderr"], "", 0) if steered else None
     at_probe = at_probe or probe.measure(settings["most_tokens"])

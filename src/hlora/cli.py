@@ -165,7 +165,7 @@ def demo(
     overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on a small model and data that need no download from the hub. About 5 minutes on a CPU."""
+    """The whole job on a small model and data that need no download from the hub. 5 to 10 minutes on a CPU."""
     from hlora import pipeline
     from hlora.config.reading import parse_config
     from hlora.data import demo
@@ -254,7 +254,7 @@ def cost(
     from hlora.report.style import save
 
     settings.output = str(output or Path(settings.output) / "cost")
-    measured = measure_cost(settings, scale, sequences, nu_samples, _command())
+    measured = measure_cost(settings, scale, sequences, nu_samples=nu_samples, command=_command())
     for table in cost_tables(measured):
         console.print(table)
     for note in measured["notes"]:

@@ -1,4 +1,4 @@
-"""The whole job, read first: record importance on general text, tune on the domain under it, evaluate, report."""
+"""The whole job; read it first: record importance on general text, tune on the domain under it, evaluate, report."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ from hlora.system.errors import ArtifactError, ConfigError, DataError
 
 
 def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) -> dict[str, Any]:
-    """Record, tune, evaluate and report; returns what results.json holds.
+    """Record, tune, evaluate and report.
 
-    The output directory gets config.yaml, importance/, adapter/ (PEFT), results.json, report.html and the
-    TensorBoard logs of each phase. An interrupted run resumes from what it had finished, and within a phase
-    from its last complete checkpoint. A finished run is not repeated, and its results are returned.
-
-    Nothing is recorded where `importance.use` names an importance, or the output directory holds this run's.
+    The output directory gets config.yaml, importance/, adapter/ (PEFT), results.json, report.html and the TensorBoard
+    logs of each phase. An interrupted run resumes after its last finished step, and within a phase from its last
+    complete checkpoint. A finished run is not repeated. Recording is skipped if `importance.use` names an importance,
+    or the output directory holds this run's.
 
     Args:
-        config: the settings.
-        command: what repeats the run, for the report.
-        overwrite: replace a finished run. An importance that was recorded with the same settings stays.
+        config: The settings.
+        command: The command that repeats the run, for the report.
+        overwrite: Replace a finished run. An importance that was recorded with the same settings is kept.
 
-    In several processes: every process of a torchrun or accelerate launch calls it. They divide the phases among them
-    (DDP, FSDP2), the first evaluates and writes, and all return the same. They need the output directory in common.
+    Returns:
+        What results.json holds.
+
+    In several processes every one of a torchrun or accelerate launch calls it. They share the work of each phase (DDP,
+    FSDP2) and need a common output directory. The main one evaluates and writes, and all return the same.
 
     Raises:
-        ConfigError: another process works on the output directory, or it holds a finished run with other settings.
+        ConfigError: Another process works on the output directory, or it holds a finished run with other settings.
     """
     with _locked(config):
         if on_main(lambda: is_finished(config, "results.json", overwrite)):
@@ -79,7 +81,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 
 
 def record(config: RunConfig, overwrite: bool = False) -> Path:
-    """The general phase alone, unless its importance is there; returns the importance directory."""
+    """Run the general phase only, unless its importance exists; returns the importance directory."""
     if config.is_given_importance:
         field = "after" if config.after else "importance.use"
         raise ConfigError(f"{field}: {config.after or config.importance.use} is recorded already. Leave {field} out.")
@@ -93,7 +95,7 @@ def record(config: RunConfig, overwrite: bool = False) -> Path:
 
 
 def tune(config: RunConfig, overwrite: bool = False) -> Path:
-    """The domain phase alone, under `importance.use` or <output>/importance; returns the directory of the adapter."""
+    """Run the domain phase only, under `importance.use` or <output>/importance; returns the adapter directory."""
     importance = given_importance(config) or Importance.load(Path(config.output) / "importance")
     with _locked(config):
         adapter = Path(config.output) / "adapter"
@@ -107,7 +109,7 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
     """Evaluate the base model and <output>/adapter, and write results.json and the report.
 
-    Curves and times of the phases stay as an earlier results.json has them.
+    Curves and times of the phases are taken from an earlier results.json.
     """
     adapter = Path(config.output) / "adapter"
     with _locked(config):
@@ -115,7 +117,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         _check_adapter(job, adapter)
         on_main(job.keep_config)
         results = on_main(partial(starting_results, job, job.base, command))
-        with suppress(DataError, KeyError):  # there may be none, or a damaged one, that this one replaces
+        with suppress(DataError, KeyError):  # it may be missing or damaged; this one replaces it
             earlier = read_results(job.output)
             seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": earlier["history"], "seconds": seconds}
@@ -131,14 +133,14 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
 
 @contextmanager
 def _locked(config: RunConfig) -> Iterator[None]:
-    """The output directory, locked by this process or by the launch that it is one of."""
+    """Lock the output directory, for this process or for its launch."""
     join_launch(config.model.device)
     with lock_directory(Path(config.output)):
         yield
 
 
 def _open(config: RunConfig, given: Importance | None = None, resumable: bool = True) -> Job:
-    """The job, with the importance that its domain phase is given. Changes nothing on disk until every check passed."""
+    """Open the job with the importance that it is given. Changes nothing on disk until every check has passed."""
     job = Job.open(config, resumable, given)
     if given is not None:
         with raise_on_all():
@@ -147,7 +149,7 @@ def _open(config: RunConfig, given: Importance | None = None, resumable: bool = 
 
 
 def _recorded_before(job: Job, overwrite: bool) -> Importance | None:
-    """The importance that the configuration names, or this run's, where the output directory holds it."""
+    """The importance that the configuration names, or this run's if the output directory holds it."""
     if job.given is not None:
         return job.given
     with raise_on_all():
@@ -162,7 +164,7 @@ def _recorded(job: Job, results: dict[str, Any], here: Importance | None) -> Imp
     if here is not None:
         results["importance"] = results["importance"] or describe(here, job.config)
         return here
-    with timed(job, results, "record"):  # its curve is on the disk before the importance, which is found without it
+    with timed(job, results, "record"):  # saves its curve first: a resumed run takes a saved importance as finished
         model, importance, results["history"]["record"] = record_phase(job)
         results["importance"] = describe(importance, job.config)
     with raise_on_all():
@@ -194,9 +196,9 @@ def _baseline(job: Job, results: dict[str, Any], arm: Baseline, importance: Impo
 
 
 def _check_adapter(job: Job, directory: Path) -> None:
-    """Raises ArtifactError when the adapter is not of the job's rank and base model, now and not after measuring that.
+    """Raises ArtifactError if the adapter has not the job's rank and base model, before that model is measured.
 
-    The importance beside it, if there is one, knows the base model by its weights.
+    An importance in the output directory recognises the base model by its weights.
     """
     model = job.with_adapter(directory, job.config.lora.rank)
     recorded = job.output / "importance"

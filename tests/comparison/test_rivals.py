@@ -79,7 +79,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             logits = model.eval()(input_ids=IDS).logits
-        history = train(model, tokenizer, dataset, output, arguments, seed, **rest)
+        history = train(model, tokenizer, dataset, output=output, arguments=arguments, seed=seed, **rest)
         call = {"dataset": dataset, "arguments": arguments, "start": start, "logits": logits, "seed": seed}
         seen.append({**call, "history": history})
         return history
@@ -258,7 +258,9 @@ def test_loss_and_gradient_of_the_kl_trainer_equal_plain_torch(
     options = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     options |= {"optim": "sgd", "max_grad_norm": 0.0, "report_to": [], "use_cpu": True}
     before = {name: p.detach().clone() for name, p in peft_model.named_parameters() if p.requires_grad}
-    (entry,) = train(peft_model, tokenizer, data, tmp_path, options, 0, trainer_class=kl_trainer(0.7))
+    (entry,) = train(
+        peft_model, tokenizer, data, output=tmp_path, arguments=options, seed=0, trainer_class=kl_trainer(0.7)
+    )
 
     task, task_tokens, kl, tokens = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64), 0
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -295,9 +297,9 @@ def test_kl_counts_once_however_a_batch_is_accumulated(peft_model: PeftModel, mo
             model,
             AutoTokenizer.from_pretrained(model_dir),
             Dataset.from_dict({"input_ids": ids, "labels": ids}),
-            tmp_path,
-            options,
-            0,
+            output=tmp_path,
+            arguments=options,
+            seed=0,
             trainer_class=kl_trainer(2.0),
         )
         ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})

@@ -98,7 +98,7 @@ def labels_of(model: Any, tokenizer: Any, domain: DomainRows) -> list[list[int]]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     arguments = {"max_steps": 1, "max_length": 128, "report_to": []}
     logs = Path(tokenizer.name_or_path).parent / "logs" / "tune"
-    train(adapted, tokenizer, domain.dataset(tokenizer), logs, arguments, 0, [Watch()])
+    train(adapted, tokenizer, domain.dataset(tokenizer), output=logs, arguments=arguments, seed=0, callbacks=[Watch()])
     return seen
 
 
@@ -292,4 +292,12 @@ def test_a_trainer_that_trains_other_tokens_than_are_scored_is_refused(tmp_path:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     arguments = {"max_steps": 1, "max_length": 128, "report_to": []}
     with pytest.raises(TrainingError, match="TRL trains other tokens than those that are scored"):
-        train(adapted, tokenizer, domain.dataset(tokenizer), tmp_path / "l/t", arguments, 0, trainer_class=Whole)
+        train(
+            adapted,
+            tokenizer,
+            domain.dataset(tokenizer),
+            output=tmp_path / "l/t",
+            arguments=arguments,
+            seed=0,
+            trainer_class=Whole,
+        )

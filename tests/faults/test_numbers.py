@@ -165,7 +165,9 @@ def test_what_is_lost_between_two_logs_or_in_the_last_step_is_not_saved(
     tokenizer, output = AutoTokenizer.from_pretrained(model_dir), tmp_path / "phase"
     with warnings.catch_warnings(), pytest.raises(error, match=message):
         warnings.simplefilter("ignore", UserWarning)  # the recorder's
-        train(peft_model, tokenizer, TEXT, output, settings, 0, callbacks, resumable=True)
+        train(
+            peft_model, tokenizer, TEXT, output=output, arguments=settings, seed=0, callbacks=callbacks, resumable=True
+        )
     kept = latest_checkpoint(output)
     assert kept == output / f"checkpoint-{step - 1}"
     assert saved_numbers_are_finite(kept)
@@ -299,7 +301,16 @@ def test_a_phi_too_large_stops_the_training_and_nothing_is_saved(
     settings |= {"logging_steps": logging_steps, "report_to": []}
     tokenizer, output = AutoTokenizer.from_pretrained(model_dir), tmp_path / "phase"
     with pytest.raises(TrainingError, match=r"step \d: the penalty is (inf|nan) at phi 1e\+30.*lower penalty\.phi"):
-        train(peft_model, tokenizer, TEXT, output, settings, 0, [penalty.callback()], resumable=True)
+        train(
+            peft_model,
+            tokenizer,
+            TEXT,
+            output=output,
+            arguments=settings,
+            seed=0,
+            callbacks=[penalty.callback()],
+            resumable=True,
+        )
     kept = latest_checkpoint(output)
     assert kept is None or saved_numbers_are_finite(kept)
 

@@ -510,7 +510,13 @@ def test_train_returns_one_entry_a_step_with_the_penalty_logged(
     data = Dataset.from_dict({"prompt": ["2 + 2 ="] * 4, "completion": [" 4"] * 4})
     penalty = ImportancePenalty(peft_model, importance, phi=9.0)
     history = train(
-        peft_model, AutoTokenizer.from_pretrained(model_dir), data, tmp_path, TRAIN, 0, [penalty.callback()]
+        peft_model,
+        AutoTokenizer.from_pretrained(model_dir),
+        data,
+        output=tmp_path,
+        arguments=TRAIN,
+        seed=0,
+        callbacks=[penalty.callback()],
     )
     assert [entry["step"] for entry in history] == [1, 2]
     assert all(entry["total_loss"] > entry["loss"] > 0 for entry in history)
@@ -520,7 +526,7 @@ def test_train_is_repeated_exactly_by_its_seed(peft_model: PeftModel, model_dir:
     data = Dataset.from_dict({"text": [f"{n} plus one is {n + 1}." for n in range(8)]})
     ends = []
     for model in (peft_model, copy.deepcopy(peft_model)):
-        train(model, AutoTokenizer.from_pretrained(model_dir), data, tmp_path, TRAIN, 7)
+        train(model, AutoTokenizer.from_pretrained(model_dir), data, output=tmp_path, arguments=TRAIN, seed=7)
         ends.append(factors(model))
     assert_same_factors(*ends)
 
@@ -542,7 +548,7 @@ def test_packing_keeps_every_token_of_documents_longer_than_a_row(
     assert count > 8 * 32
     batches = Batches(peft_model)
     options = {**TRAIN, "packing": True, "max_steps": -1, "num_train_epochs": 1}
-    train(peft_model, tokenizer, Dataset.from_dict({"text": [text]}), tmp_path, options, 0)
+    train(peft_model, tokenizer, Dataset.from_dict({"text": [text]}), output=tmp_path, arguments=options, seed=0)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches.seen)
     assert tokens in (count, count + 1)  # with the end of the text
     assert {batch["input_ids"].shape[1] for batch in batches.seen} == {32}
@@ -554,7 +560,9 @@ def test_arguments_of_the_caller_come_before_the_defaults(
     batches = Batches(peft_model)
     data = Dataset.from_dict({"text": ["one two three"] * 8})
     options = {**TRAIN, "packing": True, "packing_strategy": "bfd", "logging_steps": 2}
-    history = train(peft_model, AutoTokenizer.from_pretrained(model_dir), data, tmp_path, options, 0)
+    history = train(
+        peft_model, AutoTokenizer.from_pretrained(model_dir), data, output=tmp_path, arguments=options, seed=0
+    )
     assert len(history) == 1
     assert all("position_ids" in batch for batch in batches.seen)  # as bfd lays a batch out: one row
 
@@ -566,12 +574,22 @@ def test_factored_recording_through_train_can_protect_the_next(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     recorder = ImportanceRecorder(peft_model, "factored")
     text = Dataset.from_dict({"text": ["The assert statement is a debugging aid. " * 4] * 8})
-    train(peft_model, tokenizer, text, tmp_path / "record", {**TRAIN, "packing": True}, 0, [recorder.callback()])
+    train(
+        peft_model,
+        tokenizer,
+        text,
+        output=tmp_path / "record",
+        arguments={**TRAIN, "packing": True},
+        seed=0,
+        callbacks=[recorder.callback()],
+    )
     importance = recorder.consolidate()
     assert all(isinstance(m.omega, Factored) and m.undo_cost > 0 for m in importance.matrices.values())
     rows = Dataset.from_dict({"prompt": ["2 + 2 ="] * 4, "completion": [" 4"] * 4})
     penalty = ImportancePenalty(peft_model, importance, phi=9.0)
-    history = train(peft_model, tokenizer, rows, tmp_path / "tune", TRAIN, 0, [penalty.callback()])
+    history = train(
+        peft_model, tokenizer, rows, output=tmp_path / "tune", arguments=TRAIN, seed=0, callbacks=[penalty.callback()]
+    )
     assert history[0]["regularisation_loss"] == 0.0
     assert history[1]["regularisation_loss"] > 0.0
 
@@ -586,7 +604,15 @@ def test_a_phi_too_large_for_the_learning_rate_stops_with_what_to_change(
     penalty = ImportancePenalty(peft_model, importance, phi=1e30)
     settings = {"max_steps": 8, "learning_rate": 1e9, "max_grad_norm": 0, "optim": "sgd", "max_length": 16}
     with pytest.raises(TrainingError, match=r"step \d: the penalty is (inf|nan) at phi 1e\+30.*lower penalty\.phi"):
-        train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0, [penalty.callback()])
+        train(
+            peft_model,
+            AutoTokenizer.from_pretrained(model_dir),
+            TEXT,
+            output=tmp_path,
+            arguments=settings,
+            seed=0,
+            callbacks=[penalty.callback()],
+        )
 
 
 class Poison(TrainerCallback):
@@ -602,7 +628,7 @@ def test_a_loss_that_is_not_finite_stops_once_the_adapter_is_lost(
 ) -> None:
     tokenizer, settings = AutoTokenizer.from_pretrained(model_dir), {"max_steps": 8, "max_length": 16}
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan and \S+lora_A\S+ is not finite.*learning_rate"):
-        train(peft_model, tokenizer, TEXT, tmp_path, settings, 0, [Poison()])
+        train(peft_model, tokenizer, TEXT, output=tmp_path, arguments=settings, seed=0, callbacks=[Poison()])
 
 
 class OneBadLoss(TrainerCallback):
@@ -622,7 +648,15 @@ def test_one_loss_that_is_not_finite_does_not_end_a_training_that_survives_it(
     peft_model: PeftModel, model_dir: str, tmp_path: Path
 ) -> None:
     settings = {"max_steps": 6, "learning_rate": 1e-3, "max_length": 16}
-    history = train(peft_model, AutoTokenizer.from_pretrained(model_dir), TEXT, tmp_path, settings, 0, [OneBadLoss()])
+    history = train(
+        peft_model,
+        AutoTokenizer.from_pretrained(model_dir),
+        TEXT,
+        output=tmp_path,
+        arguments=settings,
+        seed=0,
+        callbacks=[OneBadLoss()],
+    )
     assert len(history) == 6
 
 

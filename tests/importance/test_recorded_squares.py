@@ -418,7 +418,15 @@ def test_trainers_record_what_a_plain_loop_records(
     dense.assert_matches(recorder, 1e-3)
     recorder, tokenizer = recorder_of(by_trl), AutoTokenizer.from_pretrained(model_dir)
     dataset = Dataset.from_dict({"input_ids": rows.tolist()})
-    train(by_trl, tokenizer, dataset, tmp_path / "logs" / "record", settings, 0, [recorder.callback()])
+    train(
+        by_trl,
+        tokenizer,
+        dataset,
+        output=tmp_path / "logs" / "record",
+        arguments=settings,
+        seed=0,
+        callbacks=[recorder.callback()],
+    )
     dense.assert_matches(recorder, 1e-3)
 
 

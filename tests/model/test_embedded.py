@@ -129,7 +129,7 @@ def test_a_model_from_a_gguf_file_can_be_trained(model_dir: str, tmp_path: Path)
     model = attach_lora(base, LoraSettings(), seed=0)
     rows = Dataset.from_dict({"text": ["Assert statements are checked."] * 4})
     arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": []}
-    (entry,) = train(model, tokenizer, rows, tmp_path / "out", arguments, seed=0)
+    (entry,) = train(model, tokenizer, rows, output=tmp_path / "out", arguments=arguments, seed=0)
     assert entry["loss"] > 0
     assert any(matrix.B.any() for matrix in adapted_matrices(model))
 

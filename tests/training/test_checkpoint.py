@@ -75,7 +75,9 @@ def train_once(model_dir: str) -> Callable[..., Trained]:
         history: list[dict[str, Any]] = []
         try:
             settings = {**ARGUMENTS, **arguments}
-            history = train(model, tokenizer, rows, output, settings, 7, callbacks, resumable=True)
+            history = train(
+                model, tokenizer, rows, output=output, arguments=settings, seed=7, callbacks=callbacks, resumable=True
+            )
         except Interrupted:
             assert until is not None
         return model, recorder, history

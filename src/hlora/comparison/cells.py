@@ -17,7 +17,7 @@ class Cell:
     arm: str
     task: str
     seed: int | None
-    """None for the base model, which has none."""
+    """None for the base model."""
     strength: float | None
     config: CellConfig
     key: str
@@ -28,7 +28,7 @@ class Cell:
 
 
 def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, strength: float | None) -> CellConfig:
-    """Settings of one cell: the comparison's, with what its arm changes. Raises ConfigError that names the arm."""
+    """Settings of one cell: the comparison's, with its arm's changes. Raises ConfigError, naming the arm."""
     settings = common.arms[arm]
     shared = ("model", "lora", "general", "importance", "penalty", "fisher", "evaluation")
     described = {
@@ -55,11 +55,11 @@ NOT_COMPUTED: dict[str, Any] = {
     "seconds": {},
     "peak_memory_bytes": None,
 }
-"""What comparison.json holds of a cell that was not measured."""
+"""The entry in comparison.json of a cell that was not measured."""
 
 
 def names_of(cell: Cell) -> dict[str, Any]:
-    """What a cell is called in comparison.json, and its settings."""
+    """The identity and settings of a cell in comparison.json."""
     return {
         "key": cell.key,
         "arm": cell.arm,

@@ -1,4 +1,4 @@
-"""The strength of each arm, chosen on held-out rows and texts."""
+"""Chooses the strength of each arm on held-out rows and texts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from hlora.config.comparison import CompareConfig
 
 
 def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Strength of each arm and task, chosen on the held-out rows and texts of the first seeds.
+    """The strength of each arm and task, chosen on the held-out rows and texts of the first seeds.
 
-    Of the strengths that keep `selection.kept_learning` of what unprotected LoRA learned (fall of the answers' NLL
-    against the base), the one with the lowest mean loss over the held-out general texts; if none keeps that much, the
-    one that learned most. An arm without results yet keeps its first strength.
+    A strength qualifies if it keeps `selection.kept_learning` of what unprotected LoRA learned, the fall of the
+    answers' NLL below the base model's. Of those, the one with the lowest mean loss on the held-out general texts is
+    chosen. If none qualifies, the one that learned most is chosen. An arm without results gets its first strength.
+
+    Args:
+        config: The comparison.
+        results: Cells so far.
+
+    Returns:
+        Arm → task → strength.
     """
     measured: dict[tuple[str, str, float | None], list[tuple[float, float]]] = {}
     for result in results:

@@ -1,4 +1,4 @@
-"""How long a training takes, and the calls inside it that are timed."""
+"""Times a training, and chosen calls inside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Span(NamedTuple):
-    """Seconds on the clock, and of this process's processor time."""
+    """Seconds of wall-clock time, and of this process's processor time."""
 
     wall: float
     cpu: float
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 
 class Clock(TrainerCallback):
-    """Time from the beginning to the end of `train()`, without its preparations, and time inside the timed calls."""
+    """Times `train()`, without its preparations, and the timed calls inside it."""
 
     def __init__(self) -> None:
         self.training = self.recording = Span(0.0, 0.0)
@@ -40,7 +40,7 @@ class Clock(TrainerCallback):
         self.training = now() - self._started
 
     def inside(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, timed."""
+        """A timed version of a call."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             started = now()

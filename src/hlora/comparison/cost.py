@@ -1,7 +1,7 @@
 """Time and bytes of importance, by EWC's Fisher information and by HLoRA's recording, in one run on one model (Fig. 5).
 
-Twice: counting as the paper counts, with its numbers scaled down; and at equal sequences. Seconds are measured at the
-numbers that stand beside them and never extrapolated.
+Measured twice: with the paper's numbers of sequences, scaled down; and with equal sequences. Seconds are measured at
+the numbers reported with them and never extrapolated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hlora.system.files import write_json
 from hlora.training.train import sft_arguments, train
 
 EWC_SEQUENCES = 20_000  # paper, Fig. 5
-EWC_BATCH = 8  # paper: at most
+EWC_BATCH = 8  # paper: maximum
 HLORA_EPOCHS = 5  # paper
 HLORA_BATCH = 20  # paper
 NU_SAMPLES = 4_000
@@ -45,21 +45,30 @@ def measure_cost(
     config: RunConfig,
     scale: float = 1 / 200,
     sequences: int | None = None,
+    *,
     nu_samples: int = NU_SAMPLES,
     command: str = "hlora cost",
 ) -> dict[str, Any]:
-    """Measure, and write cost.json into the output directory; returns what it holds.
+    """Measure, and write cost.json into the output directory. An untimed batch of each method runs first.
 
-    scale: measured share of the paper's sequences, for both methods. sequences: the same as a number, that of EWC
-    (scale = sequences / 20,000). nu_samples: sequences of ν in an epoch before scaling.
+    "seconds" of a row is the whole work: EWC's backward passes, or HLoRA's training on ν with recording.
+    "seconds_beyond_training" is the part that recording adds to the training. "cpu_seconds" is processor time of this
+    process, to compare by if other work shares the CPU. "bytes" is the importance of the adapted matrices, and
+    "whole_model_bytes" is how the paper counts EWC's.
 
-    A row has "seconds" of the whole work: EWC's backward passes; HLoRA's training on ν with the recording in it, and
-    of that "seconds_beyond_training", what recording adds to a training that is done anyway. "cpu_seconds" is the same
-    span in processor time of this process, the one to compare where other work shares the CPU. "bytes" are those of
-    the adapted matrices' importance; "whole_model_bytes" is how the paper counts EWC's. An untimed batch of each is
-    first.
+    Args:
+        config: The settings.
+        scale: Share of the paper's sequences to measure, for both methods.
+        sequences: In place of `scale`, the number of EWC's sequences (scale = sequences / 20,000).
+        nu_samples: Sequences of ν in an epoch, before scaling.
+        command: The command that repeats the measurement.
 
-    Raises ConfigError for a scale or number out of range, DataError when the general text is too short.
+    Returns:
+        What cost.json holds.
+
+    Raises:
+        ConfigError: A number is out of range.
+        DataError: The general text is too short.
     """
     only_alone("hlora cost", "Start it without torchrun.")
     if sequences is not None:
@@ -76,7 +85,7 @@ def measure_cost(
     job.keep_config()
     length = _sequence_length(job)
     ids = pack(job.tokenizer, job.general.train, max(ewc, nu), length)
-    tokens = length - 1  # predicted ones of a sequence
+    tokens = length - 1  # predicted tokens in a sequence
 
     _fisher(job, ids[:EWC_BATCH])
     _recording(job, ids[:EWC_BATCH], ENCODINGS[0], 1, EWC_BATCH)
@@ -142,7 +151,7 @@ def measure_cost(
 
 
 def cost_tables(cost: dict[str, Any]) -> list[Table]:
-    """What was measured, row by row, and EWC over HLoRA, for the terminal."""
+    """Tables for the terminal: each measurement, and the ratios of EWC to HLoRA."""
     measured = Table(title=f"Cost of importance: {cost['model']}, {cost['provenance']['hardware']}")
     for heading in ("count", "method", "encoding"):
         measured.add_column(heading)
@@ -180,13 +189,13 @@ def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Span]:
 
 
 def _recording(job: Job, ids: Tensor, encoding: str, epochs: int, batch_size: int) -> tuple[Importance, Span, Span]:
-    """HLoRA's importance, the time of training with recording, and the part of it that the recorder took.
+    """HLoRA's importance, the time of training with recording, and the recorder's part of it.
 
-    The recorder's is taken inside its calls: the difference to a second, plain training is below its noise.
+    The recorder is timed inside its calls, since the difference to a second, plain training is below its noise.
     """
     config = job.config
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = ImportanceRecorder(model, encoding)  # by the effective gradient, the paper's
+    recorder = ImportanceRecorder(model, encoding)  # by the paper's effective gradient
     clock = Clock()
     for name in ("capture_from", "integrate", "consolidate"):
         setattr(recorder, name, clock.inside(getattr(recorder, name)))
@@ -204,7 +213,15 @@ def _recording(job: Job, ids: Tensor, encoding: str, epochs: int, batch_size: in
     }
     dataset = Dataset.from_dict({"input_ids": ids.tolist()})
     logs = job.output / "logs" / f"cost {encoding}"
-    train(model, job.tokenizer, dataset, logs, arguments, config.seed, [recorder.callback(), clock])
+    train(
+        model,
+        job.tokenizer,
+        dataset,
+        output=logs,
+        arguments=arguments,
+        seed=config.seed,
+        callbacks=[recorder.callback(), clock],
+    )
     training, recording = clock.training, clock.recording
     importance = recorder.consolidate(config.importance.xi)
     consolidating = clock.recording - recording

@@ -1,4 +1,4 @@
-"""`hlora compare --dry-run`: the cells of a grid with an estimate of time; nothing is trained or written."""
+"""`hlora compare --dry-run`: the cells of a grid with estimated times. Trains and writes nothing."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.training.train import sft_arguments
 
-_CHARACTERS = 4  # of a token, about
+_CHARACTERS = 4  # characters in a token, roughly
 
 
 class Speed(NamedTuple):
-    """Seconds on one task, here."""
+    """Seconds on one task, on this machine."""
 
     step: float
-    """Of one LoRA step."""
+    """One LoRA step."""
     trained_token: float
-    """Of one token in it."""
+    """One token in a step."""
     row: float
-    """Of scoring one row."""
+    """Scoring one row."""
     token: float
-    """Of scoring one token of a text."""
+    """Scoring one token of a text."""
 
 
 def plan(config: CompareConfig) -> list[dict[str, Any]]:
-    """The grid's cells without computing any: arm, task, seed, strength, status and an estimate of seconds.
+    """The grid's cells: arm, task, seed, strength, status and estimated seconds.
 
-    The estimate is the mean time of finished cells of the same arm and task, else of the same task, else that of one
-    plain LoRA step and one scored batch, measured here, times their numbers; the first cell that needs a seed's general
-    phase or Fisher information pays for it. Until strengths are chosen, later seeds show the first one.
+    The estimate is the mean time of finished cells of the same arm and task, or else of the same task. Without any, one
+    plain LoRA step and one scored batch are timed and multiplied. The first cell that needs a seed's general phase or
+    Fisher information is charged for it. Until strengths are chosen, later seeds show each arm's first one.
     """
     grid = Grid.open(config, dry_run=True)
     cells = grid.first_cells()
@@ -67,7 +67,7 @@ def plan(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def plan_table(rows: list[dict[str, Any]]) -> Table:
-    """What `plan` found, for the terminal; the caption has the time that is left."""
+    """A table of `plan` for the terminal; the caption has the remaining time."""
     left = [row for row in rows if row["status"] == "missing"]
     hours = sum(row["seconds"] for row in left) / 3600
     caption = f"{len(rows)} cells, {len(left)} to compute, about {hours:.1f} h in one process"
@@ -79,7 +79,7 @@ def plan_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) -> float:
-    """Seconds of a cell, as if it were plain LoRA's."""
+    """Estimated seconds of a cell, as if it were plain LoRA."""
     if cell.task not in speeds:
         speeds[cell.task] = _speed(grid.job(cell))
     speed, config = speeds[cell.task], cell.config

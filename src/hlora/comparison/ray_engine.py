@@ -1,9 +1,9 @@
 """`hlora compare --engine ray`: the cells of a grid as Ray tasks, on this machine or on a cluster.
 
-This process, the driver, says which cells are computed, and first what several of them need; a worker computes one as
-the in-process engine does and writes the same file into the same output directory. So every machine needs that
-directory, and the data, at the same path. A cell whose worker is killed is given to another; what fails inside a cell
-is its result and no reason to try again.
+This process, the driver, decides which cells are computed, and first of all what several cells share. A worker computes
+a cell as the in-process engine does, and writes the same file into the same output directory. So every machine needs
+that directory, and the data, at the same path. If a worker is killed, its cell is given to another. A failure inside a
+cell is its result, and is not retried.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from hlora.system.errors import ClusterError, ConfigError, HloraError, first_lin
 
 logger = logging.getLogger("hlora")
 
-_TRIES = 4  # of a cell whose worker dies
-_DEATHS_IN_A_ROW = 3 * _TRIES  # with nothing finished between, after which no cell is tried any more
-_LATE = 120  # seconds in which a network file system shows what another machine has written; NFS says 60 at most
-_STORE = 100_000_000  # bytes of Ray's object store on this machine; what travels is a configuration
+_TRIES = 4  # attempts at a cell whose worker dies
+_DEATHS_IN_A_ROW = 3 * _TRIES  # with nothing finished in between; then all stops
+_LATE = 120  # seconds until a network file system shows another machine's writes; NFS takes up to 60
+_STORE = 100_000_000  # bytes of Ray's object store on this machine; only a configuration is sent
 
 
 @contextmanager
 def engine(
     address: str | None = None, gpus: float | None = None, cpus: float = 1
 ) -> Iterator[Callable[[Grid, list[Cell], bool], None]]:
-    """What `compare` computes cells with, while Ray is up.
+    """Start or join Ray, and yield the function by which `compare` computes cells.
 
-    address: an existing cluster, HOST:PORT or auto; None starts Ray on this machine and ends it afterwards. gpus and
-    cpus: what a cell has; gpus is 1 by default where there are any, else 0.
+    Args:
+        address: A running cluster, HOST:PORT or auto. None starts Ray on this machine and stops it afterwards.
+        gpus: GPUs for each cell; by default 1 if there are any, else 0.
+        cpus: CPU cores for each cell.
 
-    Raises ConfigError without Ray, and for GPUs that Ray cannot give. Raises ClusterError when no cluster answers, or
-    this machine has too little for a cell.
+    Raises:
+        ConfigError: Ray is not installed, or cannot give that many GPUs.
+        ClusterError: No cluster answers, or this machine has too little for a cell.
     """
     if gpus is not None and gpus > 1 and gpus % 1:
         raise ConfigError(f"--gpus-per-cell {gpus:g}: expected a whole number, or below 1 for several cells on one.")
@@ -57,7 +60,7 @@ def engine(
             ray.init("local", log_to_driver=False, logging_level=logging.ERROR, **here)
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray's are of many kinds
+    except Exception as error:  # Ray raises many types
         raise ClusterError(
             f"--ray-address {address or '(none: this machine)'}: Ray does not start or answer there "
             f"({first_line(error)}). `ray start --head` starts a cluster, `ray status` shows one; the same versions of "
@@ -73,7 +76,7 @@ def engine(
             if address is None:
                 raise ClusterError(f"{said}; lower --cpus-per-cell or --gpus-per-cell.")
             logger.warning("%s; waiting for one to join the cluster", said)
-        # Its own retries would not count those of memory that runs out, which have no end.
+        # Ray does not count retries after running out of memory, so its own would never end.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "scheduling_strategy": "SPREAD"}
         yield partial(_compute, ray, ray.remote(**options)(_work))
     finally:
@@ -87,13 +90,13 @@ class _Session:
     directory: str
     """Where the driver runs: paths of a configuration are relative to it."""
     mark: str
-    """A file that the driver has put into the output directory."""
+    """A file that the driver wrote into the output directory."""
     config: CompareConfig = field(compare=False)
 
 
 @dataclass
 class _Order:
-    """A cell to compute, or what it and others need."""
+    """A cell to compute, or what several cells share."""
 
     cell: Cell
     again: bool = False
@@ -108,7 +111,7 @@ class _Order:
 
 
 def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = False) -> None:
-    """Have the cells computed that are not there. Raises ClusterError when workers see other files, or keep dying."""
+    """Compute the missing cells. Raises ClusterError if workers see other files or keep dying."""
     with _marked(grid.output) as mark:
         session = ray.put(_Session(str(Path.cwd()), str(mark), grid.config))
         running: dict[Any, _Order] = {}
@@ -140,7 +143,7 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
                 raise ClusterError(f"{order.name}: {said}") from None
             except ray.exceptions.RayError as error:  # the process or the machine is gone
                 order.deaths, reason = order.deaths + 1, first_line(error)
-                # A machine takes all that ran on it along: any number of deaths at once, none the next one's omen.
+                # A lost machine takes any number of workers with it at once, which predicts nothing.
                 deaths += not isinstance(error, ray.exceptions.NodeDiedError)
                 if deaths >= _DEATHS_IN_A_ROW:
                     lost += len(orders) - done - lost
@@ -172,7 +175,7 @@ def _compute(ray: Any, task: Any, grid: Grid, cells: list[Cell], retry: bool = F
 
 
 def _written(grid: Grid, cell: Cell, machine: str) -> dict[str, Any]:
-    """A cell that a worker says is there. Taken for missing, it would be missing where strengths are chosen."""
+    """Read a cell that a worker has written, waiting for the file system: choosing strengths needs it."""
     until = time.monotonic() + _LATE
     while not (result := grid.read(cell)):
         if time.monotonic() > until:
@@ -187,7 +190,7 @@ def _written(grid: Grid, cell: Cell, machine: str) -> dict[str, Any]:
 
 
 def _work(session: _Session, cell: Cell, again: bool, shared: bool) -> str:
-    """In a worker: compute a cell, or what it and others need. Returns the machine's name."""
+    """In a worker: compute a cell, or what several cells share. Returns the machine's name."""
     grid = _open(session)
     mine = grid.cell(cell.arm, cell.task, cell.config.seed, cell.strength)
     if mine.key != cell.key:
@@ -197,25 +200,25 @@ def _work(session: _Session, cell: Cell, again: bool, shared: bool) -> str:
         )
     work = partial(_record, grid, mine) if shared else partial(grid.attempt, mine, again)
     while not work():
-        time.sleep(2)  # a process outside this run has it
+        time.sleep(2)  # a process outside this run holds it
     return socket.gethostname()
 
 
 def _record(grid: Grid, cell: Cell) -> bool:
-    """Make what the cell and others need; False while another process makes it."""
+    """Make what several cells share; False while another process makes it."""
     try:
         shared_importance(grid.job(cell))
     except Busy:
         return False
-    except Exception:  # each cell meets it again, and says it
+    except Exception:  # each cell will raise and report it
         grid.base_is_spoilt = True
     return True
 
 
 @lru_cache(maxsize=1)
 def _open(session: _Session) -> Grid:
-    """The grid, once in a worker process."""
-    _open.cache_clear()  # else the model of the one before stays in memory while this one's is loaded
+    """Open the grid, once in a worker process."""
+    _open.cache_clear()  # frees the previous grid's model before loading this one's
     gc.collect()
     where, mark = socket.gethostname(), Path(session.mark)
     remedy = "Every machine needs the same files at the same paths: use a shared file system."
@@ -224,7 +227,7 @@ def _open(session: _Session) -> Grid:
     except OSError as error:
         raise ClusterError(f"machine {where}: {session.directory}, {error.strerror}. {remedy}") from None
     try:
-        seen = mark.name in os.listdir(mark.parent)  # noqa: PTH208  # a network file system looks anew for a listing
+        seen = mark.name in os.listdir(mark.parent)  # noqa: PTH208  # a listing makes a network file system refresh
     except OSError:
         seen = False
     if not seen:
@@ -238,7 +241,7 @@ def _open(session: _Session) -> Grid:
 
 @contextmanager
 def _marked(output: Path) -> Iterator[Path]:
-    """A file in the output directory, by which a worker knows that it is the driver's."""
+    """Put a file into the output directory, by which a worker recognises the directory as the driver's."""
     mark = output / f".driver-{secrets.token_hex(8)}"
     mark.touch()
     try:

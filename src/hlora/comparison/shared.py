@@ -85,7 +85,9 @@ def general_phase(job: Job) -> Path:
         callbacks = [recorder.callback(config.importance.stop_at_move) for recorder in recorders.values()]
         started = time.perf_counter()
         dataset = job.general.dataset(job.tokenizer, training)
-        history = train(model, job.tokenizer, dataset, logs, training, config.seed, callbacks)
+        history = train(
+            model, job.tokenizer, dataset, output=logs, arguments=training, seed=config.seed, callbacks=callbacks
+        )
         seconds = time.perf_counter() - started
         factors: dict[str, torch.Tensor] = {}
         for matrix in adapted_matrices(model, unprotected=config.importance.unprotected):

@@ -1,4 +1,4 @@
-"""The phases of a run: the general one, which records importance, and the domain one, with and without a penalty."""
+"""The phases of a run: the general phase, which records importance, and the domain phase, with or without penalty."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hlora")
 
-_PROBE_SAMPLES = 64  # of the base model, for a budget without probe texts
+_PROBE_SAMPLES = 64  # samples of the base model for a budget without probe texts
 
 History = list[dict[str, Any]]
 
 
 def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
-    """Record importance on general text; returns the model after the general phase, its importance and the losses.
+    """Record importance on general text. Trains nothing if importance is one pass of squared gradients at the base.
 
-    Where importance is squared gradients in one pass at the base model, that phase trains nothing.
+    Returns:
+        The model after the general phase, its importance, and the losses.
     """
     config, options = job.config, job.config.importance
     model = attach_lora(job.base, config.lora, config.seed)
@@ -57,26 +58,35 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
     dataset = job.general.dataset(job.tokenizer, arguments)
-    history = train(model, job.tokenizer, dataset, logs, arguments, config.seed, callbacks, resumable=job.resumable)
+    history = train(
+        model,
+        job.tokenizer,
+        dataset,
+        output=logs,
+        arguments=arguments,
+        seed=config.seed,
+        callbacks=callbacks,
+        resumable=job.resumable,
+    )
     return model, _of_this_job(job, recorder.consolidate(options.xi, job.general.facts)), history
 
 
 def at_general_adapter(job: Job, importance: Importance) -> PeftModel:
-    """The model at θ^ν."""
+    """The model with the general adapter θ^ν."""
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     importance.load_adapter_into(model)
     return model
 
 
 def recorder_for(model: PeftModel, options: ImportanceConfig, seed: int) -> ImportanceRecorder:
-    """The recorder of a general phase, as configured."""
+    """The configured recorder of a general phase."""
     return ImportanceRecorder(
         model, options.encoding, unprotected=options.unprotected, method=options.method, seed=seed
     )
 
 
 def squared_gradients(job: Job, model: PeftModel) -> Importance:
-    """Importance of the job's general text without a general phase: its squared gradients at the base model."""
+    """Importance without a general phase: squared gradients of the general text at the base model."""
     options = job.config.importance
     importance = fisher_information(
         model,
@@ -95,9 +105,9 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
 
 
 def _of_this_job(job: Job, importance: Importance) -> Importance:
-    """The importance with the settings that made it, and its base model under the configuration's name.
+    """The importance with the settings that made it, and its base model named as in the configuration.
 
-    Transformers has a cache's path in place of the name.
+    Transformers may have recorded a path of its cache.
     """
     importance.provenance |= {"base_model": job.config.model.name, "recorded_with": recording_settings(job.config)}
     if importance.lora_config:
@@ -108,9 +118,10 @@ def _of_this_job(job: Job, importance: Importance) -> Importance:
 def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History, Importance | None]:
     """LoRA on the domain under the penalty (Eqs. 14–16).
 
-    Returns the tuned model, the losses, and the importance for a domain after this one: `importance` and that of this
-    domain, recorded on the way, anchored at the tuned adapter (the sum of Eq. 13). None where there is no such
-    importance, as under the anchor "base".
+    Returns:
+        The tuned model; the losses; and the importance for a next domain, which is the sum of `importance` and this
+        domain's (Eq. 13), recorded during tuning and anchored at the tuned adapter. None if there is no such
+        importance, as with the anchor "base".
     """
     options = job.config.penalty
     model, penalty = protected(job, importance, options.phi, options.layer_weights)
@@ -123,7 +134,7 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History, Im
 
 
 def _with_domain(job: Job, importance: Importance, recorder: ImportanceRecorder) -> Importance | None:
-    if recorder.steps == 0:  # a scaler skipped them all, say; the tuned adapter is kept all the same
+    if recorder.steps == 0:  # a scaler may have skipped them all; the tuned adapter is kept
         logger.warning("no step of the domain phase could be recorded, so no run can come after this one")
         return None
     domain = recorder.consolidate(importance.provenance.get("xi", job.config.importance.xi), job.domain.facts)
@@ -133,7 +144,7 @@ def _with_domain(job: Job, importance: Importance, recorder: ImportanceRecorder)
 def protected(
     job: Job, importance: Importance, phi: float, layer_weights: LayerWeights
 ) -> tuple[PeftModel, ImportancePenalty]:
-    """The model where its domain phase starts, θ^ν or the base model by `penalty.anchor`, and the penalty."""
+    """The model where its domain phase starts, at θ^ν or the base model (`penalty.anchor`), and the penalty."""
     options = job.config.penalty
     if options.anchor == "general":
         model = at_general_adapter(job, importance)
@@ -149,7 +160,7 @@ def protected(
 
 
 def check_fits(job: Job, importance: Importance) -> None:
-    """Raises ArtifactError or AdapterError where the domain phase could not be held by `importance`."""
+    """Raises ArtifactError or AdapterError if `importance` cannot protect the domain phase."""
     model, _ = protected(job, importance, job.config.penalty.phi, job.config.penalty.layer_weights)
     model.unload()
 
@@ -177,16 +188,17 @@ def train_on_domain(
     trainer_class: type[SFTTrainer] | None = None,
     **changes: Any,
 ) -> History:
-    """The domain phase of any method: the same arguments, seed and data order, with or without a penalty.
-
-    A forgetting budget, where the configuration has one, steers the penalty.
+    """The domain phase of any method, with the same arguments, seed and data order.
 
     Args:
-        phase: names the logs.
-        recorder: records the importance of the domain on the way.
-        dataset: in place of the domain's rows.
-        trainer_class: a subclass of trl.SFTTrainer, for another loss.
-        changes: arguments of trl.SFTConfig that differ from the domain phase's.
+        job: The job.
+        model: The model to train.
+        phase: Name of the logs.
+        penalty: The penalty, if the method has one. A configured forgetting budget steers it.
+        recorder: Records the importance of the domain during training.
+        dataset: Rows to train on, if not the domain's.
+        trainer_class: A subclass of trl.SFTTrainer, for another loss.
+        changes: Arguments of trl.SFTConfig that differ from the domain phase's.
     """
     arguments = {**job.config.training.of_tune(), **changes}
     logs = job.output / "logs" / phase
@@ -197,11 +209,11 @@ def train_on_domain(
             callbacks.append(forgetting_budget(job, model, penalty).callback())
     rows = job.domain.dataset(job.tokenizer) if dataset is None else dataset
     options: Any = {"callbacks": callbacks, "trainer_class": trainer_class, "resumable": job.resumable}
-    return train(model, job.tokenizer, rows, logs, arguments, job.config.seed, **options)
+    return train(model, job.tokenizer, rows, output=logs, arguments=arguments, seed=job.config.seed, **options)
 
 
 def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:
-    """The configured budget on its probe: the worst of the probe texts, or the base model's own samples."""
+    """The configured budget with its probe: the worst of the probe texts, or the base model's own samples."""
     options, seed = job.config.penalty, job.config.seed
     assert options.budget is not None
     if options.probe_texts:
@@ -216,9 +228,11 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
 
 
 def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
-    """Save the adapter as PEFT does, with its tokenizer and its card, whole or not at all.
+    """Save the adapter atomically in PEFT's format, with its tokenizer and card.
 
-    adapter_config.json names the base model as the configuration does. In a group of processes the first one writes.
+    adapter_config.json names the base model as in the configuration.
+
+    In several processes the main one writes.
     """
     gathered = None
     if is_sharded(model):
@@ -229,7 +243,7 @@ def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     with raise_on_all():
         if is_main():
             with building(directory) as fresh:
-                # False, as no embedding is adapted: PEFT would ask the hub whether the vocabulary was changed.
+                # False, since no embedding is adapted: PEFT would ask the hub whether the vocabulary changed.
                 model.save_pretrained(str(fresh), state_dict=gathered, save_embedding_layers=False)
                 job.tokenizer.save_pretrained(str(fresh))
                 (fresh / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What results.json holds: measures, provenance, a description of the importance."""
+"""The content of results.json: measures, provenance, a description of the importance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(job: Job, model: Any, importance: Importance | None = None) -> dict[
 
 
 def describe(importance: Importance, config: RunConfig) -> dict[str, Any]:
-    """The `importance` part of results.json: what the artefact says of itself and the coefficients c_l used."""
+    """The `importance` part of results.json: the importance's description and the coefficients c_l."""
     options = config.penalty
     weights = layer_coefficients(importance, options.layer_weights, options.group)
     return {**importance.describe(), "layer_weights": weights}
@@ -56,7 +56,7 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """results.json of a run. Raises DataError when it is absent or damaged."""
+    """Read results.json of a run. Raises DataError if it is missing or damaged."""
     try:
         return redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
@@ -66,7 +66,13 @@ def read_results(output: Path) -> dict[str, Any]:
 
 
 def starting_results(job: Job, base: PreTrainedModel, command: str) -> dict[str, Any]:
-    """What results.json holds before anything is measured. base: `job.base`."""
+    """The content of results.json before anything is measured.
+
+    Args:
+        job: The job.
+        base: `job.base`.
+        command: The command that repeats the run.
+    """
     facts = {"general": job.general.facts, "domain": job.domain.facts}
     return {
         "arms": {},

@@ -140,6 +140,7 @@ def train(
     model: Any,
     tokenizer: Any,
     dataset: Dataset,
+    *,
     output: str | Path,
     arguments: dict[str, Any],
     seed: int,

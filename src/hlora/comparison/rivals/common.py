@@ -1,4 +1,4 @@
-"""What several rivals need: to attach PEFT's other adapters, to check a strength or a model."""
+"""Helpers of several rivals: attach PEFT's other adapters, check a strength or a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_not_quantised(base: PreTrainedModel, method: str) -> None:
 
 
 def between_0_and_1(strength: float | None, method: str, meaning: str) -> float:
-    """The strength. Raises ConfigError unless it lies between 0 and 1, both excluded."""
+    """Return the strength. Raises ConfigError unless it is above 0 and below 1."""
     if strength is None or not 0 < strength < 1:
         raise ConfigError(f"{method}: expected a strength between 0 and 1, {meaning}; got {strength}")
     return float(strength)

@@ -1,4 +1,4 @@
-"""CorDA, PEFT's: LoRA on the directions that matter least to general text."""
+"""CorDA (PEFT): LoRA on the directions that matter least to general text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ CORDA_SAMPLES = 256
 
 
 def corda(job: Job) -> tuple[PeftModel, History]:
-    """CorDA in its knowledge-preserving mode, PEFT's.
+    """PEFT's CorDA in its knowledge-preserving mode.
 
-    LoRA that starts from the r directions of each matrix that matter least to general text, by the singular values of
-    W·C with C the covariance of the layer's inputs; the matrix keeps the rest. C is taken from CORDA_SAMPLES pieces of
-    the general text, of hidden_size/2 tokens each, so 128 tokens for each input dimension as PEFT advises: for
-    SmolLM2-135M a forward pass over 74,000 tokens before training starts.
+    LoRA starts from the r directions of each matrix that matter least to general text, by the singular values of W·C
+    with C the covariance of the layer's inputs. The matrix keeps the rest. C is computed from CORDA_SAMPLES pieces of
+    the general text of hidden_size/2 tokens each: 128 tokens for each input dimension, as PEFT advises. For
+    SmolLM2-135M that is a forward pass over 74,000 tokens before training.
 
     Changes the weights of `job.base` (see alters_base in hlora/methods.py).
 
-    Raises CannotRun for a quantised model and where PEFT cannot decompose a matrix (a singular covariance).
+    Raises:
+        CannotRun: The model is quantised, or PEFT cannot decompose a matrix (a singular covariance).
     """
     settings = job.config.lora
     check_not_quantised(job.base, "CorDA")
@@ -50,7 +51,7 @@ def corda(job: Job) -> tuple[PeftModel, History]:
     pieces = pieces_of(job.general.train, job.tokenizer, length, CORDA_SAMPLES, job.config.seed)
 
     def read_general_text() -> None:
-        for piece in pieces:  # without the output layer, a fifth of the work
+        for piece in pieces:  # skips the output layer, a fifth of the work
             job.base.base_model(input_ids=torch.tensor([piece], device=job.base.device), use_cache=False)
 
     try:

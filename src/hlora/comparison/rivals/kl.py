@@ -1,4 +1,4 @@
-"""KL to the base model: a divergence from its next-token distributions beside the task's loss."""
+"""KL to the base model: a divergence from its next-token distributions, added to the task loss."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ _TOKENS_AT_ONCE = 512  # rows of logits in float32: 100 MB at a vocabulary of 49
 
 
 def kl(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
-    """LoRA under L_task + β · KL(p_base ‖ p_model). strength: β ≥ 0, nats per token to nats per token.
+    """LoRA under L_task + β · KL(p_base ‖ p_model), p_base being the model with its adapter off.
 
-    The divergence is that of the next-token distributions, over the whole vocabulary, mean over the tokens of the
-    domain batch (prompts too, padding not); under gradient accumulation the mean of its parts' means. p_base is the
-    model with its adapter off. `loss` in the history is the task's, as for ImportancePenalty.
+    The divergence of the next-token distributions is over the whole vocabulary. It is the mean over the tokens of the
+    domain batch, with prompts and without padding; under gradient accumulation, the mean of its parts' means. `loss` in
+    the history is the task's, as for ImportancePenalty. A step reads each batch twice and keeps 512 rows of logits at a
+    time.
 
-    A step reads each batch twice, and keeps 512 rows of logits at a time.
+    Args:
+        job: The job.
+        strength: β ≥ 0, without a unit: both losses are in nats per token.
 
-    Raises CannotRun when the output layer is trained, or the model changes its logits after it (Gemma 2, Cohere).
+    Raises:
+        ConfigError: The strength is missing or negative.
+        CannotRun: The output layer is trained, or the model changes its logits after it (Gemma 2, Cohere).
     """
     if strength is None or strength < 0:
         raise ConfigError(f"kl: expected a strength β of 0 or more, got {strength}")
@@ -40,9 +45,9 @@ def kl(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
 
 
 class _SummedKL(torch.autograd.Function):
-    """Σ over tokens of KL(softmax(head(reference)) ‖ softmax(head(hidden))), its gradient for `hidden` beside it.
+    """Σ over tokens of KL(softmax(head(reference)) ‖ softmax(head(hidden))), computed with its gradient for `hidden`.
 
-    The gradient for the logits is q − p, so that of each part is known as soon as the part is, and no logits stay.
+    The gradient for the logits is q − p, so each part's gradient is known at once and no logits are kept.
     """
 
     @staticmethod
@@ -69,7 +74,12 @@ class _SummedKL(torch.autograd.Function):
 def summed_kl(hidden: Tensor, reference: Tensor, head: nn.Linear) -> Tensor:
     """Σ_t KL(p_t ‖ q_t) in nats, p = softmax(head(reference)) and q = softmax(head(hidden)); a scalar.
 
-    hidden, reference: last hidden states (tokens, hidden size). Differentiable in `hidden` alone: the head is frozen.
+    Differentiable in `hidden` only, since the head is frozen.
+
+    Args:
+        hidden: Last hidden states (tokens, hidden size) of the model.
+        reference: Those of the base model.
+        head: The output layer.
     """
     return _SummedKL.apply(hidden, reference, head)
 
@@ -101,7 +111,7 @@ def kl_trainer(beta: float) -> type[SFTTrainer]:
             has_next = _has_next(inputs)
             kl = summed_kl(seen[0][:, :-1][has_next], reference[:, :-1][has_next], head) / has_next.sum().clamp(min=1)
             self.divergences = [*getattr(self, "divergences", []), kl.detach()]
-            # Trainer leaves the division by the accumulation to a loss that is told the number of items.
+            # Trainer leaves dividing by the accumulation to a loss that gets the number of items.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             return loss + beta * kl / steps
 
@@ -129,14 +139,14 @@ def _hidden_states_of_base(model: PeftModel, backbone: nn.Module, inputs: dict[s
 
 
 def _has_next(inputs: dict[str, Any]) -> Tensor:
-    """Whether a next token follows, for every token but the row's last: (rows, tokens − 1)."""
+    """Whether a next token follows, for every token except the row's last: (rows, tokens − 1)."""
     mask = inputs.get("attention_mask")
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask)[:, 1:].bool()
 
 
 @torch.no_grad()
 def _check_head(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """That logits are the frozen output layer's product and no more, as `summed_kl` takes them."""
+    """Raises CannotRun unless logits are just the product of a frozen output layer, as `summed_kl` assumes."""
     base: Any = model.get_base_model()
     head = model.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):

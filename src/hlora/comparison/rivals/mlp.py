@@ -1,4 +1,4 @@
-"""LoRA on the MLP's matrices in place of the attention's."""
+"""LoRA on the MLP's matrices, not the attention's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _MLP_NAMES = {"mlp", "feed_forward", "ffn"}
 def mlp(job: Job) -> tuple[PeftModel, History]:
     """LoRA on the MLP's matrices in place of lora.target_modules, at the same rank.
 
-    Raises CannotRun when no linear layer lies in a module named mlp, feed_forward or ffn.
+    Raises:
+        CannotRun: No linear layer is in a module named mlp, feed_forward or ffn.
     """
     names = [
         name

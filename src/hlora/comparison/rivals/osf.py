@@ -1,4 +1,4 @@
-"""Orthogonal subspace fine-tuning (OSF), PEFT's."""
+"""Orthogonal subspace fine-tuning (OSF, PEFT)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from hlora.system.errors import CannotRun
 from hlora.training.train import sft_arguments
 
 OSF_LEARNING_RATE = 0.5
-"""OSF's learning rate to LoRA's: 5e-5 to 1e-4 in PEFT's method_comparison/MetaMathQA."""
+"""Ratio of OSF's learning rate to LoRA's: 5e-5 to 1e-4 in PEFT's method_comparison/MetaMathQA."""
 
 
 def osf(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
-    """Orthogonal subspace fine-tuning, PEFT's. strength: share of each matrix' singular directions kept, 0 < s < 1.
+    """PEFT's orthogonal subspace fine-tuning.
 
-    The s·min(out, in) largest singular directions of each of lora.target_modules are frozen, and gradients projected
-    off them; the others are trained in full, at OSF_LEARNING_RATE of the configured learning rate. Not low-rank: at
-    s = 0.5 SmolLM2-135M trains 12 M numbers on q_proj and v_proj where LoRA of rank 8 trains 0.46 M. What is frozen is
-    the gradient only: AdamW rescales it by element, and after six steps of that model on PIQA the part of a matrix'
-    change in the frozen directions had 0.25 of its norm (mean over matrices; 0.71 would be chance).
+    The s·min(out, in) largest singular directions of each matrix in lora.target_modules are frozen: gradients are
+    projected off them. The others are trained in full, at OSF_LEARNING_RATE times the configured learning rate. This is
+    not low-rank: at s = 0.5 SmolLM2-135M trains 12 M numbers on q_proj and v_proj, LoRA of rank 8 0.46 M. Only the
+    gradient is projected, and AdamW rescales it by element. So after six steps of that model on PIQA, the part of a
+    matrix's change in the frozen directions had 0.25 of its norm (mean over matrices; 0.71 would be chance).
 
-    Raises CannotRun for a quantised model and for matrices that are not nn.Linear (Conv1D of GPT-2).
+    Args:
+        job: The job.
+        strength: s, the share of each matrix's singular directions to keep, 0 < s < 1.
+
+    Raises:
+        ConfigError: The strength is out of range.
+        CannotRun: The model is quantised, or a matrix is not nn.Linear (Conv1D of GPT-2).
     """
     share = between_0_and_1(strength, "osf", "the share of singular directions kept")
     check_not_quantised(job.base, "OSF")

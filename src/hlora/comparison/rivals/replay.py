@@ -16,11 +16,19 @@ from hlora.training.train import sft_arguments
 
 
 def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
-    """LoRA on the domain with general text mixed in. strength: share p of the rows that is general, 0 < p < 1.
+    """LoRA on the domain with general text mixed in.
 
-    All domain rows are kept and general ones added, D·p/(1 − p) to D, each as long as the mean domain row in tokens.
-    The steps stay those of the unmixed rows, so of what is seen a share p is general instead of domain. All tokens of a
-    general row count in the loss, of a domain row those of the answer: the share of loss terms is larger than p.
+    All D domain rows are kept and D·p/(1 − p) general rows added, each as long in tokens as the mean domain row. The
+    number of steps stays that of the domain rows alone, so a share p of the rows seen is general instead of domain. All
+    tokens of a general row count in the loss, but only the answer's of a domain row. So general text has a larger share
+    of the loss terms than p.
+
+    Args:
+        job: The job.
+        strength: p, the share of general rows, 0 < p < 1.
+
+    Raises:
+        ConfigError: The strength is out of range.
     """
     p = between_0_and_1(strength, "replay", "the share of general rows")
     domain = job.domain.dataset(job.tokenizer)
@@ -30,7 +38,7 @@ def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
         length = min(length, arguments.max_length)
     count = max(1, round(len(domain) * p / (1 - p)))
     pieces = pieces_of(job.general.train, job.tokenizer, length, count, job.config.seed)
-    again = [pieces[n % len(pieces)] for n in range(count)]  # where the text is short, some twice
+    again = [pieces[n % len(pieces)] for n in range(count)]  # repeats some if the text is short
     general = [{"input_ids": piece, "completion_mask": [1] * len(piece)} for piece in again]
     mixed = concatenate_datasets([domain, Dataset.from_list(general)])
     steps = arguments.max_steps

@@ -1,6 +1,6 @@
-"""What each arm's strength buys: the trade-off curves that single points hide, and the paper's Fig. 6.
+"""Trade-off curves over each arm's strengths, and the paper's Fig. 6.
 
-As in figures.py, each function returns a Matplotlib Figure; one without axes says that there is nothing to draw.
+As in figures.py, each function returns a Matplotlib Figure, without axes if there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ Points = dict[float | None, list[Mapping[str, Any]]]
 
 
 def trade_off(comparison: Mapping[str, Any]) -> Figure:
-    """General perplexity against what was learned: a line through the strengths of each arm, a column for each text.
+    """General perplexity against what was learned: a line through each arm's strengths, a column for each text.
 
-    Two rows for each task: against the answers' NLL (better: lower left) and against accuracy (better: lower right).
-    A point is the mean over the seeds that have every strength; the ringed one was chosen on validation. The base model
-    is a level line with a cross, at the edge where it is far off. Points that are not finite are left out.
+    Each task has two rows: against the answers' NLL (better: lower left) and against accuracy (better: lower right). A
+    point is the mean over the seeds that have every strength, and the ringed one was chosen on validation. The base
+    model is a horizontal line with a cross, which is put at the edge if it is far off. Points that are not finite are
+    omitted.
     """
     curves = _curves(comparison)
     *texts, nll, acc = measures(comparison)
@@ -51,7 +52,7 @@ def trade_off(comparison: Mapping[str, Any]) -> Figure:
         looks = arm_looks(comparison)
         grid = figure.subplots(len(rows), len(texts), squeeze=False)
         reference = untuned(comparison)
-        # The paper's arms above the others, ours above all.
+        # Draw the paper's arms above the others, and ours on top.
         order = sorted(drawn, key=lambda arm: (arm == comparison["ours"], looks[arm][0] not in OTHER_GREYS))
         for (task, domain), row in zip(rows, grid, strict=True):
             for axes, text in zip(row, texts, strict=True):
@@ -74,29 +75,29 @@ def trade_off(comparison: Mapping[str, Any]) -> Figure:
 
 
 def _points(curve: Points, domain: Measure, text: Measure) -> dict[float | None, tuple[float, float]]:
-    """Strength → (domain, perplexity), where both were measured."""
+    """Strength → (domain, perplexity), if both were measured."""
     found = {strength: (_mean(cells, domain), _mean(cells, text)) for strength, cells in curve.items()}
     return {strength: (x, y) for strength, (x, y) in found.items() if x is not None and y is not None}
 
 
 def _finish_trade_off(axes: Axes, task: str, domain: Measure, text: Measure) -> None:
     ends = axes.dataLim.intervaly
-    if 0 < 4 * ends[0] < ends[1]:  # one arm far off must not flatten the others
+    if 0 < 4 * ends[0] < ends[1]:  # an arm that is far off must not flatten the others
         axes.set_yscale("log")
         _ticks(axes, "y")
     axes.margins(0.08)
     axes.grid(alpha=0.25)
     unit = "answer NLL, nats" if domain.lower_is_better else "accuracy, % of questions"
     axes.set(xlabel=unit, ylabel="perplexity", title=f"{printable(task, 18)} · {printable(text.text or '', 26)}")
-    # Above the axes, where no data can be.
+    # Above the axes, where there is no data.
     better = "better ↙" if domain.lower_is_better else "better ↘"
     axes.text(1, 1.03, better, transform=axes.transAxes, ha="right", color=GREY)
 
 
 def _draw_reference(axes: Axes, x: float, y: float, look: Look) -> None:
-    """A model that never saw the domain: its perplexity as a level line, its place at the edge if it is far off.
+    """Draw a model that never saw the domain: a horizontal line at its perplexity, and a marker.
 
-    It learned nothing, and would squeeze those that did into a corner.
+    If it is far off, the marker is put at the edge: it learned nothing, and would squeeze the others into a corner.
     """
     colour, marker, line = look
     low, high = sorted(axes.get_xlim())
@@ -116,8 +117,8 @@ def _draw_reference(axes: Axes, x: float, y: float, look: Look) -> None:
 def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
     """Fig. 6: each measure on test over the strength (log axis) of every arm that has several, a row for each task.
 
-    Values are means over the seeds that have every strength. Rings are the chosen strengths; level lines the base
-    model and the unprotected arm.
+    Values are means over the seeds that have every strength. Rings mark the chosen strengths. Horizontal lines are the
+    base model and the unprotected arm.
     """
     curves = _curves(comparison)
     tasks = [task for task in comparison["tasks"] if any(len(_positive(c)) > 1 for c in curves[task].values())]
@@ -172,12 +173,12 @@ def _all(curves: Mapping[str, Points]) -> Iterable[list[Mapping[str, Any]]]:
 
 
 def _positive(curve: Points) -> dict[float, list[Mapping[str, Any]]]:
-    """Without the strengths that a log axis has no place for."""
+    """The points whose strength a log axis can show."""
     return {strength: cells for strength, cells in curve.items() if strength is not None and strength > 0}
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], what: Measure) -> float | None:
-    """Mean over cells; None where one lacks it or is not finite."""
+    """Mean over cells; None if a cell lacks the value or has one that is not finite."""
     found = [value for cell in cells if (value := measure(cell, what.name, what.text)) is not None]
     if not found or len(found) < len(cells) or not all(map(math.isfinite, found)):
         return None
@@ -212,7 +213,7 @@ def _handle(arm: str, look: Look) -> Line2D:
 
 
 def _size(marker: Any) -> float:
-    """Stars look smaller than they are."""
+    """Size of a marker; stars look smaller than they are."""
     return 9 if marker in _SMALL_MARKERS else 6.5
 
 
@@ -222,7 +223,7 @@ def _chosen_handle() -> Line2D:
 
 
 def _ticks(axes: Axes, which: str, plain: bool = False) -> None:
-    """Few plain numbers on a log axis, whose own ticks are powers of ten."""
+    """Few plain numbers on a log axis; Matplotlib's own ticks are powers of ten."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
