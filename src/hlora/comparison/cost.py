@@ -23,6 +23,7 @@ from hlora.numerics.encodings import ENCODINGS
 from hlora.parallel.launch import only_alone
 from hlora.run.job import Job
 from hlora.run.results import provenance
+from hlora.system.choices import EncodingName
 from hlora.system.errors import ConfigError
 from hlora.system.files import write_json
 from hlora.training.train import sft_arguments, train
@@ -188,7 +189,9 @@ def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Span]:
     return importance, spent
 
 
-def _recording(job: Job, ids: Tensor, encoding: str, epochs: int, batch_size: int) -> tuple[Importance, Span, Span]:
+def _recording(
+    job: Job, ids: Tensor, encoding: EncodingName, epochs: int, batch_size: int
+) -> tuple[Importance, Span, Span]:
     """HLoRA's importance, the time of training with recording, and the recorder's part of it.
 
     The recorder is timed inside its calls, since the difference to a second, plain training is below its noise.

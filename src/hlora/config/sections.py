@@ -20,9 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from hlora.system.choices import Anchor, Group, LayerWeights, PhiScale
+from hlora.system.choices import Anchor, EncodingName, Group, LayerWeights, PhiScale
 
-EncodingName = Literal["float32", "factored"]
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
 
 

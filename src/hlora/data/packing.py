@@ -16,11 +16,19 @@ from hlora.system.errors import DataError
 
 
 def pack(
-    tokenizer: Any, documents: list[str], examples: int, max_length: int, at_most: bool = False
+    tokenizer: Any, documents: list[str], examples: int, max_length: int, *, at_most: bool = False
 ) -> Tensor:  # (examples, max_length)
     """The first `examples` sequences of `max_length` token ids of the documents, joined by the end token.
 
-    at_most: as many as the text has, if it has fewer. Raises DataError that says how many it has when they are too few.
+    Args:
+        tokenizer: The model's.
+        documents: The text.
+        examples: Number of sequences.
+        max_length: Tokens in a sequence.
+        at_most: Accept fewer sequences if the text has no more.
+
+    Raises:
+        DataError: The text is too short. Says how many sequences it has.
     """
     before = text_start(tokenizer)
     text = max_length - len(before)

@@ -33,6 +33,7 @@ from hlora.parallel.dtensor import distribute_like
 from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import is_main
 from hlora.report.card import named_card, public_name
+from hlora.system.choices import EncodingName
 from hlora.system.errors import ArtifactError
 from hlora.system.files import building, how_to_convert
 from hlora.system.hub import upload
@@ -70,7 +71,7 @@ class Importance:
     """
 
     matrices: dict[str, ImportanceMatrix]
-    encoding: str
+    encoding: EncodingName
     lora_config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics.types import Consolidated
 from hlora.parallel.group import all_gather_text, world_size
+from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError
 
 
@@ -24,7 +25,7 @@ def importance_of(
     *,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
-    encoding: str,
+    encoding: EncodingName,
     provenance: dict[str, Any],
 ) -> Importance:
     """The importance anchored at the factors `As` and `Bs`, with what the consolidation found of each matrix."""

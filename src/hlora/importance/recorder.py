@@ -24,6 +24,7 @@ from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.group import raise_on_all
+from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError, ArtifactError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class ImportanceRecorder:
     def __init__(
         self,
         model: nn.Module,
-        encoding: str = "factored",
+        encoding: EncodingName = "factored",
         adapter_name: str | None = None,
         *,
         unprotected: Literal["refuse", "warn"] = "refuse",

@@ -26,6 +26,7 @@ from hlora.model.initialisation import check_base_without_adapter
 from hlora.model.layer_gradients import layer_gradients
 from hlora.numerics import encodings, squares
 from hlora.numerics.encodings import Encoded, Factored
+from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError
 
 
@@ -56,7 +57,9 @@ def fisher_information(
         DataError: The text is too short.
         AdapterError: As `fisher_of_sequences`.
     """
-    return fisher_of_sequences(model, pack(tokenizer, documents, examples, max_length, at_most), seed, **options)
+    return fisher_of_sequences(
+        model, pack(tokenizer, documents, examples, max_length, at_most=at_most), seed, **options
+    )
 
 
 def fisher_of_sequences(
@@ -65,7 +68,7 @@ def fisher_of_sequences(
     seed: int,
     *,
     batch_size: int = 8,
-    encoding: str = "float32",
+    encoding: EncodingName = "float32",
     labels: Literal["sampled", "text"] = "sampled",
     gradient: Literal["exact", "effective"] = "exact",
 ) -> Importance:

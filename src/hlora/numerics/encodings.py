@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENCODINGS = ("float32", "factored")
+from hlora.system.choices import EncodingName
+
+ENCODINGS: tuple[EncodingName, ...] = ("float32", "factored")
 PARTS = ("dense", "row", "column")  # suffixes of their tensors in a safetensors file
 
 _BLOCK = 1 << 18  # elements in a block. 3072², r 8, 2 cores: recording 13 ms (2¹⁶ 25, 2²⁰ 34), penalty 23 (35, 23)
