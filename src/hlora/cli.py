@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
 import sys
-import threading
-import time
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +17,9 @@ from rich.table import Table
 from hlora import __version__
 from hlora.after.commands import chat, merge, push
 from hlora.before.commands import check, show_check
-from hlora.system.errors import LOST_PEER, ConfigError, HloraError, culprit, io_message
-from hlora.system.files import is_io_error
-from hlora.system.redaction import RedactingFormatter, redact_argument
+from hlora.parallel.messages import errors_as_messages, is_main_process, set_up_logs
+from hlora.system.errors import ConfigError, culprit
+from hlora.system.redaction import redact_argument
 
 if TYPE_CHECKING:
     from hlora.config.run import RunConfig
@@ -290,66 +285,15 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Entry point. An error of ours, or of the disk, is one message on stderr and status 2, without a traceback."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("hlora").setLevel(logging.INFO)
-    if not _is_main_process():  # one log and one progress display for all processes of a launch
-        console.quiet = True
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
-    # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
-    # On a CPU without the `kernels` package it logs a line about 4-bit products at each import, whatever the model.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    threading.excepthook = _in_a_thread
-    try:
+    set_up_logs()
+    console.quiet = not is_main_process()
+    with errors_as_messages():
         app()
-    except HloraError as error:
-        _print_error(str(error), error)
-        sys.exit(2)
-    except Exception as error:
-        if is_io_error(error):
-            _print_error(io_message(error), error)
-        elif _is_lost_peer(error):
-            _print_error(LOST_PEER, error)
-        else:
-            raise
-        sys.exit(2)
-
-
-def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread, and raises an error of the disk in the main thread again."""
-    if failed.exc_value is None or not is_io_error(failed.exc_value):
-        threading.__excepthook__(failed)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether another process of this launch has ended. Without torch in memory there is no process group."""
-    if "torch" not in sys.modules:
-        return False
-    from hlora.parallel.group import peer_died
-
-    return isinstance(error, RuntimeError) and peer_died(error)
-
-
-def _is_main_process() -> bool:
-    """Whether this process is the only one, or the first of a launch by torchrun or accelerate."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def _print(line: str) -> None:
-    """A line with a path or a sentence of ours: brackets are no markup, and nothing is wrapped."""
+    """Print a line with a path or a sentence: brackets are not markup, and nothing is wrapped."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_error(message: str, error: Exception) -> None:
-    """On stderr; in a launch of several processes once."""
-    if getattr(error, "reported", False):
-        return
-    if not _is_main_process():
-        time.sleep(3)  # if the first process has the same error, the launcher stops this one meanwhile
-    print(f"hlora: {message}", file=sys.stderr)
 
 
 def _load(
