@@ -427,7 +427,7 @@ def test_general_documents_without_text_are_left_out_within_the_limit(tmp_path: 
         }
     }
     with pytest.raises(
-        DataError, match=r"a.jsonl: 2 of 200 rows .* general.max_unusable \(1\) lets 1 .* Row 8: no text"
+        DataError, match=r"a.jsonl: 2 of 200 rows .* general.max_unusable \(1\) allows 1 .* Row 8: no text"
     ):
         read_general(GeneralConfig(paths=[file], max_unusable=1))
     with pytest.raises(DataError, match=r"a.jsonl: Row 8: no text.*; Row 9: .* must not lose rows"):
