@@ -85,7 +85,7 @@ def test_rows_that_cannot_be_used_are_left_out_up_to_the_limit_and_listed_in_res
     fields = ("--set", "baselines=[]", "--set", "evaluation.accuracy=false")
     status, _, err = hlora("run", config, *fields)
     assert status == 2 and not (tmp_path / "out" / "results.json").exists()
-    assert re.search(r"train.jsonl: 3 of 27 rows .* domain.max_unusable \(1%\) lets 0 .* Row 25: not JSON", err), err
+    assert re.search(r"train.jsonl: 3 of 27 rows .* domain.max_unusable \(1%\) allows 0 .* Row 25: not JSON", err), err
     assert hlora("run", config, *fields, "--set", "domain.max_unusable=2")[0] == 2
     status, _, err = hlora("run", config, *fields, "--set", "domain.max_unusable=3")
     assert status == 0, err

@@ -222,7 +222,7 @@ def test_twenty_rows_are_listed_and_all_are_counted() -> None:
     assert (facts["rows"], facts["of"], facts["reasons"]) == (50, 100, {"even": 50})
     assert list(facts["first"].items())[::19] == [("row 2", "even: 2"), ("row 40", "even: 40")]
     assert found.within("50%", "the limit") is found
-    with pytest.raises(DataError, match=r"numbers: 50 of 100 rows .* lets 49 .* Row 2: even: 2; .*; and 45 more"):
+    with pytest.raises(DataError, match=r"numbers: 50 of 100 rows .* allows 49 .* Row 2: even: 2; .*; and 45 more"):
         found.within(49, "the limit")
 
 
