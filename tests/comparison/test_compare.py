@@ -279,7 +279,8 @@ def test_an_arm_with_another_general_text_is_chosen_on_the_same_texts_and_trains
     squares = {"importance.method": "squared_gradients", "importance.sequences": 2, "importance.sequence_length": 16}
     at_base = {"method": "hlora", "settings": {**squares, "penalty.anchor": "base"}}
     arms = {"Base": {"method": "base"}, "mixed": mixed, "at base": at_base}
-    fields = {**comparison_config.model_dump(), "arms": arms, "seeds": [0]}
+    roles = dict.fromkeys(("ours", "rival", "unprotected"))
+    fields = {**comparison_config.model_dump(), **roles, "arms": arms, "seeds": [0]}
     grid = Grid.open(CompareConfig.model_validate(fields))
     cells = {cell.arm: cell for cell in grid.first_cells()}
     held_out = grid.held_out_texts(0)["general (held out)"]

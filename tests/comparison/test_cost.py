@@ -79,12 +79,12 @@ def test_equal_counting_is_one_pass_over_the_very_sequences_of_ewc(
 ) -> None:
     fisher, trained = [], []
 
-    def fisher_of(model: Any, sequences: Tensor, *rest: Any) -> Any:
+    def fisher_of(model: Any, sequences: Tensor, *rest: Any, **options: Any) -> Any:
         fisher.append(sequences)
-        return real_fisher(model, sequences, *rest)
+        return real_fisher(model, sequences, *rest, **options)
 
-    def train(*arguments: Any) -> Any:
-        trained.append((arguments[2]["input_ids"], real_train(*arguments)))
+    def train(*arguments: Any, **options: Any) -> Any:
+        trained.append((arguments[2]["input_ids"], real_train(*arguments, **options)))
         return trained[-1][1]
 
     real_fisher, real_train = cost_module.fisher_of_sequences, cost_module.train

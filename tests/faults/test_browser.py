@@ -48,7 +48,7 @@ REFRESH = f'<meta http-equiv=refresh content="0;url={SITE}/refresh">'
 HOSTILE = " ".join([*PAYLOADS.values(), REFRESH])
 ASKED = {f"{SITE}/{name}" for name in PAYLOADS if name not in ("base", "braces")}
 
-TAGS = """html head meta title style body div section h1 h2 p strong small ul li dl dt dd table caption colgroup thead
+TAGS = """html head meta title style body div section h1 h2 p b strong small ul li dl dt dd table caption colgroup thead
 tbody tfoot tr th td u figure figcaption details summary pre code span br svg g path defs clippath rect use image
 pattern"""
 ATTRIBUTES = """lang charset http-equiv content name class id style role scope colspan rowspan dir aria-label open width

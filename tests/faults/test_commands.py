@@ -219,7 +219,13 @@ def test_wrong_configurations(sample: Sample, tally: Any) -> None:
 
     full = parse_config(copy.deepcopy(sample.fields)).model_dump()
     absent = str(sample.directory / "nowhere")  # tune ends there, once the configuration is read
-    corpus = Corpus(sample, ("tune", sample.config), ("run.yaml",), "/importance: no such directory")
+    names = (
+        "run.yaml",
+        "domain.t",
+        "importance.use",
+        "after:",
+    )  # what is cut may still be read, with a path that is cut
+    corpus = Corpus(sample, ("tune", sample.config), names, "/importance: no such directory")
     full["output"] = absent
     for path, value in drawn(full, 300):
         sample.write(changed(full, path, value))
@@ -286,7 +292,7 @@ def test_wrong_comparisons(sample: Sample, tally: Any) -> None:
     fields = copy.deepcopy(sample.fields)
     fields["tasks"] = {"sums": fields.pop("domain")}
     fields["output"] = str(sample.out)
-    fields["model"]["name"] = ABSENT  # where a valid reading ends
+    fields["model"]["name"], text = ABSENT, str(sample.directory / "general.txt")  # the first is where reading ends
     fields |= {
         "seeds": [0, 1],
         "arms": {
@@ -299,10 +305,17 @@ def test_wrong_comparisons(sample: Sample, tally: Any) -> None:
             },
             "HLoRA": {"method": "hlora", "strengths": [1, 3]},
         },
-        "selection": {"rows": 2, "texts": {"x": "y"}, "seeds": 1, "kept_learning": 0.9},
+        "selection": {
+            "rows": 2,
+            "texts": {"x": text},
+            "seeds": 1,
+            "kept_learning": 0.9,
+        },
         "fisher": {"examples": 4, "max_length": 16, "batch_size": 2},
     }
-    corpus = Corpus(sample, ("compare", sample.config, "--dry-run"), ("run.yaml",), " could not be loaded ")
+    # Cut in a path, a configuration may still be read: then the field that has the path is named.
+    names = ("run.yaml", "tasks.sums.t", "selection.texts", "general.paths", "x" * 200)
+    corpus = Corpus(sample, ("compare", sample.config, "--dry-run"), names, f"model.name: {ABSENT}")
     for path, value in drawn(fields, 120):
         sample.write(changed(fields, path, value))
         corpus.case(f"{path} = {value!r:.60}", [key for key in path if isinstance(key, str)], meant(path, value))
@@ -318,9 +331,9 @@ def test_wrong_comparisons(sample: Sample, tally: Any) -> None:
 def test_wrong_rows(suffix: str, sample: Sample, tally: Any) -> None:
     path = sample.directory / f"train.{suffix}"
     fields = copy.deepcopy(sample.fields)
-    fields["domain"]["train"], fields["general"]["paths"] = str(path), [ABSENT]
+    fields["domain"]["train"], fields["model"]["name"] = str(path), ABSENT  # data are read before the model
     sample.write(fields)
-    corpus = Corpus(sample, ("record", sample.config), (path.name,), f"{ABSENT}:")
+    corpus = Corpus(sample, ("record", sample.config), (path.name,), f"model.name: {ABSENT}")
     content = path.read_bytes()
     if suffix == "jsonl":
         for place, value in drawn(sample.rows[:8], 80):
@@ -335,9 +348,9 @@ def test_wrong_rows(suffix: str, sample: Sample, tally: Any) -> None:
 def test_wrong_general_text(name: str, sample: Sample, tally: Any) -> None:
     path = sample.directory / name
     fields = copy.deepcopy(sample.fields)
-    fields["general"]["paths"], fields["evaluation"]["texts"] = [str(path)], {"x": ABSENT}
+    fields["general"]["paths"], fields["model"]["name"] = [str(path)], ABSENT
     sample.write(fields)
-    corpus = Corpus(sample, ("record", sample.config), (name, "general"), f"{ABSENT}:")
+    corpus = Corpus(sample, ("record", sample.config), (name, "general"), f"model.name: {ABSENT}")
     corpus.bytes_of(path, 64 if name.endswith("jsonl") else 8, 16)
     corpus.end(name, tally, 1)
 
@@ -409,13 +422,15 @@ def test_the_odd_cases(sample: Sample, tally: Any, tmp_path: Path) -> None:
         locked.write_bytes(rows_with(sample))
         locked.chmod(0)
         cases.append(("", locked, False))
-    readable = Corpus(sample, ("record", sample.config), (), f"{ABSENT}:")
+    readable = Corpus(sample, ("record", sample.config), (), f"model.name: {ABSENT}")
     for name, content, good in cases:
         path = content if isinstance(content, Path) else tmp_path / name
         if isinstance(content, bytes):
             path.write_bytes(content)
         fields = copy.deepcopy(sample.fields)
-        fields["domain"]["train"], fields["general"]["paths"] = str(path), [ABSENT]
+        fields["domain"]["train"] = str(path)
+        if not (isinstance(content, bytes) and (b"long long" in content or b"word word" in content)):
+            fields["model"]["name"] = ABSENT  # only a model's tokens can be too many
         sample.write(fields)
         read = readable.read
         what = f"{path.name}, {content[:60]!r}" if isinstance(content, bytes) else str(path)
@@ -455,7 +470,7 @@ def test_importance_that_is_of_something_else(sample: Sample, tally: Any, tmp_pa
         ({"model.name": str(other)}, "base weights"),
     ):  # fmt: skip
         overrides = [part for path, value in fields.items() for part in ("--set", f"{path}={json.dumps(value)}")]
-        corpus.command = ("tune", sample.config, *overrides)
+        corpus.command = ("tune", sample.config, "--overwrite", *overrides)
         corpus.case(str(fields), [names, "self_attn"])
     corpus.end("importance of another rank, scale, target, model", tally, 7)
 

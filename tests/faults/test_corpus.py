@@ -66,8 +66,8 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 FREE = {
-    "output", "name", "revision", "gguf_file", "target_modules", "paths", "dataset", "subset", "split", "column",
-    "train", "train_split", "test", "texts",
+    "output", "name", "revision", "gguf_file", "target_modules", "exclude_modules", "use", "after", "paths", "dataset",
+    "subset", "split", "column", "train", "train_split", "test", "join", "texts",
 }  # fmt: skip
 """Fields that any text but an empty one may stand in: names and paths."""
 
@@ -75,12 +75,16 @@ MEANT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "rslora", "offload", "accuracy"), (0, True)),
     **dict.fromkeys(("preset", "revision", "gguf_file", "quantization", "dataset", "subset", "gradient"), (None,)),
     **dict.fromkeys(("max_documents", "max_train_rows", "probe_every", "max_rows", "max_length"), (None,)),
+    **dict.fromkeys(("after", "use", "stride", "max_new_tokens"), (None,)),
     **dict.fromkeys(("alpha", "xi", "temperature", "general_rate"), (2**70, 1e308)),
     **dict.fromkeys(("stop_at_move", "budget"), (None, 2**70, 1e308)),
     **dict.fromkeys(("phi", "strengths"), (0, 2**70, 1e308, [])),
     **dict.fromkeys(("seed", "seeds", "dropout", "generate", "kept_learning", "max_unusable"), (0,)),
     **dict.fromkeys(("mixture", "baselines"), ([],)),
     **dict.fromkeys(("probe_texts", "texts", "tune"), ({},)),
+    "exclude_modules": (None, []),
+    "columns": ({},),
+    "join": (None, ""),
     "learning_rate": (1e308,),
     "max_steps": (-1,),
     "report_to": (None, []),
@@ -93,7 +97,7 @@ def meant(path: tuple[Any, ...], value: Any) -> bool:
     *above, last = [key for key in path if isinstance(key, str)]
     names = {last, *above[-1:]} if above[-1:] in (["texts"], ["probe_texts"]) else {last}
     if isinstance(value, str):
-        return bool(names & FREE) and value not in ("", "\x00")
+        return last == "join" or (bool(names & FREE) and value not in ("", "\x00"))
     return any(type(value) is type(good) and value == good for name in names for good in MEANT.get(name, ()))
 
 

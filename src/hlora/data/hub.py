@@ -13,7 +13,7 @@ from hlora.system.errors import DataError, first_line
 
 def load_from_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Any:
     """A split of a data set. Raises DataError where the hub has none, or cannot be reached."""
-    if Path(name).is_dir() and glob.has_magic(name):
+    if glob.has_magic(name) and Path(name).is_dir():
         raise DataError(f"{name}: datasets reads *, ? and [ in a path as a pattern. Rename the directory.")
     try:
         return load_dataset(name, subset, split=split, streaming=streaming)

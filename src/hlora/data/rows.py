@@ -140,7 +140,12 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
 
 def is_rows_file(source: str) -> bool:
     """Whether a source is a file, by its suffix or since it exists. Otherwise it names a hub data set or split."""
-    return _kind(source) in _ROWS or Path(source).is_file()
+    if _kind(source) in _ROWS:
+        return True
+    try:
+        return Path(source).is_file()
+    except OSError as error:  # the name is too long, or the directory may not be searched
+        raise DataError(f"{source:.200}: cannot be read ({error.strerror})") from None
 
 
 def _kind(path: str) -> str:

@@ -34,7 +34,10 @@ def given_importance(config: RunConfig) -> Importance | None:
     """
     if not config.is_given_importance:
         return None
-    importance = Importance.load(importance_source(config))
+    try:
+        importance = Importance.load(importance_source(config))
+    except ArtifactError as error:
+        raise ArtifactError(f"{'after' if config.after else 'importance.use'}: {error}") from None
     if config.after is not None:
         asked = {name: getattr(config.importance, name) for name in ("method", "encoding")}
         kept = {"method": importance.provenance.get("method", "path_integral"), "encoding": importance.encoding}
