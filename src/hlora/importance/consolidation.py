@@ -57,7 +57,7 @@ def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     # Float32 where the factors are, as Apple's GPUs have no float64, and together on the CPU: they may be on several.
-    found = [torch.linalg.vector_norm(factor, dtype=torch.float32).cpu() for factor in (*As, *Bs)]
+    found = [torch.linalg.vector_norm(factor.float()).cpu() for factor in (*As, *Bs)]
     norms = torch.stack(found).double()
     for number, text in enumerate(all_gather_text(json.dumps(norms.tolist()))):
         if not torch.allclose(norms, torch.tensor(json.loads(text), dtype=torch.float64), rtol=1e-3, equal_nan=True):
