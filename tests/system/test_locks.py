@@ -91,7 +91,8 @@ import importlib, os, pkgutil, signal, sys
 import hlora, hlora.cli
 
 found = [module.name for module in pkgutil.walk_packages(hlora.__path__, "hlora.")]
-names = ["hlora", *(name for name in found if name != "hlora.__main__")]
+# hlora.integrations: each module is imported by the framework that it is for.
+names = ["hlora", *(name for name in found if name != "hlora.__main__" and ".integrations." not in name)]
 for name in names:
     importlib.import_module(name)  # and with them all other packages, which go their own ways on Windows
 for name in [name for name in sys.modules if name.partition(".")[0] == "hlora"]:
