@@ -344,7 +344,8 @@ def test_an_error_in_a_launch_is_one_message_and_status_2(configured: Any, tmp_p
     with lock_directory(tmp_path / "out"):
         missing, busy = launches(f"2 -- run {wrong} --set output={tmp_path / 'other'}", f"2 -- run {configured(2)}")
     for each, message in ((missing, "no.jsonl"), (busy, "is in use by process")):
-        assert each["statuses"] == [2, 2], each["said"]
+        # Before the processes have met, the launcher may end the second (SIGTERM) as the first has failed.
+        assert each["statuses"] in ([2, 2], [2, -15], [-15, 2]), each["said"]
         (line,) = [line for line in each["said"].splitlines() if line.startswith("hlora: ")]
         assert message in line and "Traceback" not in each["said"]
 
