@@ -230,14 +230,13 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
 def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     """Save the adapter atomically in PEFT's format, with its tokenizer and card.
 
-    adapter_config.json names the base model as in the configuration.
+    adapter_config.json names the base model as in the configuration, since load_base gave the model that name.
 
     In several processes the main one writes.
     """
     gathered = None
     if is_sharded(model):
         gathered = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
-    model.peft_config["default"].base_model_name_or_path = job.config.model.name
     facts = {"general": job.general.facts, "domain": job.domain.facts}
     card = adapter_card({"config": job.config.model_dump(), "provenance": {"data": facts}})
     with raise_on_all():
