@@ -224,6 +224,7 @@ def test_wrong_configurations(sample: Sample, tally: Any) -> None:
         "domain.t",
         "importance.use",
         "after:",
+        "general.paths",
     )  # what is cut may still be read, with a path that is cut
     corpus = Corpus(sample, ("tune", sample.config), names, "/importance: no such directory")
     full["output"] = absent

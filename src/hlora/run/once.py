@@ -13,7 +13,7 @@ from hlora.config.reading import parse_config, read_yaml
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
 from hlora.run.job import Job
-from hlora.run.resume import UNFINISHED
+from hlora.run.resume import UNFINISHED, by_rows_of_a_step
 from hlora.system.errors import ArtifactError, ConfigError
 from hlora.system.redaction import redacted
 
@@ -73,7 +73,7 @@ def recording_settings(config: RunConfig) -> dict[str, Any]:
         "importance": config.importance.model_dump(exclude={"use"}),
     }
     if not config.in_one_pass:
-        training = config.training.of_record()
+        training = by_rows_of_a_step(config.training.of_record())  # another number of processes may go on with it
         settings["training"] = {name: value for name, value in training.items() if name not in _UNSEEN}
     found: dict[str, Any] = redacted(settings)
     return found

@@ -105,13 +105,16 @@ def _made_from(job: Job) -> dict[str, Any]:
     if job.given is not None and job.config.is_given_importance:  # another one may have come under the same name
         facts["given"] = job.given.document()
     written = _digest(facts)
-    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
-    phases = []
-    for arguments in (job.config.training.of_record(), job.config.training.of_tune()):
-        rows = world_size() * math.prod(arguments.get(name, default) for name, default in sizes.items())
-        phases.append({k: v for k, v in arguments.items() if k not in sizes} | {"rows": rows})
-    facts["config"]["training"] = phases
+    training = job.config.training
+    facts["config"]["training"] = [by_rows_of_a_step(each) for each in (training.of_record(), training.of_tune())]
     return {"made_from": written, "by_rows": _digest(facts), "processes": world_size()}
+
+
+def by_rows_of_a_step(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments in which the rows of a step replace batch size × accumulation × processes."""
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # Trainer's defaults
+    rows = world_size() * math.prod(arguments.get(name, default) for name, default in sizes.items())
+    return {name: value for name, value in arguments.items() if name not in sizes} | {"rows_of_a_step": rows}
 
 
 def _digest(facts: dict[str, Any]) -> str:
