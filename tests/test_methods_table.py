@@ -16,7 +16,7 @@ import hlora
 from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
 from hlora.methods import METHODS, label_of
-from hlora.report.style import look_of
+from hlora.report.style import style_of
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,8 +26,8 @@ def test_every_method_names_a_function_and_has_a_label_of_its_own(name: str) -> 
 
 
 def test_no_two_methods_look_alike() -> None:
-    looks = [str(look) for name in METHODS if (look := look_of(name))]
-    assert len(set(looks)) == len(looks)
+    styles = [str(style) for name in METHODS if (style := style_of(name))]
+    assert len(set(styles)) == len(styles)
 
 
 def test_the_baselines_of_a_run_are_methods_of_a_comparison() -> None:

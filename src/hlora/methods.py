@@ -9,7 +9,7 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
-Look = tuple[str, Any, Any]
+ArmStyle = tuple[str, Any, Any]
 """Colour (a name in report/style.py), Matplotlib marker and line."""
 
 
@@ -30,7 +30,7 @@ class Method(NamedTuple):
     """It leaves the base model with other weights, even when it raises: load the base again before the next use."""
     reference: bool = False
     """It never sees the domain: others are compared with it, and it is ranked nowhere."""
-    look: Look | None = None
+    style: ArmStyle | None = None
     """In figures; grey where it is None."""
 
     def function(self) -> Any:
@@ -41,20 +41,20 @@ class Method(NamedTuple):
 _OURS, _RIVALS = "hlora.comparison.paper", "hlora.comparison.rivals"
 
 METHODS: dict[str, Method] = {
-    "base": Method("Base", f"{_OURS}:base", reference=True, look=("black", "P", ":")),
+    "base": Method("Base", f"{_OURS}:base", reference=True, style=("black", "P", ":")),
     "after_general": Method(
-        "After general phase", f"{_OURS}:after_general", "general", reference=True, look=("purple", "*", ":")
+        "After general phase", f"{_OURS}:after_general", "general", reference=True, style=("purple", "*", ":")
     ),
-    "lora": Method("LoRA (domain only)", "hlora.run.phases:lora", look=("vermilion", "X", "-.")),
+    "lora": Method("LoRA (domain only)", "hlora.run.phases:lora", style=("vermilion", "X", "-.")),
     "lora_after_general": Method(
         "LoRA (general, then domain)",
         "hlora.run.phases:lora_after_general",
         "general",
-        look=("orange", "D", (0, (5, 1))),
+        style=("orange", "D", (0, (5, 1))),
     ),
-    "rslora": Method("rsLoRA", f"{_OURS}:rslora", look=("sky", "^", ":")),
-    "ewc": Method("EWC-LoRA", f"{_OURS}:ewc", "fisher", "λ", look=("blue", "s", "--")),
-    "hlora": Method("HLoRA", f"{_OURS}:hlora", "importance", "φ", look=("green", "o", "-")),
+    "rslora": Method("rsLoRA", f"{_OURS}:rslora", style=("sky", "^", ":")),
+    "ewc": Method("EWC-LoRA", f"{_OURS}:ewc", "fisher", "λ", style=("blue", "s", "--")),
+    "hlora": Method("HLoRA", f"{_OURS}:hlora", "importance", "φ", style=("green", "o", "-")),
     "uniform": Method("HLoRA, uniform importance", f"{_OURS}:uniform", "general", "φ"),
     "replay": Method("Replay", f"{_RIVALS}.replay:replay", strength="share of general rows"),
     "kl": Method("KL to base", f"{_RIVALS}.kl:kl", strength="β"),

@@ -17,7 +17,6 @@ from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
 from hlora.run.chain import BEFORE, earlier_runs, measure_earlier
 from hlora.run.job import Job
-from hlora.run.once import CONTINUED, given_importance, importance_here, is_finished
 from hlora.run.phases import (
     at_general_adapter,
     check_fits,
@@ -29,6 +28,7 @@ from hlora.run.phases import (
 )
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results, timed
+from hlora.run.reuse import CONTINUED, given_importance, importance_here, is_finished
 from hlora.system.errors import ArtifactError, ConfigError, DataError
 
 

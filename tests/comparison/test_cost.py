@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hlora.cli import main
 from hlora.comparison import cost as cost_module
-from hlora.comparison.clock import Clock, Span
+from hlora.comparison.clock import Clock, Elapsed
 from hlora.comparison.cost import cost_tables, measure_cost
 from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
@@ -111,7 +111,7 @@ def test_the_clock_does_not_change_the_importance_and_misses_no_step(
     assert 0 < recording.wall < whole.wall
     monkeypatch.setattr(Clock, "inside", lambda self, call: call)
     plain, _, recording = cost_module._recording(job, ids, "float32", 2, 4)
-    assert recording == Span(0.0, 0.0)
+    assert recording == Elapsed(0.0, 0.0)
     for name, matrix in plain.matrices.items():
         assert isinstance(matrix.omega, Tensor) and matrix.omega.any()
         torch.testing.assert_close(timed.matrices[name].omega, matrix.omega)
@@ -119,15 +119,15 @@ def test_the_clock_does_not_change_the_importance_and_misses_no_step(
 
 def test_clock_adds_up_training_and_the_calls_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([0, 1, 3, 10, 14, 20])  # begin, call, call's end, …, end
-    monkeypatch.setattr("hlora.comparison.clock.now", lambda: Span(float(value := next(readings)), 2.0 * value))
+    monkeypatch.setattr("hlora.comparison.clock.now", lambda: Elapsed(float(value := next(readings)), 2.0 * value))
     clock = Clock()
     state: Any = None
     clock.on_train_begin(state, state, state)
     call = clock.inside(lambda x, y=0: x + y)
     assert (call(1, y=2), call(5)) == (3, 5)
     clock.on_train_end(state, state, state)
-    assert clock.training == Span(20.0, 40.0)
-    assert clock.recording == Span(2.0 + 4.0, 12.0)
+    assert clock.training == Elapsed(20.0, 40.0)
+    assert clock.recording == Elapsed(2.0 + 4.0, 12.0)
 
 
 def test_notes_state_the_scale_and_the_assumption_and_warn_of_a_scale_too_small() -> None:

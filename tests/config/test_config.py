@@ -288,11 +288,11 @@ def test_a_missing_file_says_how_to_get_a_starting_one(tmp_path: Path) -> None:
 def test_the_general_phase_takes_a_quarter_of_the_learning_rate_unless_told_otherwise() -> None:
     common = {"learning_rate": 8e-4, "warmup_steps": 3}
     config = parse_config({**minimal(), "training": {"common": common}})
-    assert config.training.of_record() == {"packing": True, "learning_rate": 2e-4, "warmup_steps": 3}
-    assert config.training.of_tune() == common
+    assert config.training.record_arguments() == {"packing": True, "learning_rate": 2e-4, "warmup_steps": 3}
+    assert config.training.tune_arguments() == common
     config = parse_config({**minimal(), "training": {"common": common, "record": {"learning_rate": 1e-3}}})
-    assert config.training.of_record()["learning_rate"] == 1e-3
-    assert "learning_rate" not in parse_config(minimal()).training.of_record()
+    assert config.training.record_arguments()["learning_rate"] == 1e-3
+    assert "learning_rate" not in parse_config(minimal()).training.record_arguments()
 
 
 def test_the_papers_preset_gives_way_to_what_is_said() -> None:

@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralConfig
-from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.data.domain import DomainRows, TokenLimits, domain_rows
 from hlora.data.general import GeneralText, general_text, probe_texts
 from hlora.data.tasks import Example
 from hlora.system.errors import ConfigError, DataError
@@ -281,9 +281,9 @@ def test_train_rows_whose_prompt_is_in_the_test_are_left_out_and_counted(tmp_pat
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "1"}]},
     ],
 )
-def test_a_leak_is_found_by_the_rendered_prompt_whatever_else_differs(test: Any, space: Any, tmp_path: Path) -> None:
+def test_a_leak_is_found_by_the_rendered_prompt_whatever_else_differs(test: Any, limits: Any, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "1"}]} for q in "ab"]
-    found = space()
+    found = limits()
     found.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     files = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "test.jsonl", [test])
     kept = domain_rows(DomainConfig(task="rows", train=files[0], test=files[1]), None, 0, found)
@@ -435,51 +435,51 @@ def test_general_documents_without_text_are_left_out_within_the_limit(tmp_path: 
 
 
 @pytest.fixture
-def space(model_dir: str) -> Any:
+def limits(model_dir: str) -> Any:
     """Of the tiny Llama, whose context is 256 tokens, for arguments of training."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-    return lambda **arguments: Space.of(model, tokenizer, arguments)
+    return lambda **arguments: TokenLimits.of(model, tokenizer, arguments)
 
 
-def tokens(space: Space, row: dict[str, str], answer: bool) -> int:
+def tokens(limits: TokenLimits, row: dict[str, str], answer: bool) -> int:
     text = f"{row['prompt']}{row['completion']}<eos>" if answer else row["prompt"]
-    return len(space.tokenizer(text)["input_ids"])
+    return len(limits.tokenizer(text)["input_ids"])
 
 
 def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_less_is_not(
-    space: Any, tmp_path: Path
+    limits: Any, tmp_path: Path
 ) -> None:
     row = {"prompt": "Where is Orion?" * 5, "completion": " In the sky"}
     files = write_jsonl(tmp_path / "train.jsonl", [row]), write_jsonl(tmp_path / "test.jsonl", pairs(0, 1))
     config = DomainConfig(task="rows", train=files[0], test=files[1])
-    length, whole = (tokens(space(), row, answer=answer) for answer in (False, True))
-    assert len(domain_rows(config, None, 0, space(max_length=whole)).train) == 1
+    length, whole = (tokens(limits(), row, answer=answer) for answer in (False, True))
+    assert len(domain_rows(config, None, 0, limits(max_length=whole)).train) == 1
     with pytest.raises(DataError, match=rf"Row 1: answer cut: it needs {whole} tokens, .* keeps {whole - 1}"):
-        domain_rows(config, None, 0, space(max_length=whole - 1))
+        domain_rows(config, None, 0, limits(max_length=whole - 1))
     with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training's max_length"):
-        domain_rows(config, None, 0, space(max_length=length))
+        domain_rows(config, None, 0, limits(max_length=length))
     for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
-        assert len(domain_rows(config, None, 0, space(max_length=length, **kept)).train) == 1
+        assert len(domain_rows(config, None, 0, limits(max_length=length, **kept)).train) == 1
     with pytest.raises(DataError, match=rf"answer cut: it needs {whole - length} tokens"):
-        domain_rows(config, None, 0, space(max_length=whole - length - 1, truncation_mode="keep_end"))
+        domain_rows(config, None, 0, limits(max_length=whole - length - 1, truncation_mode="keep_end"))
 
 
-def test_a_row_of_a_hundred_megabytes_is_refused_without_reading_all_of_it(space: Any) -> None:
+def test_a_row_of_a_hundred_megabytes_is_refused_without_reading_all_of_it(limits: Any) -> None:
     endless = "word " * 20_000_000
     for example, problem in ((Example(endless, "x"), "no answer left"), (Example("x", endless), "answer cut")):
         with pytest.raises(DataError, match=problem):
-            space(max_length=64).train(example)
+            limits(max_length=64).train(example)
         with pytest.raises(DataError, match="too long"):
-            space(max_length=None).test(example)
+            limits(max_length=None).test(example)
 
 
 def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_packs_it(
-    space: Any, tmp_path: Path
+    limits: Any, tmp_path: Path
 ) -> None:
     row = {"prompt": "Where is it?", "completion": " word"}
-    while tokens(space(), row, answer=True) < 256:
-        row["completion"] += "s" if tokens(space(), row, answer=True) > 250 else " words and more words"
-    assert tokens(space(), row, answer=True) == 256
+    while tokens(limits(), row, answer=True) < 256:
+        row["completion"] += "s" if tokens(limits(), row, answer=True) > 250 else " words and more words"
+    assert tokens(limits(), row, answer=True) == 256
     longer = {**row, "completion": row["completion"] + " zz zz"}
     some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 2))
     for file, ok in (
@@ -489,12 +489,12 @@ def test_a_row_longer_than_the_context_is_left_out_of_both_sets_unless_training_
         for train, test in ((file, some), (some, file)):
             config = DomainConfig(task="rows", train=train, test=test)
             if ok:
-                domain_rows(config, None, 0, space(max_length=None))
+                domain_rows(config, None, 0, limits(max_length=None))
             else:
                 with pytest.raises(DataError, match=r"long.jsonl: 1 of 1 .* too long: more than the 256 tokens of"):
-                    domain_rows(config, None, 0, space(max_length=None))
+                    domain_rows(config, None, 0, limits(max_length=None))
     packed = DomainConfig(task="rows", train=str(tmp_path / "long.jsonl"), test=some)
-    assert len(domain_rows(packed, None, 0, space(max_length=256, packing=True)).train) == 1
+    assert len(domain_rows(packed, None, 0, limits(max_length=256, packing=True)).train) == 1
 
 
 def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:

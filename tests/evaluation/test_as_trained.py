@@ -18,7 +18,7 @@ from trl import SFTTrainer
 
 from hlora.budget.probes import TextProbe
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralSource
-from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.data.domain import DomainRows, TokenLimits, domain_rows
 from hlora.data.packing import pack
 from hlora.data.rendering import render
 from hlora.data.samples import model_samples
@@ -37,12 +37,12 @@ def load(directory: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 
-def rows_of(make: Any, space: Space, tmp_path: Path) -> DomainRows:
+def rows_of(make: Any, limits: TokenLimits, tmp_path: Path) -> DomainRows:
     files = []
     for name, numbers in (("train", range(8)), ("test", range(20, 26))):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(make(n)) + "\n" for n in numbers), encoding="utf-8")
-    return domain_rows(DomainConfig(task="rows", train=str(files[0]), test=str(files[1])), None, 0, space)
+    return domain_rows(DomainConfig(task="rows", train=str(files[0]), test=str(files[1])), None, 0, limits)
 
 
 def chat(number: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_the_answer_nll_of_a_conversation_is_that_of_the_tokens_that_trl_trains(
     template: str, adds: Any, tmp_path: Path
 ) -> None:
     model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer("bytes", adds, template)))
-    domain = rows_of(chat, Space.of(model, tokenizer, {"max_length": 128}), tmp_path)
+    domain = rows_of(chat, TokenLimits.of(model, tokenizer, {"max_length": 128}), tmp_path)
     found = evaluate(model, tokenizer, {}, domain, SHORT)["domain"]["answer_nll_each"]
     for number, nll in zip(range(20, 26), found, strict=True):
         turns = chat(number)["messages"]
@@ -109,7 +109,7 @@ def test_the_answer_nll_of_a_completion_keeps_its_indentation(kind: Any, adds: A
         return {"prompt": f"def plus_{number}(x):\n", "completion": f"    y = x + {number}\n    return y\n"}
 
     model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer(kind, adds)))
-    domain = rows_of(code, Space.of(model, tokenizer, {"max_length": 128}), tmp_path)
+    domain = rows_of(code, TokenLimits.of(model, tokenizer, {"max_length": 128}), tmp_path)
     found = evaluate(model, tokenizer, {}, domain, SHORT)["domain"]["answer_nll_each"]
     before = [0] if adds in ("bos", "both") else []
     for number, nll in zip(range(20, 26), found, strict=True):
@@ -283,7 +283,7 @@ def test_the_mean_divergence_on_a_text_is_that_of_the_dense_distributions(tmp_pa
 
 def test_a_trainer_that_trains_other_tokens_than_are_scored_is_refused(tmp_path: Path) -> None:
     model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer("bytes", "bos", "qwen")))
-    domain = rows_of(chat, Space.of(model, tokenizer, {"max_length": 128}), tmp_path)
+    domain = rows_of(chat, TokenLimits.of(model, tokenizer, {"max_length": 128}), tmp_path)
 
     class Whole(SFTTrainer):
         def _prepare_dataset(self, *args: Any, **options: Any) -> Any:

@@ -260,13 +260,13 @@ def test_a_file_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path, 
 
 def test_a_directory_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path, elsewhere: Path) -> None:
     (tmp_path / "adapter").symlink_to(elsewhere)
-    with files.building(tmp_path / "adapter") as fresh:
+    with files.atomic_directory(tmp_path / "adapter") as fresh:
         (fresh / "new").touch()
     assert names(tmp_path / "adapter") == ["new"] and not (tmp_path / "adapter").is_symlink()
     assert names(elsewhere) == ["checkpoint-1", "file"]
     assert names(tmp_path) == ["adapter", "elsewhere"]
     (tmp_path / f".adapter.999999999-0-{files._machine()}.old").symlink_to(elsewhere)  # an interrupted one's
-    files.clear(tmp_path / "adapter")
+    files.remove_leftovers(tmp_path / "adapter")
     assert names(elsewhere) == ["checkpoint-1", "file"]
     assert names(tmp_path) == ["adapter", "elsewhere"]
 

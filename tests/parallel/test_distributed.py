@@ -25,7 +25,7 @@ from hlora import pipeline
 from hlora.comparison import cost
 from hlora.comparison.compare import compare
 from hlora.config.reading import load_config, parse_config
-from hlora.importance.shares import balanced, rows_of
+from hlora.importance.shares import balanced, shard_height
 from hlora.model.adapters import adapted_matrices
 from hlora.model.optimizers import check_trained_by
 from hlora.parallel.launch import join_launch
@@ -174,7 +174,7 @@ def test_matrices_are_balanced_by_elements() -> None:
 def test_rows_are_counted_as_fully_shard_divides_them(rows: int, processes: int) -> None:
     chunks = [len(chunk) for chunk in torch.zeros(rows, 2).chunk(processes)]
     chunks += [0] * (processes - len(chunks))
-    assert [rows_of(rows, process, processes) for process in range(processes)] == chunks
+    assert [shard_height(rows, process, processes) for process in range(processes)] == chunks
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ def test_defaults_are_capped_at_the_context_and_what_is_set_stays(job_fields: di
     del job_fields["training"]["tune"]["max_length"]
     config = parse_config(job_fields)
     fitted = fit_lengths(config, model(context=100))
-    assert fitted.training.of_tune()["max_length"] == 100 and fitted.training.of_record()["max_length"] == 32
+    assert (
+        fitted.training.tune_arguments()["max_length"] == 100 and fitted.training.record_arguments()["max_length"] == 32
+    )
     assert (fitted.evaluation.window, fitted.importance.sequence_length, fitted.general.sample_tokens) == (100,) * 3
     assert config == parse_config(job_fields), "the configuration that was given is changed"
 

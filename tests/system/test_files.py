@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from hlora.system.files import beside, building, is_io_error, write_text
+from hlora.system.files import atomic_directory, is_io_error, temporary_name, write_text
 from hlora.system.locks import lock_directory
 
 
@@ -44,7 +44,7 @@ def test_a_built_directory_takes_the_place_of_the_old_one(tmp_path: Path) -> Non
     directory = tmp_path / "adapter"
     directory.mkdir()
     (directory / "stale").touch()
-    with building(directory) as fresh:
+    with atomic_directory(directory) as fresh:
         (fresh / "inner").mkdir()
         (fresh / "inner" / "weights").write_text("new")
         assert names(directory) == ["stale"]
@@ -54,7 +54,7 @@ def test_a_built_directory_takes_the_place_of_the_old_one(tmp_path: Path) -> Non
 
 
 def test_building_in_a_directory_that_does_not_exist_yet_makes_it(tmp_path: Path) -> None:
-    with building(tmp_path / "runs" / "mine" / "adapter") as fresh:
+    with atomic_directory(tmp_path / "runs" / "mine" / "adapter") as fresh:
         (fresh / "weights").touch()
     assert names(tmp_path / "runs" / "mine") == ["adapter"]
 
@@ -64,7 +64,7 @@ def test_the_old_directory_stays_when_building_its_successor_fails(tmp_path: Pat
     directory = tmp_path / "adapter"
     directory.mkdir()
     (directory / "weights").write_text("old")
-    with pytest.raises(error), building(directory) as fresh:
+    with pytest.raises(error), atomic_directory(directory) as fresh:
         (fresh / "weights").write_text("half")
         raise error
     assert (directory / "weights").read_text() == "old"
@@ -72,7 +72,7 @@ def test_the_old_directory_stays_when_building_its_successor_fails(tmp_path: Pat
 
 
 def test_no_directory_is_left_when_building_the_first_one_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), building(tmp_path / "adapter") as fresh:
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "adapter") as fresh:
         (fresh / "weights").write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []
@@ -83,7 +83,7 @@ def names_of_a_dead_process(*wanted: tuple[Path, str]) -> list[Path]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, "\n".join(str(beside(path, kind)) for path, kind in wanted).encode())
+        os.write(writing, "\n".join(str(temporary_name(path, kind)) for path, kind in wanted).encode())
         os._exit(0)
     os.close(writing)
     os.waitpid(child, 0)
@@ -104,10 +104,10 @@ def test_what_a_dead_process_left_is_cleared_and_what_it_moved_away_comes_back(t
 
 
 def test_what_a_living_process_is_building_stays(tmp_path: Path) -> None:
-    mine = beside(tmp_path / "importance", "tmp")
+    mine = temporary_name(tmp_path / "importance", "tmp")
     theirs = mine.with_name(mine.name.replace(f".{os.getpid()}-", f".{os.getppid()}-"))
     theirs.mkdir()
-    with building(tmp_path / "importance", locked=True):
+    with atomic_directory(tmp_path / "importance", locked=True):
         assert theirs.is_dir()
     assert theirs.is_dir()
 
@@ -119,19 +119,19 @@ def test_what_another_machine_is_building_stays_unless_the_directory_is_locked(
         elsewhere.setattr(socket, "gethostname", lambda: "node-7.cluster")
         theirs, *_ = names_of_a_dead_process((tmp_path / "importance", "tmp"))
     theirs.mkdir()
-    with building(tmp_path / "importance"):
+    with atomic_directory(tmp_path / "importance"):
         assert theirs.is_dir()
-    with building(tmp_path / "importance", locked=True):
+    with atomic_directory(tmp_path / "importance", locked=True):
         assert not theirs.exists()
 
 
 def test_two_machines_and_two_threads_name_what_they_write_differently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = beside(tmp_path / "cell.json", "tmp")
-    assert beside(tmp_path / "cell.json", "tmp") != here
+    here = temporary_name(tmp_path / "cell.json", "tmp")
+    assert temporary_name(tmp_path / "cell.json", "tmp") != here
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster")
-    assert beside(tmp_path / "cell.json", "tmp").name.split("-", 2)[2] == "node-7_cluster.tmp"
+    assert temporary_name(tmp_path / "cell.json", "tmp").name.split("-", 2)[2] == "node-7_cluster.tmp"
 
 
 def save_a_tokenizer(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hlora.system.errors import ConfigError
-from hlora.system.files import building
+from hlora.system.files import atomic_directory
 from hlora.system.locks import lock_directory, try_lock
 
 HOLD = """
@@ -42,7 +42,7 @@ def test_a_directory_that_is_taken_away_meanwhile_is_an_error_at_the_end(tmp_pat
     ):
         output.rename(tmp_path / "gone")
         if made_again:
-            with building(output / "importance"):
+            with atomic_directory(output / "importance"):
                 pass
             (output / ".lock").touch()
     with lock_directory(tmp_path / "gone"):

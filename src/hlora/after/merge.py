@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from hlora.after.tuned import load_tuned, model_config
 from hlora.report.card import merged_card
 from hlora.system.errors import ArtifactError, ConfigError, first_line
-from hlora.system.files import building, check_directory
+from hlora.system.files import atomic_directory, check_directory
 from hlora.system.quiet import quiet
 
 logger = logging.getLogger("hlora")
@@ -79,7 +79,7 @@ def merge(run: Path, directory: Path, overrides: list[str] | None = None) -> Mer
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as problem:  # the sum is not finite
         raise ArtifactError(f"{run / 'adapter'}: cannot be merged ({first_line(problem)}). Tune again.") from None
-    with building(directory) as fresh, quiet():
+    with atomic_directory(directory) as fresh, quiet():
         merged.save_pretrained(fresh)
         tuned.tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(merged_card(_results_of(run, config.model_dump()), precision), "utf-8")

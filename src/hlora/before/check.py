@@ -26,8 +26,8 @@ from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.lora import attach_lora
 from hlora.run.chain import earlier_runs
 from hlora.run.job import Job
-from hlora.run.once import given_importance, is_finished
 from hlora.run.phases import check_fits, protected, recorder_for, save_adapter, squared_gradients
+from hlora.run.reuse import given_importance, is_finished
 from hlora.system.errors import ConfigError
 
 SHOWN = 3  # rows
@@ -124,7 +124,7 @@ def _few_samples(part: Any) -> Any:
 
 def _count(found: Check) -> tuple[Dataset, Dataset]:
     """Count tokens; returns the general and the domain rows that they were counted on."""
-    job, arguments = found.job, found.job.config.training.of_tune()
+    job, arguments = found.job, found.job.config.training.tune_arguments()
     examples = job.domain.train
     step = math.ceil(len(examples) / _ROWS)
     rows = [trained_row(job.tokenizer, example, arguments) for example in examples[::step]]
@@ -141,7 +141,7 @@ def _count(found: Check) -> tuple[Dataset, Dataset]:
         if size >= _CHARACTERS:
             break
     sample = type(job.general)(documents, job.general.evaluation)
-    general = sample.dataset(job.tokenizer, job.config.training.of_record())
+    general = sample.dataset(job.tokenizer, job.config.training.record_arguments())
     scale = sum(map(len, job.general.train)) / max(1, size)
     found.general_tokens = round(scale * sum(map(len, general["input_ids"])))
     found.general_rows = round(scale * len(general))
@@ -155,7 +155,7 @@ def _measure(found: Check, rows: tuple[Dataset, Dataset], earlier: int) -> Impor
     importance = job.given
     if importance is None:
         importance = _measured_recording(found, rows[0])
-    arguments, total = config.training.of_tune(), len(job.domain.train)
+    arguments, total = config.training.tune_arguments(), len(job.domain.train)
     callbacks: list[TrainerCallback] = []
     if importance is None:
         model = attach_lora(job.base, config.lora, config.seed)
@@ -202,7 +202,7 @@ def _measured_recording(found: Check, rows: Dataset) -> Importance | None:
             "record",
             rows=rows,
             total_rows=found.general_rows,
-            arguments=config.training.of_record(),
+            arguments=config.training.record_arguments(),
             callbacks=[recorder.callback()],
         )
         found.costs.append(cost)

@@ -10,24 +10,24 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Span(NamedTuple):
+class Elapsed(NamedTuple):
     """Seconds of wall-clock time, and of this process's processor time."""
 
     wall: float
     cpu: float
 
-    def __add__(self, other: Span) -> Span:  # type: ignore[override]
-        return Span(self.wall + other.wall, self.cpu + other.cpu)
+    def __add__(self, other: Elapsed) -> Elapsed:  # type: ignore[override]
+        return Elapsed(self.wall + other.wall, self.cpu + other.cpu)
 
-    def __sub__(self, other: Span) -> Span:
-        return Span(self.wall - other.wall, self.cpu - other.cpu)
+    def __sub__(self, other: Elapsed) -> Elapsed:
+        return Elapsed(self.wall - other.wall, self.cpu - other.cpu)
 
 
 class Clock(TrainerCallback):
     """Times `train()`, without its preparations, and the timed calls inside it."""
 
     def __init__(self) -> None:
-        self.training = self.recording = Span(0.0, 0.0)
+        self.training = self.recording = Elapsed(0.0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,8 +51,8 @@ class Clock(TrainerCallback):
         return timed
 
 
-def now() -> Span:
+def now() -> Elapsed:
     """The clocks, read once the accelerator has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    return Span(time.perf_counter(), time.process_time())
+    return Elapsed(time.perf_counter(), time.process_time())

@@ -20,9 +20,9 @@ from hlora.comparison.choosing import choose
 from hlora.comparison.grid import Grid
 from hlora.config.comparison import CompareConfig
 from hlora.evaluation.evaluate import add_forgetting
-from hlora.parallel.launch import only_alone
+from hlora.parallel.launch import require_one_process
 from hlora.run.results import provenance
-from hlora.system.files import building, write_json, write_text
+from hlora.system.files import atomic_directory, write_json, write_text
 from hlora.system.redaction import redacted
 
 
@@ -43,7 +43,7 @@ def compare(
 
     Returns what comparison.json holds.
     """
-    only_alone("hlora compare", "Start it once for each GPU: several share one output directory.")
+    require_one_process("hlora compare", "Start it once for each GPU: several share one output directory.")
     compute = compute or Grid.compute
     grid = Grid.open(config)
     compute(grid, grid.first_cells(), retry)
@@ -115,7 +115,7 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
     comparison = redacted(comparison)
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
     drawings = {name: svg(figure) for name, figure in figures.items()}  # once: the page and the files show the same
-    with building(output / "tables") as fresh_tables, building(output / "figures") as fresh_figures:
+    with atomic_directory(output / "tables") as fresh_tables, atomic_directory(output / "figures") as fresh_figures:
         write_tables(tables, fresh_tables)
         for name, drawing in drawings.items():
             write_text(fresh_figures / f"{name}.svg", svg_file(drawing))

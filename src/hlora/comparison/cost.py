@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.table import Table
 from torch import Tensor
 
-from hlora.comparison.clock import Clock, Span, now
+from hlora.comparison.clock import Clock, Elapsed, now
 from hlora.config.run import RunConfig
 from hlora.data.packing import pack
 from hlora.importance.artefact import Importance
@@ -20,7 +20,7 @@ from hlora.importance.recorder import ImportanceRecorder
 from hlora.importance.squared_gradients import fisher_of_sequences, whole_model_bytes
 from hlora.model.lora import attach_lora
 from hlora.numerics.encodings import ENCODINGS
-from hlora.parallel.launch import only_alone
+from hlora.parallel.launch import require_one_process
 from hlora.run.job import Job
 from hlora.run.results import provenance
 from hlora.system.choices import EncodingName
@@ -71,7 +71,7 @@ def measure_cost(
         ConfigError: A number is out of range.
         DataError: The general text is too short.
     """
-    only_alone("hlora cost", "Start it without torchrun.")
+    require_one_process("hlora cost", "Start it without torchrun.")
     if sequences is not None:
         scale = sequences / EWC_SEQUENCES
     if not 0 < scale <= 1:
@@ -179,7 +179,7 @@ def cost_tables(cost: dict[str, Any]) -> list[Table]:
     return [measured, ratios]
 
 
-def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Span]:
+def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Elapsed]:
     """EWC's importance of the sequences and the time it took."""
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     started = now()
@@ -191,7 +191,7 @@ def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Span]:
 
 def _recording(
     job: Job, ids: Tensor, encoding: EncodingName, epochs: int, batch_size: int
-) -> tuple[Importance, Span, Span]:
+) -> tuple[Importance, Elapsed, Elapsed]:
     """HLoRA's importance, the time of training with recording, and the recorder's part of it.
 
     The recorder is timed inside its calls, since the difference to a second, plain training is below its noise.
@@ -203,7 +203,7 @@ def _recording(
     for name in ("capture_from", "integrate", "consolidate"):
         setattr(recorder, name, clock.inside(getattr(recorder, name)))
     arguments = {
-        **config.training.of_record(),
+        **config.training.record_arguments(),
         "num_train_epochs": epochs,
         "max_steps": -1,
         "per_device_train_batch_size": batch_size,
@@ -233,7 +233,7 @@ def _recording(
 
 
 def _sequence_length(job: Job) -> int:
-    length = sft_arguments(job.output, job.config.training.of_record(), job.config.seed).max_length
+    length = sft_arguments(job.output, job.config.training.record_arguments(), job.config.seed).max_length
     if length is None:
         raise ConfigError("training.record.max_length: expected a number of tokens to measure at, got null")
     return length

@@ -20,7 +20,7 @@ from hlora.comparison.cells import NOT_COMPUTED, Cell, cell_config, names_of
 from hlora.comparison.shared import Busy, shared_importance
 from hlora.config.comparison import ArmConfig, CellConfig, CompareConfig
 from hlora.config.sections import GeneralConfig
-from hlora.data.domain import DomainRows, Space, domain_rows, hold_out
+from hlora.data.domain import DomainRows, TokenLimits, domain_rows, hold_out
 from hlora.data.general import GeneralText, general_text, hold_out_documents, measured_text, without_lines_of
 from hlora.data.tasks import Example
 from hlora.evaluation.evaluate import evaluate
@@ -166,11 +166,11 @@ class Grid:
 
     def domain(self, config: CellConfig) -> tuple[DomainRows, list[Example]]:
         """Domain rows without the held-out ones, and the held-out ones, which strengths are chosen on."""
-        space = Space.of(self.base, self.tokenizer, config.training.of_tune())
+        limits = TokenLimits.of(self.base, self.tokenizer, config.training.tune_arguments())
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
-        key = digest({"domain": rows, "space": (space.context, space.kept, space.keeps_end, space.packed)})
+        key = digest({"domain": rows, "limits": (limits.context, limits.kept, limits.keeps_end, limits.packed)})
         if key not in self._read:
-            found = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
+            found = domain_rows(config.domain, config.evaluation.max_rows, config.seed, limits)
             self._read[key] = hold_out(found, config.held_out_rows, config.seed, self.tokenizer)
         return self._read[key]
 
@@ -289,7 +289,7 @@ class Grid:
                 if not asked.in_one_pass:
                     recorded[asked.importance.method, asked.importance.encoding] = asked.importance
         config = cell.config.model_copy(deep=True)
-        name = config.training.of_tune().get("run_name", self.output.name)
+        name = config.training.tune_arguments().get("run_name", self.output.name)
         config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
         job = Job(config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
         job.general = self.general(cell.config)

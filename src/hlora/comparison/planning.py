@@ -83,7 +83,7 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
     if cell.task not in speeds:
         speeds[cell.task] = _speed(grid.job(cell))
     speed, config = speeds[cell.task], cell.config
-    arguments = sft_arguments(grid.output, config.training.of_tune(), config.seed)
+    arguments = sft_arguments(grid.output, config.training.tune_arguments(), config.seed)
     domain, held_out = grid.domain(config)
     steps: float = arguments.max_steps
     if steps <= 0:
@@ -106,7 +106,7 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
         elif shared == "squares":
             tokens = config.importance.sequences * config.importance.sequence_length
         elif shared == "general":
-            record = sft_arguments(grid.output, config.training.of_record(), config.seed)
+            record = sft_arguments(grid.output, config.training.record_arguments(), config.seed)
             batch = record.per_device_train_batch_size * record.gradient_accumulation_steps
             corpus = record.num_train_epochs * sum(map(len, grid.general(config).train)) / _CHARACTERS
             tokens = record.max_steps * batch * (record.max_length or 0) if record.max_steps > 0 else corpus
@@ -119,7 +119,7 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
 
 
 def _speed(job: Job) -> Speed:
-    arguments = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed)
+    arguments = sft_arguments(job.output, job.config.training.tune_arguments(), job.config.seed)
     texts = [f"{_as_text(e.prompt)} {e.answer}" for e in job.domain.train[: arguments.per_device_train_batch_size]]
     batch = job.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=arguments.max_length)
     batch = batch.to(job.base.device)

@@ -26,7 +26,7 @@ from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.run.phases import recorder_for, squared_gradients
 from hlora.system.digest import digest
-from hlora.system.files import building, write_json
+from hlora.system.files import atomic_directory, write_json
 from hlora.system.locks import try_lock
 from hlora.system.redaction import without_secret_fields
 from hlora.training.checkpoint_files import load_state, save_state
@@ -99,7 +99,7 @@ def general_phase(job: Job) -> Path:
         write_json(directory / "recording.json", facts, indent=1)
         model.unload()
 
-    training = config.training.of_record()
+    training = config.training.record_arguments()
     made_from = {
         **config.model_dump(include={"model", "lora", "seed"}),
         "kinds": [kind for kind, _ in kinds],
@@ -160,7 +160,7 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
             if not mine:
                 raise Busy(directory)
             if not directory.is_dir():
-                with building(directory, locked=True) as fresh:
+                with atomic_directory(directory, locked=True) as fresh:
                     make(fresh)
     return directory
 
@@ -170,7 +170,7 @@ def shared_key(config: CellConfig) -> str:
     shared = shared_part(config)
     made_from = {"shared": shared, **config.model_dump(include={"seed", "model", "lora", "general", "evaluation"})}
     if shared == "general":
-        made_from |= {"training": config.training.of_record(), "stop_at_move": config.importance.stop_at_move}
+        made_from |= {"training": config.training.record_arguments(), "stop_at_move": config.importance.stop_at_move}
     else:
         made_from |= config.model_dump(include={"fisher" if shared == "fisher" else "importance"})
     return digest(made_from)

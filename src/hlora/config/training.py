@@ -59,12 +59,12 @@ class TrainingConfig(Section):
     def _are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         return {name: _checked(name, value) for name, value in arguments.items()}
 
-    def of_record(self) -> dict[str, Any]:
+    def record_arguments(self) -> dict[str, Any]:
         """Arguments of the general phase."""
         gentle = {k: self.general_rate * v for k, v in self.common.items() if k == "learning_rate"}
         return {"packing": True, **self.common, **gentle, **self.record}
 
-    def of_tune(self) -> dict[str, Any]:
+    def tune_arguments(self) -> dict[str, Any]:
         """Arguments of the domain phase."""
         return {**self.common, **self.tune}
 

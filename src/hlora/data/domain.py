@@ -41,7 +41,7 @@ class DomainRows:
 
 
 @dataclass(frozen=True)
-class Space:
+class TokenLimits:
     """How long a row may be, in tokens."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,7 +55,9 @@ class Space:
     """Training joins rows and cuts them anywhere, so that none is too long."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Space:
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+    ) -> TokenLimits:
         """arguments: of trl.SFTConfig, those of the domain phase."""
         from trl import SFTConfig
 
@@ -125,11 +127,19 @@ def _characters(example: Example) -> str:
     return "".join([*(turn["content"] for turn in example.prompt if isinstance(turn["content"], str)), example.answer])
 
 
-def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, space: Space | None = None) -> DomainRows:
-    """Read the domain's train and test rows. Train rows whose prompt stands in the test set are left out and counted.
+def domain_rows(
+    config: DomainConfig, max_test_rows: int | None, seed: int, token_limits: TokenLimits | None = None
+) -> DomainRows:
+    """Read the domain's train and test rows. Train rows whose prompt is also in the test set are skipped and counted.
 
-    Rows that cannot be used, or have no `space`, are left out and listed. Raises DataError when they are more than
-    `max_unusable`, and for an empty set.
+    Args:
+        config: The section `domain`.
+        max_test_rows: Keep the first so many usable test rows; None for all.
+        seed: Draws the rows when there are more than `max_train_rows`.
+        token_limits: Rows longer than these are skipped and listed, as are rows that cannot be used.
+
+    Raises:
+        DataError: More rows than `max_unusable` are skipped, or none is left.
     """
     hub_split = None if is_rows_file(config.test) else config.test
     if hub_split and is_rows_file(config.train):
@@ -140,15 +150,15 @@ def domain_rows(config: DomainConfig, max_test_rows: int | None, seed: int, spac
     limit = (config.max_unusable, "domain.max_unusable")
     needed = f"Task {config.task!r} needs {TASKS[config.task].columns}; domain.columns maps other names to these. "
     train_rows = _domain_source(config, config.train, config.train_split).read(read)
-    train_rows = (train_rows.read(space.train) if space else train_rows).within(*limit, needed)
+    train_rows = (train_rows.read(token_limits.train) if token_limits else train_rows).within(*limit, needed)
     raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
     test_rows = raw.read(read)
-    test_rows = (test_rows.read(space.test) if space else test_rows).within(*limit, needed)
+    test_rows = (test_rows.read(token_limits.test) if token_limits else test_rows).within(*limit, needed)
     train, numbers = list(train_rows.kept.values()), list(test_rows.kept)[:max_test_rows]
     test = [test_rows.kept[number] for number in numbers]
     if not test:
         raise DataError(f"{test_rows.source}: no rows to evaluate on")
-    tokenizer = space.tokenizer if space else None
+    tokenizer = token_limits.tokenizer if token_limits else None
     kept = _without_prompts_of(train, test, tokenizer)
     left_out, name = len(train) - len(kept), train_rows.source
     if left_out:

@@ -35,7 +35,7 @@ from hlora.parallel.group import is_main
 from hlora.report.card import named_card, public_name
 from hlora.system.choices import EncodingName
 from hlora.system.errors import ArtifactError
-from hlora.system.files import building, how_to_convert
+from hlora.system.files import atomic_directory, how_to_convert
 from hlora.system.hub import upload
 from hlora.system.redaction import redacted, without_paths
 
@@ -242,7 +242,7 @@ class Importance:
             return directory
         refuse_foreign(directory)
         self._check_numbers()
-        with building(directory) as fresh:
+        with atomic_directory(directory) as fresh:
             self._write(fresh)
         return directory
 

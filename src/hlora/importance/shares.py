@@ -85,7 +85,7 @@ class Shares:
         kinds = len(pieces[0])
         shapes = [(m.A.shape, m.B.shape) * (kinds // 2) for m in self.mine]
         coming = [
-            1 + sum(rows_of(s[0], sender, self.processes) * s[1] for each in shapes for s in each)
+            1 + sum(shard_height(s[0], sender, self.processes) * s[1] for each in shapes for s in each)
             for sender in range(self.processes)
         ]
         received = like.new_empty(sum(coming), dtype=wide)
@@ -98,7 +98,7 @@ class Shares:
             for d, width in kinds_of_one:
                 rows = []
                 for sender, part in enumerate(from_each):
-                    size = rows_of(d, sender, self.processes) * width
+                    size = shard_height(d, sender, self.processes) * width
                     rows.append(part[at[sender] : at[sender] + size].view(-1, width))
                     at[sender] += size
                 tensors.append(torch.cat(rows))
@@ -187,7 +187,7 @@ def balanced(sizes: Sequence[int], processes: int) -> list[int]:
     return owners
 
 
-def rows_of(rows: int, process: int, processes: int) -> int:
+def shard_height(rows: int, process: int, processes: int) -> int:
     """How many rows a process holds of a DTensor sharded by rows, as torch.chunk divides them."""
     most = -(-rows // processes)
     return max(0, min(most, rows - process * most))

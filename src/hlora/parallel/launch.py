@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hlora.system.errors import ConfigError
 
 
-def only_alone(command: str, instead: str) -> None:
+def require_one_process(command: str, instead: str) -> None:
     """Raises ConfigError in a launch of several processes, for a command that works in one process only."""
     if _launched():
         raise ConfigError(f"`{command}` works in one process, and this is one of {os.environ['WORLD_SIZE']}. {instead}")

@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from hlora.methods import METHODS, Look, label_of
-from hlora.system.files import beside, write_text
+from hlora.methods import METHODS, ArmStyle, label_of
+from hlora.system.files import temporary_name, write_text
 
 BLACK, BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE, GREY = (
     "#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777",
@@ -43,10 +43,10 @@ STYLE: Any = {
 }
 
 
-def look_of(method: str) -> Look | None:
-    """Colour, marker and line of a method in every figure; None for one without a look of its own."""
-    look = METHODS[method].look if method in METHODS else None
-    return None if look is None else (_COLOURS[look[0]], *look[1:])
+def style_of(method: str) -> ArmStyle | None:
+    """Colour, marker and line of a method in every figure; None for one without a style of its own."""
+    style = METHODS[method].style if method in METHODS else None
+    return None if style is None else (_COLOURS[style[0]], *style[1:])
 
 
 def phase_label(phase: str) -> str:
@@ -78,12 +78,12 @@ def svg_file(drawing: str) -> str:
 def save(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     """Write <path>.png (200 dpi) and <path>.svg, each whole or not at all; returns both paths."""
     png, vector = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
-    building = beside(png, "tmp")
+    partial = temporary_name(png, "tmp")
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(building, format="png", dpi=200)
+        figure.savefig(partial, format="png", dpi=200)
         figure.savefig(text, format="svg", metadata={"Date": None})
-    building.replace(png)
+    partial.replace(png)
     write_text(vector, text.getvalue())
     return png, vector
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
-from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.data.domain import DomainRows, TokenLimits, domain_rows
 from hlora.evaluation.evaluate import evaluate
 from hlora.parallel.fsdp import shard
 from hlora.parallel.group import on_main, raise_on_all
@@ -86,8 +86,8 @@ def _rows_again(job: Job, earlier: Earlier) -> DomainRows:
     """The domain of an earlier run, whose test rows have to be the same as then."""
     config = earlier.config
     with raise_on_all():
-        space = Space.of(job.base, job.tokenizer, config.training.of_tune())
-        rows = domain_rows(config.domain, config.evaluation.max_rows, config.seed, space)
+        token_limits = TokenLimits.of(job.base, job.tokenizer, config.training.tune_arguments())
+        rows = domain_rows(config.domain, config.evaluation.max_rows, config.seed, token_limits)
         then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]
         if rows.facts["test_sha256"] != then:
             raise DataError(

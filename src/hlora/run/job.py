@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.run import RunConfig
 from hlora.config.sections import ImportanceConfig
-from hlora.data.domain import DomainRows, Space, domain_rows
+from hlora.data.domain import DomainRows, TokenLimits, domain_rows
 from hlora.data.general import GeneralText, general_text, probe_texts
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
@@ -112,8 +112,8 @@ class Job:
 
     @cached_property
     def domain(self) -> DomainRows:
-        space = Space.of(self.base, self.tokenizer, self.config.training.of_tune())
-        return domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, space)
+        token_limits = TokenLimits.of(self.base, self.tokenizer, self.config.training.tune_arguments())
+        return domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, token_limits)
 
 
 def check_sharding(config: RunConfig) -> None:

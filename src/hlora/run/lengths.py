@@ -30,7 +30,7 @@ def fit_lengths(config: Config, base: PreTrainedModel) -> Config:
         return fitted
     training, evaluation = fitted.training, fitted.evaluation
     default = SFTConfig.max_length
-    unset = any("max_length" not in arguments for arguments in (training.of_record(), training.of_tune()))
+    unset = any("max_length" not in arguments for arguments in (training.record_arguments(), training.tune_arguments()))
     if unset and default is not None and default > context:
         training.common["max_length"] = context
     evaluation.window = min(evaluation.window, context)

@@ -28,9 +28,9 @@ from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import is_main, main_first, raise_on_all
 from hlora.report.card import adapter_card
 from hlora.run.job import Job
-from hlora.run.once import recording_settings
+from hlora.run.reuse import recording_settings
 from hlora.system.choices import LayerWeights
-from hlora.system.files import building
+from hlora.system.files import atomic_directory
 from hlora.training.train import train
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def record_phase(job: Job) -> tuple[PeftModel, Importance, History]:
     if config.in_one_pass:
         return model, squared_gradients(job, model), []
     recorder = recorder_for(model, options, config.seed)
-    arguments = config.training.of_record()
+    arguments = config.training.record_arguments()
     logs = job.output / "logs" / "record"
     callbacks = [recorder.callback(options.stop_at_move)]
     dataset = job.general.dataset(job.tokenizer, arguments)
@@ -200,7 +200,7 @@ def train_on_domain(
         trainer_class: A subclass of trl.SFTTrainer, for another loss.
         changes: Arguments of trl.SFTConfig that differ from the domain phase's.
     """
-    arguments = {**job.config.training.of_tune(), **changes}
+    arguments = {**job.config.training.tune_arguments(), **changes}
     logs = job.output / "logs" / phase
     callbacks: list[TrainerCallback] = [] if recorder is None else [recorder.callback()]
     if penalty is not None:
@@ -241,7 +241,7 @@ def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     card = adapter_card({"config": job.config.model_dump(), "provenance": {"data": facts}})
     with raise_on_all():
         if is_main():
-            with building(directory) as fresh:
+            with atomic_directory(directory) as fresh:
                 # False, since no embedding is adapted: PEFT would ask the hub whether the vocabulary changed.
                 model.save_pretrained(str(fresh), state_dict=gathered, save_embedding_layers=False)
                 job.tokenizer.save_pretrained(str(fresh))

@@ -106,7 +106,9 @@ def _made_from(job: Job) -> dict[str, Any]:
         facts["given"] = job.given.document()
     written = _digest(facts)
     training = job.config.training
-    facts["config"]["training"] = [by_rows_of_a_step(each) for each in (training.of_record(), training.of_tune())]
+    facts["config"]["training"] = [
+        by_rows_of_a_step(each) for each in (training.record_arguments(), training.tune_arguments())
+    ]
     return {"made_from": written, "by_rows": _digest(facts), "processes": world_size()}
 
 

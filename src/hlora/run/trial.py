@@ -31,7 +31,7 @@ Build = Callable[[dict[str, Any]], object]
 
 def check_arguments(training: TrainingConfig, output: Path, on_cpu: bool) -> None:
     """Build the arguments of each phase, which needs no model. Raises ConfigError as `try_phases`."""
-    for phase, arguments in (("record", training.of_record()), ("tune", training.of_tune())):
+    for phase, arguments in (("record", training.record_arguments()), ("tune", training.tune_arguments())):
         _blaming(training, phase, arguments, lambda given: sft_arguments(output, {"use_cpu": on_cpu, **given}, 0))
 
 
@@ -48,10 +48,10 @@ def try_phases(job: Job) -> None:
     config = job.config
     _check_batches(job)
     domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset(job.tokenizer)
-    phases = [("tune", domain, config.training.of_tune())]
+    phases = [("tune", domain, config.training.tune_arguments())]
     if not config.in_one_pass and job.given is None:
         few = replace(job.general, train=[text[:_CHARACTERS] for text in job.general.train[:ROWS]])
-        arguments = config.training.of_record()
+        arguments = config.training.record_arguments()
         phases.insert(0, ("record", few.dataset(job.tokenizer, arguments), arguments))
     random = random_state()
     model = attach_lora(job.base, config.lora, config.seed)
@@ -76,7 +76,7 @@ def try_phases(job: Job) -> None:
 
 def _check_batches(job: Job) -> None:
     """Raises ConfigError if the domain's rows make no whole batch and incomplete batches are dropped."""
-    arguments, rows = job.config.training.of_tune(), len(job.domain.train)
+    arguments, rows = job.config.training.tune_arguments(), len(job.domain.train)
     batch = world_size() * int(arguments.get("per_device_train_batch_size", 8))
     if arguments.get("dataloader_drop_last") and not arguments.get("packing") and rows < batch:
         part = "tune" if "dataloader_drop_last" in job.config.training.tune else "common"

@@ -73,15 +73,15 @@ def is_io_error(error: BaseException) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
-    building = beside(path, "tmp")
+    partial = temporary_name(path, "tmp")
     try:
-        with building.open("w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        building.replace(path)
+        partial.replace(path)
     finally:
-        building.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> Any:
@@ -116,7 +116,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def beside(path: Path, kind: str) -> Path:
+def temporary_name(path: Path, kind: str) -> Path:
     """A temporary name next to `path` that is unique to this process, machine and call.
 
     Args:
@@ -127,24 +127,24 @@ def beside(path: Path, kind: str) -> Path:
 
 
 @contextmanager
-def building(directory: Path, locked: bool = False) -> Iterator[Path]:
+def atomic_directory(directory: Path, locked: bool = False) -> Iterator[Path]:
     """Yield a fresh directory to fill. It replaces `directory` when the block ends without an exception.
 
     Clears away leftovers of an interrupted process first.
 
     Args:
         directory: The final place.
-        locked: See `clear`.
+        locked: See `remove_leftovers`.
     """
-    clear(directory, locked)
-    fresh = beside(directory, "tmp")
+    remove_leftovers(directory, locked)
+    fresh = temporary_name(directory, "tmp")
     fresh.mkdir(parents=True)
     try:
         yield fresh
         for file in fresh.rglob("*"):
             if file.is_file():
                 flush(file)
-        previous = beside(directory, "old")
+        previous = temporary_name(directory, "old")
         if directory.exists():
             directory.rename(previous)
         try:
@@ -158,8 +158,8 @@ def building(directory: Path, locked: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def clear(path: Path, locked: bool = False) -> None:
-    """Remove leftovers of an interrupted `building` or `write_text` of `path`, and restore what it had moved away.
+def remove_leftovers(path: Path, locked: bool = False) -> None:
+    """Remove leftovers of an interrupted write of `path`, and restore the version that it had moved away.
 
     Leftovers of a live process on this machine are kept. Whether a process on another machine is alive cannot be known
     here, so its leftovers are removed only under a lock.

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hlora.system.errors import ConfigError
-from hlora.system.files import clear, make_directory, refuse_links, write_text
+from hlora.system.files import make_directory, refuse_links, remove_leftovers, write_text
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
                 "Wait until it has ended, stop it, or name another directory."
             )
         for left in (*directory.glob(".*.old"), *directory.glob(".*.tmp")):
-            clear(directory / left.name[1:].rsplit(".", 2)[0], locked=True)
+            remove_leftovers(directory / left.name[1:].rsplit(".", 2)[0], locked=True)
         write_text(owner, f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         locked = lock.stat()
         yield

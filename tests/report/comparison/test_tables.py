@@ -64,7 +64,7 @@ def row(table: Table, *labels: str) -> dict[str, TableCell]:
 
 def looks(table: Table, column: str) -> dict[str, str]:
     place = table.columns.index(column)
-    return {cells[0].text: cells[place].look for cells in table.rows if cells[place].look}
+    return {cells[0].text: cells[place].rank for cells in table.rows if cells[place].rank}
 
 
 def test_table_1_has_the_mean_and_deviation_of_the_chosen_strength(comparison):
@@ -226,7 +226,7 @@ def test_equal_domain_table_states_its_target_and_reads_curves_there(comparison)
     value, low, high = map(float, re.findall(r"[\d.]+", found.text))
     assert value == pytest.approx(math.exp(2.95), abs=0.006)
     assert low < value < high
-    assert found.look == "best"
+    assert found.rank == "best"
     rival = row(table, "EWC-LoRA")["piqa, wikitext % above HLoRA [95 %]"].text
     assert rival.startswith("+10.5 [+")  # exp(0.10) − 1, rival's mean NLL 3.05 against 2.95
     assert row(table, "HLoRA")["piqa, wikitext % above HLoRA [95 %]"].text == "–"
@@ -269,12 +269,12 @@ def test_t_tests_are_corrected_over_all_panels(comparison):
     )
     assert found["Hedges' g"].text == f"{accuracy.hedges_g:.2f}".replace("-", "−")
     assert (found["HLoRA"].text, found["EWC-LoRA"].text) == ("64.5 ± 0.5", "64.8 ± 1.6")
-    assert found["p, Holm"].look == ""
+    assert found["p, Holm"].rank == ""
     ps = [float(cells[table.columns.index("p")].text.replace("<", "")) for cells in table.rows]
     shown = [float(cells[table.columns.index("p, Holm")].text.replace("<", "")) for cells in table.rows]
     assert shown == pytest.approx(holm(ps), abs=0.006)
     assert perplexity.p < 0.01
-    assert row(table, "piqa", "PPL wikitext")["p, Holm"].look == "best"
+    assert row(table, "piqa", "PPL wikitext")["p, Holm"].rank == "best"
 
 
 def test_t_test_of_one_seed_has_means_and_no_p(comparison):
@@ -315,7 +315,7 @@ def test_a_comparison_without_any_result_still_has_its_tables(comparison):
         each |= {"status": "missing", "test": None, "error": None, "importance": None, "seconds": {}}
     for table in all_tables(comparison):
         assert {len(cells) for cells in table.rows} == {len(table.columns)}
-        assert not any(cell.look for cells in table.rows for cell in cells)
+        assert not any(cell.rank for cells in table.rows for cell in cells)
 
 
 def test_tables_of_arms_that_are_not_configured_are_left_out(comparison):

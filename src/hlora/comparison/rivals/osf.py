@@ -45,5 +45,5 @@ def osf(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
         if not isinstance(module, OSFLayer):
             model.unload()
             raise CannotRun(f"OSF works on nn.Linear only, and {name} is a {type(module).__name__}")
-    rate = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed).learning_rate
+    rate = sft_arguments(job.output, job.config.training.tune_arguments(), job.config.seed).learning_rate
     return model, train_on_domain(job, model, "osf", learning_rate=OSF_LEARNING_RATE * rate)

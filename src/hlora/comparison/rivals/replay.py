@@ -32,7 +32,7 @@ def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     """
     p = between_0_and_1(strength, "replay", "the share of general rows")
     domain = job.domain.dataset(job.tokenizer)
-    arguments = sft_arguments(job.output, job.config.training.of_tune(), job.config.seed)
+    arguments = sft_arguments(job.output, job.config.training.tune_arguments(), job.config.seed)
     length = max(1, round(sum(map(len, domain["input_ids"])) / len(domain)))
     if arguments.max_length is not None:
         length = min(length, arguments.max_length)

@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hlora.methods import Look
-from hlora.report.style import BLUE, GREEN, look_of
+from hlora.methods import ArmStyle
+from hlora.report.style import BLUE, GREEN, style_of
 
-OURS: Look = look_of("hlora") or (GREEN, "o", "-")
-RIVAL: Look = look_of("ewc") or (BLUE, "s", "--")
+OURS: ArmStyle = style_of("hlora") or (GREEN, "o", "-")
+RIVAL: ArmStyle = style_of("ewc") or (BLUE, "s", "--")
 _OTHER_MARKERS: tuple[Any, ...] = ("v", "<", ">", "p", "d", (4, 1, 0), (6, 1, 0), "h", (4, 1, 45), "8", "H")
 _OTHER_LINES: tuple[Any, ...] = ("-", "--", "-.", ":")
 OTHER_GREYS = ("#4d4d4d", "#7a7a7a", "#a0a0a0")
@@ -26,25 +26,25 @@ def blank(width: float, height: float) -> Figure:
     return Figure(figsize=(width, max(height, 1.5)), layout="constrained", facecolor="white")
 
 
-def arm_looks(comparison: Mapping[str, Any]) -> dict[str, Look]:
+def styles_by_arm(comparison: Mapping[str, Any]) -> dict[str, ArmStyle]:
     """Colour, marker and line of each arm.
 
-    The first arm of a method with a look of its own has it; every other arm is grey.
+    The first arm of a method with a style of its own has it; every other arm is grey.
     """
     methods = {cell["arm"]: cell["method"] for cell in comparison["cells"]}
     main = {comparison["rival"]: RIVAL, comparison["ours"]: OURS}
-    looks: dict[str, Look] = {}
-    taken: set[str] = {look[0] for look in main.values()}
+    styles: dict[str, ArmStyle] = {}
+    taken: set[str] = {style[0] for style in main.values()}
     for arm in comparison["arms"]:
-        colour, marker, line = main.get(arm) or look_of(methods.get(arm, "")) or ("", "", "")
+        colour, marker, line = main.get(arm) or style_of(methods.get(arm, "")) or ("", "", "")
         if arm in main or (colour and colour not in taken):
-            looks[arm] = (colour, marker, line)
+            styles[arm] = (colour, marker, line)
             taken.add(colour)
             continue
-        place = sum(look[0] in OTHER_GREYS for look in looks.values())
-        looks[arm] = (
+        place = sum(style[0] in OTHER_GREYS for style in styles.values())
+        styles[arm] = (
             OTHER_GREYS[place % len(OTHER_GREYS)],
             _OTHER_MARKERS[place % len(_OTHER_MARKERS)],
             _OTHER_LINES[place % len(_OTHER_LINES)],
         )
-    return looks
+    return styles

@@ -20,7 +20,7 @@ class TableCell(NamedTuple):
     """One cell: what it says, and whether it is the best or second of its column."""
 
     text: str
-    look: Rank = ""
+    rank: Rank = ""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Table:
 
         def look(cell: TableCell) -> str:
             text = _markdown(cell.text)
-            return {"": text, "best": f"**{text}**", "second": f"<ins>{text}</ins>"}[cell.look]
+            return {"": text, "best": f"**{text}**", "second": f"<ins>{text}</ins>"}[cell.rank]
 
         rules = ["---" if column < self.labels else "---:" for column in range(len(self.columns))]
         body = [[_markdown(column) for column in self.columns], rules, *([look(c) for c in row] for row in self.rows)]
@@ -67,7 +67,7 @@ class Table:
 
         def look(cell: TableCell) -> str:
             text = _latex(cell.text)
-            return {"": text, "best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}"}[cell.look]
+            return {"": text, "best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}"}[cell.rank]
 
         count = len(self.columns)
         headings = " & ".join(_latex(column) for _, columns in self.groups for column in columns)
@@ -103,7 +103,7 @@ class Table:
 
         def row(cells: Sequence[TableCell]) -> str:
             looks = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}
-            texts = [looks[cell.look].format(_html(cell.text)) for cell in cells]
+            texts = [looks[cell.rank].format(_html(cell.text)) for cell in cells]
             names = "".join(f'<th scope="row">{text}</th>' for text in texts[: self.labels])
             return f"<tr>{names}{''.join(f'<td>{text}</td>' for text in texts[self.labels :])}</tr>"
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from hlora.report.comparison.arm_styles import HALO, OTHER_GREYS, Look, arm_looks, blank
+from hlora.report.comparison.arm_styles import HALO, OTHER_GREYS, ArmStyle, blank, styles_by_arm
 from hlora.report.comparison.cells import measure, untuned
 from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.measures import Measure, measures
@@ -49,11 +49,11 @@ def trade_off(comparison: Mapping[str, Any]) -> Figure:
         figure = blank(max(10, 4.5 * len(texts)), 3.1 * len(rows) + 0.25 * math.ceil((len(drawn) + 1) / 4))
         if not rows or not texts:
             return nothing(figure, "no cell has both a general text and the domain")
-        looks = arm_looks(comparison)
+        styles = styles_by_arm(comparison)
         grid = figure.subplots(len(rows), len(texts), squeeze=False)
         reference = untuned(comparison)
         # Draw the paper's arms above the others, and ours on top.
-        order = sorted(drawn, key=lambda arm: (arm == comparison["ours"], looks[arm][0] not in OTHER_GREYS))
+        order = sorted(drawn, key=lambda arm: (arm == comparison["ours"], styles[arm][0] not in OTHER_GREYS))
         for (task, domain), row in zip(rows, grid, strict=True):
             for axes, text in zip(row, texts, strict=True):
                 for arm in order:
@@ -61,15 +61,15 @@ def trade_off(comparison: Mapping[str, Any]) -> Figure:
                     if not points or arm in reference:
                         continue
                     x, y = np.array(list(points.values())).T
-                    _draw_line(axes, x, y, looks[arm])
+                    _draw_line(axes, x, y, styles[arm])
                     chosen = comparison["chosen"].get(arm, {}).get(task)
                     if chosen is not None and chosen in points:
-                        _ring(axes, *points[chosen], looks[arm])
+                        _ring(axes, *points[chosen], styles[arm])
                 _finish_trade_off(axes, task, domain, text)
                 for arm in reference:
                     for x, y in _points(curves[task].get(arm, {}), domain, text).values():
-                        _draw_reference(axes, x, y, looks[arm])
-        handles = [*(_handle(arm, looks[arm]) for arm in drawn), _chosen_handle()]
+                        _draw_reference(axes, x, y, styles[arm])
+        handles = [*(_handle(arm, styles[arm]) for arm in drawn), _chosen_handle()]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -94,12 +94,12 @@ def _finish_trade_off(axes: Axes, task: str, domain: Measure, text: Measure) -> 
     axes.text(1, 1.03, better, transform=axes.transAxes, ha="right", color=GREY)
 
 
-def _draw_reference(axes: Axes, x: float, y: float, look: Look) -> None:
+def _draw_reference(axes: Axes, x: float, y: float, style: ArmStyle) -> None:
     """Draw a model that never saw the domain: a horizontal line at its perplexity, and a marker.
 
     If it is far off, the marker is put at the edge: it learned nothing, and would squeeze the others into a corner.
     """
-    colour, marker, line = look
+    colour, marker, line = style
     low, high = sorted(axes.get_xlim())
     alone = not axes.has_data()
     reach = 0 if alone else 0.5 * (high - low)
@@ -130,21 +130,21 @@ def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
         figure = blank(2.75 * max(len(what), 2), 2.4 * len(tasks) + 0.25 * math.ceil((len(arms) + 4) / 4))
         if not tasks or not what:
             return nothing(figure, "no arm has several strengths")
-        looks = arm_looks(comparison)
+        styles = styles_by_arm(comparison)
         grid = figure.subplots(len(tasks), len(what), squeeze=False, sharex=True)
         for task, row in zip(tasks, grid, strict=True):
             for axes, each in zip(row, what, strict=True):
                 for arm in arms:
                     found = _positive(curves[task].get(arm, {}))
                     points = {s: v for s, cells in found.items() if (v := _mean(cells, each)) is not None}
-                    _draw_line(axes, list(points), list(points.values()), looks[arm])
+                    _draw_line(axes, list(points), list(points.values()), styles[arm])
                     chosen = comparison["chosen"].get(arm, {}).get(task)
                     if chosen in points:
-                        _ring(axes, chosen, points[chosen], looks[arm])
+                        _ring(axes, chosen, points[chosen], styles[arm])
                 for arm in level:
                     value = _mean([c for cells in curves[task].get(arm, {}).values() for c in cells], each)
                     if value is not None:
-                        axes.axhline(value, color=looks[arm][0], linestyle=looks[arm][2], linewidth=1)
+                        axes.axhline(value, color=styles[arm][0], linestyle=styles[arm][2], linewidth=1)
                 axes.set_xscale("log")
                 _ticks(axes, "x", plain=True)
                 axes.set_title(f"{printable(task, 14)} · {printable(each.label, 22)}", fontsize=9)
@@ -152,9 +152,9 @@ def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
                 axes.yaxis.set_major_locator(MaxNLocator(5))
                 if task == tasks[-1]:
                     axes.set_xlabel("strength, in each method's own unit")
-        handles = [_handle(arm, looks[arm]) for arm in arms]
+        handles = [_handle(arm, styles[arm]) for arm in arms]
         handles += [
-            Line2D([], [], color=looks[arm][0], linestyle=looks[arm][2], label=printable(arm, 30)) for arm in level
+            Line2D([], [], color=styles[arm][0], linestyle=styles[arm][2], label=printable(arm, 30)) for arm in level
         ]
         figure.legend(handles=[*handles, _chosen_handle()], loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -185,8 +185,8 @@ def _mean(cells: Sequence[Mapping[str, Any]], what: Measure) -> float | None:
     return what.scale * sum(found) / len(found)
 
 
-def _draw_line(axes: Axes, x: Any, y: Any, look: Look) -> None:
-    colour, marker, line = look
+def _draw_line(axes: Axes, x: Any, y: Any, style: ArmStyle) -> None:
+    colour, marker, line = style
     front = colour not in OTHER_GREYS
     axes.plot(
         x,
@@ -201,13 +201,13 @@ def _draw_line(axes: Axes, x: Any, y: Any, look: Look) -> None:
     )
 
 
-def _ring(axes: Axes, x: float, y: float, look: Look) -> None:
-    ring: Any = {"markerfacecolor": "none", "markeredgecolor": look[0], "markeredgewidth": 1.1}
+def _ring(axes: Axes, x: float, y: float, style: ArmStyle) -> None:
+    ring: Any = {"markerfacecolor": "none", "markeredgecolor": style[0], "markeredgewidth": 1.1}
     axes.plot([x], [y], "o", markersize=11, zorder=4, **ring)
 
 
-def _handle(arm: str, look: Look) -> Line2D:
-    colour, marker, line = look
+def _handle(arm: str, style: ArmStyle) -> Line2D:
+    colour, marker, line = style
     shown: Any = {"markersize": _size(marker), **HALO}
     return Line2D([], [], color=colour, marker=marker, linestyle=line, label=printable(arm, 34), **shown)
 
@@ -218,8 +218,8 @@ def _size(marker: Any) -> float:
 
 
 def _chosen_handle() -> Line2D:
-    look: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": BLACK}
-    return Line2D([], [], linestyle="", marker="o", label="chosen on validation", **look)
+    style: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": BLACK}
+    return Line2D([], [], linestyle="", marker="o", label="chosen on validation", **style)
 
 
 def _ticks(axes: Axes, which: str, plain: bool = False) -> None:

@@ -24,11 +24,11 @@ from hlora.report.style import (
     GREY,
     STYLE,
     VERMILION,
-    look_of,
     nothing,
     phase_label,
     printable,
     running_mean,
+    style_of,
 )
 
 
@@ -192,7 +192,7 @@ def _draw_panel(axes: Axes, panel: _Panel, names: list[str], same_axis: list[_Pa
         if name not in panel.points:
             continue
         value, half, label = panel.points[name]
-        colour, marker, _ = look_of(name) or (GREY, "v", "-")
+        colour, marker, _ = style_of(name) or (GREY, "v", "-")
         if math.isfinite(value):
             error = half if math.isfinite(half) else None
             axes.errorbar(value, row, xerr=error, fmt=marker, color=colour, markersize=7, elinewidth=1.5)

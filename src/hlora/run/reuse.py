@@ -73,7 +73,7 @@ def recording_settings(config: RunConfig) -> dict[str, Any]:
         "importance": config.importance.model_dump(exclude={"use"}),
     }
     if not config.in_one_pass:
-        training = by_rows_of_a_step(config.training.of_record())  # another number of processes may go on with it
+        training = by_rows_of_a_step(config.training.record_arguments())  # another number of processes may resume
         settings["training"] = {name: value for name, value in training.items() if name not in _UNSEEN}
     found: dict[str, Any] = redacted(settings)
     return found
