@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +180,34 @@ MADE: dict[str, Any] = {
 def test_transfer_is_that_of_lopez_paz_and_ranzato() -> None:
     nll, accuracy = transfer(MADE, "answer_nll"), transfer(MADE, "acc")
     assert nll is not None and accuracy is not None
-    assert nll == pytest.approx(((6 + 3 + 2) / 3, ((6 - 4) + (3 - 3)) / 2, ((9 - 10) + (11 - 10)) / 2))
-    assert accuracy == pytest.approx((2.5 / 3, -0.1, ((0.3 - 0.2) + (0.1 - 0.2)) / 2))
+    values = [[each.value for each in means] for means in (nll, accuracy)]
+    assert values[0] == pytest.approx(((6 + 3 + 2) / 3, ((6 - 4) + (3 - 3)) / 2, ((9 - 10) + (11 - 10)) / 2))
+    assert values[1] == pytest.approx((2.5 / 3, -0.1, ((0.3 - 0.2) + (0.1 - 0.2)) / 2))
+
+
+def test_the_error_of_transfer_is_that_of_differences_paired_by_question() -> None:
+    def each(*values: float) -> dict[str, Any]:
+        return {"answer_nll": statistics.fmean(values), "answer_nll_each": list(values)}
+
+    chain = {
+        "domains": ["a", "b"],
+        "base": {"a": each(9, 9, 9), "b": each(7, 8, 9)},
+        "before": {"a": {}, "b": each(6, 7, 8)},  # each question one nat better: no noise
+        "after": {"a": {"a": each(1, 2, 3)}, "b": {"a": each(2, 4, 3), "b": each(5, 5, 5)}},
+        "forgetting": {"a": {}, "b": {}},
+    }
+    means = transfer(chain, "answer_nll")
+    assert means is not None
+    assert means.backward == pytest.approx((1.0, statistics.stdev([1, 2, 0]) / math.sqrt(3)))
+    assert means.forward == pytest.approx((-1.0, 0.0))
+    assert f"± {means.backward.stderr:.2f} nats (above 0: forgotten)" in chain_tables(chain)[0]["said"]
 
 
 def test_the_report_of_a_chain_has_matrix_transfer_and_picture(tmp_path: Path) -> None:
     nll, accuracy = chain_tables(MADE)
     assert nll["heading"] == ["", "a", "b", "c"]
-    assert nll["rows"][2] == ["after b", "5", "3", "–"] or nll["rows"][2] == ["after b", "5.00", "3.00", "–"]
+    assert nll["rows"][1] == ["after a", "4.00", "9.00", "–"]  # b before it is tuned
+    assert nll["rows"][2] == ["after b", "5.00", "3.00", "11.0"]
     assert "Backward transfer +1.00 nats (above 0: forgotten)" in nll["said"]
     assert "Backward transfer −10.0 points (below 0: forgotten)" in accuracy["said"]
     assert "a +0.100, b +0.150, c −0.050" in general_forgetting(MADE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
-from hlora.run.chain import BEFORE, earlier_runs, measure_earlier
+from hlora.run.chain import BEFORE, check_following, earlier_runs, measure_earlier, steps_of
 from hlora.run.job import Job
 from hlora.run.phases import (
     at_general_adapter,
@@ -38,7 +38,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
     The output directory gets config.yaml, importance/, adapter/ (PEFT), results.json, report.html and the TensorBoard
     logs of each phase. An interrupted run resumes after its last finished step, and within a phase from its last
     complete checkpoint. A finished run is not repeated. Recording is skipped if `importance.use` names an importance,
-    or the output directory holds this run's.
+    or the output directory holds this run's. Each of several `domains` is a run in <output>/<name>.
 
     Args:
         config: The settings.
@@ -46,7 +46,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
         overwrite: Replace a finished run. An importance that was recorded with the same settings is kept.
 
     Returns:
-        What results.json holds.
+        What results.json holds; of several domains, that of the last.
 
     In several processes every one of a torchrun or accelerate launch calls it. They share the work of each phase (DDP,
     FSDP2) and need a common output directory. The main one evaluates and writes, and all return the same.
@@ -54,11 +54,20 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
     Raises:
         ConfigError: Another process works on the output directory, or it holds a finished run with other settings.
     """
+    steps = steps_of(config)
+    for number, step in enumerate(steps, 1):
+        results = _run(step, steps[number:], command, overwrite)
+    return results
+
+
+def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwrite: bool) -> dict[str, Any]:
+    """One domain. The runs of later domains are checked before it trains."""
     with _locked(config):
         if on_main(lambda: is_finished(config, "results.json", overwrite)):
             return on_main(lambda: read_results(Path(config.output)))
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
+        check_following(job, following, overwrite)
         here = _recorded_before(job, overwrite)
         results = resumed_results(job, command)
         measure_once(job, results, "base", lambda: job.base)
@@ -82,6 +91,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 
 def record(config: RunConfig, overwrite: bool = False) -> Path:
     """Run the general phase only, unless its importance exists; returns the importance directory."""
+    _check_single(config)
     if config.is_given_importance:
         field = "after" if config.after else "importance.use"
         raise ConfigError(f"{field}: {config.after or config.importance.use} is recorded already. Leave {field} out.")
@@ -96,6 +106,7 @@ def record(config: RunConfig, overwrite: bool = False) -> Path:
 
 def tune(config: RunConfig, overwrite: bool = False) -> Path:
     """Run the domain phase only, under `importance.use` or <output>/importance; returns the adapter directory."""
+    _check_single(config)
     importance = given_importance(config) or Importance.load(Path(config.output) / "importance")
     with _locked(config):
         adapter = Path(config.output) / "adapter"
@@ -111,6 +122,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
 
     Curves and times of the phases are taken from an earlier results.json.
     """
+    _check_single(config)
     adapter = Path(config.output) / "adapter"
     with _locked(config):
         job = _open(config, given_importance(config), resumable=False)
@@ -129,6 +141,13 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         if importance is not None:
             results["importance"] = describe(importance, config)
         return on_main(lambda: finish(job, results))
+
+
+def _check_single(config: RunConfig) -> None:
+    """Raises ConfigError for a chain."""
+    if config.domains:
+        place = Path(config.output) / str(config.domains[-1].name) / "config.yaml"
+        raise ConfigError(f"domains: only `hlora run` and `hlora check` take several. Use one run's own file: {place}.")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,12 +35,15 @@ def check(
 
 
 def show_check(config: RunConfig) -> None:
-    """Check a run and print what was found."""
+    """Check a run and print what was found. Of a chain: its first run, and the rows of every later domain."""
     from hlora.before.check import checked
+    from hlora.run.chain import rows_of, steps_of
 
     console = Console()
-    with checked(config) as found:
-        for line in (*_facts(found), ""):
+    first, *following = steps_of(config)
+    with checked(first) as found:
+        later = [_later(step, rows_of(found.job, step).facts) for step in following]
+        for line in (*_facts(found), *later, ""):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         marks = not console.is_terminal or console.no_color
         how = "between ⟦ ⟧" if marks else "bold and green"
@@ -51,6 +54,11 @@ def show_check(config: RunConfig) -> None:
         console.print(_costs(found))
         for line in _ends(found):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _later(config: RunConfig, facts: dict[str, Any]) -> str:
+    rows = f"{_count(facts['train_rows'], 'training row')}, {_count(facts['test_rows'], 'test row')}"
+    return f"then {Path(config.output).name}: {rows}; its time is not in the estimate"
 
 
 def _facts(found: Check) -> list[str]:

@@ -126,7 +126,7 @@ class Grid:
         """One cell of the grid, with the key of what determines it."""
         config = cell_config(self.config, arm, task, seed, strength)
         made_from = {
-            **without_secret_fields(config.model_dump(exclude={"output", "baselines"})),
+            **without_secret_fields(config.model_dump(exclude={"output", "baselines", "domains"})),
             "general_data": self.general(config).facts,
             "domain_data": self.domain(config)[0].facts,
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,

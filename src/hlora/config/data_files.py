@@ -40,7 +40,7 @@ def named_files(config: RunConfig | CompareConfig) -> Iterator[tuple[str, str]]:
         texts["selection.texts"] = config.selection.texts
         tasks = {f"tasks.{name}": task for name, task in config.tasks.items()}
     else:
-        tasks = {"domain": config.domain}
+        tasks = {f"domains.{number}": each for number, each in enumerate(config.domains)} or {"domain": config.domain}
     for field, named in texts.items():
         for name, path in named.items():
             yield f"{field}.{name}", path

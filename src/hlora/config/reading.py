@@ -123,8 +123,9 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         *sections, name = item["loc"]
         model: Any = kind
         for section in sections:
-            # tasks and arms are mappings from names of the user's choice to sections
-            model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[section].annotation
+            # tasks and arms map names of the user's choice to sections; domains and mixture list sections
+            held = get_args(model) if get_origin(model) in (dict, list) else ()
+            model = held[-1] if held else model.model_fields[section].annotation
         return f"{'.'.join(map(str, item['loc']))}: unknown field{nearest(name, set(model.model_fields))}"
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":

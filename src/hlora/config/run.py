@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hlora.config.domains import Domains
 from hlora.config.sections import (
     DomainConfig,
     EvaluationConfig,
@@ -66,8 +67,11 @@ class RunConfig(Preset):
     """The adapter."""
     general: GeneralConfig
     """The general task: what the model should not forget."""
-    domain: DomainConfig
+    domain: DomainConfig = None  # type: ignore[assignment]  # only until _has_a_domain
     """The domain task: what the model should learn."""
+    domains: Domains = []
+    """In place of `domain`: several domains, learned one after another. Each is a run of its own in `output`/NAME that
+    goes on from the one before, as with `after`. Each entry has the fields of `domain`, and a name."""
     importance: ImportanceConfig = ImportanceConfig()
     """How importance is recorded."""
     penalty: PenaltyConfig = PenaltyConfig()
@@ -78,6 +82,16 @@ class RunConfig(Preset):
     """What is measured before and after."""
     baselines: list[Baseline] = []
     """Runs without a penalty to compare with: lora (domain only), lora_after_general (general phase, then domain)."""
+
+    @model_validator(mode="after")
+    def _has_a_domain(self) -> RunConfig:
+        if self.domains and self.domain is not None:
+            raise ValueError("domain: domains names every domain. Leave one of the two out")
+        if not self.domains and self.domain is None:
+            raise ValueError("domain: required, but missing")
+        if self.domains:
+            self.domain = self.domains[-1]
+        return self
 
     @model_validator(mode="after")
     def _probe_is_not_evaluated(self) -> RunConfig:
@@ -104,9 +118,10 @@ class RunConfig(Preset):
     def _goes_on_from_an_adapter(self) -> RunConfig:
         if self.after is not None and self.importance.use is not None:
             raise ValueError("importance.use: after brings the importance of the run before. Leave one of them out")
-        if self.after is not None and self.penalty.anchor == "base":
+        if (self.after is not None or len(self.domains) > 1) and self.penalty.anchor == "base":
+            field = "domains" if self.after is None else "after"
             raise ValueError(
-                "penalty.anchor: after starts from the adapter of the run before and holds the model to it; set "
+                f"penalty.anchor: {field} starts from the adapter of the run before and holds the model to it; set "
                 "penalty.anchor to general"
             )
         return self

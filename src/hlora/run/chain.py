@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
+from hlora.config.sections import DomainConfig, ImportanceConfig
 from hlora.data.domain import DomainRows, TokenLimits, domain_rows
 from hlora.evaluation.evaluate import evaluate
 from hlora.parallel.fsdp import shard
@@ -23,6 +25,48 @@ logger = logging.getLogger("hlora")
 
 BEFORE = "before this domain"
 """The arm of the adapter that a run goes on from."""
+
+
+def steps_of(config: RunConfig) -> list[RunConfig]:
+    """The runs that `domains` stands for, each after the one before it; of a single domain, the configuration itself.
+
+    Method and encoding of the importance are those of the first.
+    """
+    if not config.domains:
+        return [config]
+    found: list[RunConfig] = []
+    after, importance = config.after, config.importance
+    for domain in config.domains:
+        single = DomainConfig(**domain.model_dump(exclude={"name"}))
+        changes: dict[str, Any] = {"output": str(Path(config.output, str(domain.name))), "after": after}
+        changes |= {"domain": single, "domains": [], "importance": importance}
+        found.append(config.model_copy(deep=True, update=changes))
+        after = found[-1].output
+        importance = ImportanceConfig(xi=importance.xi, unprotected=importance.unprotected)
+    return found
+
+
+def check_following(job: Job, following: Sequence[RunConfig], overwrite: bool) -> None:
+    """Check the later domains of a chain before this one is tuned.
+
+    Raises:
+        ConfigError: a later one is finished, so its adapter does not come from this one.
+        DataError: a file of a later one cannot be used.
+    """
+    with raise_on_all():
+        for step in following:
+            if (Path(step.output) / "results.json").is_file() and not overwrite:
+                raise ConfigError(
+                    f"output: {step.output} is finished, but {job.config.output}, which comes before it, is not. Name "
+                    "another output, or replace what is there: --overwrite."
+                )
+            rows_of(job, step)
+
+
+def rows_of(job: Job, config: RunConfig) -> DomainRows:
+    """The domain of another run of the chain."""
+    token_limits = TokenLimits.of(job.base, job.tokenizer, config.training.tune_arguments())
+    return domain_rows(config.domain, config.evaluation.max_rows, config.seed, token_limits)
 
 
 class Earlier(NamedTuple):
@@ -86,8 +130,7 @@ def _rows_again(job: Job, earlier: Earlier) -> DomainRows:
     """The domain of an earlier run, whose test rows have to be the same as then."""
     config = earlier.config
     with raise_on_all():
-        token_limits = TokenLimits.of(job.base, job.tokenizer, config.training.tune_arguments())
-        rows = domain_rows(config.domain, config.evaluation.max_rows, config.seed, token_limits)
+        rows = rows_of(job, config)
         then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]
         if rows.facts["test_sha256"] != then:
             raise DataError(

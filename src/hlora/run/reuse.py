@@ -128,7 +128,8 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
         return False
     differ = differences(_settings_of(kept), redacted(config.model_dump()))
     differ = [each for each in differ if not _is_ours(each.split(" ")[0], config)]
-    newer = [f"{field} (changed since)" for field, path in named_files(config) if _is_newer(Path(path), kept)]
+    files = [*named_files(config), ("after", f"{config.after}/{CONTINUED}/importance.json")]
+    newer = [f"{field} (changed since)" for field, path in files if _is_newer(Path(path), kept)]
     if differ or newer:
         raise ConfigError(
             f"output: {output} holds a finished run ({made}) with other settings: {_named(differ + newer)}. Name "

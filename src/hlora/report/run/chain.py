@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hlora.report.format import number
+from hlora.report.format import Change, change, number
 from hlora.report.run.measures import DOMAIN_MEASURES, shown_value
 from hlora.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION, nothing, printable
 
@@ -20,47 +21,52 @@ _COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
 
 
 class Transfer(NamedTuple):
-    """Means over the domains of a chain, in the measure's unit (Lopez-Paz & Ranzato 2017).
+    """Means over the domains of a chain, in the measure's unit, each with its standard error.
 
     R[i, j] is the measure of domain j after step i of T. Of a measure where lower is better, a positive backward
-    transfer is forgetting.
+    transfer is forgetting. The errors count the noise of the test questions, paired by question.
+
+    Source: Lopez-Paz & Ranzato 2017 (arXiv:1706.08840), section 2; the base model takes the place of random weights.
     """
 
-    average: float
+    average: Change
     """R[T, j] over all j."""
-    backward: float
+    backward: Change
     """R[T, j] − R[j, j] over all j before T."""
-    forward: float
+    forward: Change
     """R[j − 1, j] − the base model's, over all j after the first."""
 
 
 def transfer(chain: Mapping[str, Any], measure: str) -> Transfer | None:
     """The means of a measure; None where it was not taken of every domain."""
-    domains, after = chain["domains"], chain["after"]
+    domains, after, before, base = (chain[key] for key in ("domains", "after", "before", "base"))
     last = after[domains[-1]]
     if len(domains) < 2 or not all(measure in last.get(name, {}) for name in domains):
         return None
-
-    def mean(differences: list[float]) -> float:
-        return statistics.fmean(differences)
-
-    own = {name: number(after[name][name].get(measure)) for name in domains}
-    final = {name: number(last[name].get(measure)) for name in domains}
-    before, base = chain["before"], chain["base"]
+    final = [Change(number(last[name][measure]), number(last[name].get(f"{measure}_stderr"))) for name in domains]
     return Transfer(
-        mean(list(final.values())),
-        mean([final[name] - own[name] for name in domains[:-1]]),
-        mean([number(before[name].get(measure)) - number(base[name].get(measure)) for name in domains[1:]]),
+        _mean(final),
+        _mean([change(after[name][name], last[name], measure) for name in domains[:-1]]),
+        _mean([change(base[name], before[name], measure) for name in domains[1:]]),
     )
 
 
+def _mean(found: list[Change]) -> Change:
+    """The mean of changes of different domains, whose errors are independent."""
+    stderr = math.hypot(*(each.stderr for each in found)) / len(found)
+    return Change(statistics.fmean(each.value for each in found), stderr)
+
+
 def chain_table(chain: Mapping[str, Any], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the matrix of a measure: a row for the base model and one after each step."""
+    """Heading and rows of the matrix of a measure: a row for the base model and one after each step.
+
+    Of the domains that come later, the next one alone is measured, before it is tuned.
+    """
     domains = chain["domains"]
     rows = [["base model", *(shown_value(chain["base"][name], measure) for name in domains)]]
-    for step in domains:
-        cells = [shown_value(chain["after"][step].get(name, {}), measure) for name in domains]
-        rows.append([f"after {step}", *cells])
+    for step, following in zip(domains, [*domains[1:], None], strict=True):
+        measured = {**chain["after"][step], **({following: chain["before"][following]} if following else {})}
+        rows.append([f"after {step}", *(shown_value(measured.get(name, {}), measure) for name in domains)])
     return ["", *domains], rows
 
 
@@ -79,9 +85,10 @@ def chain_tables(chain: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _said(means: Transfer, measure: str) -> str:
-    def shown(value: float) -> str:
-        text = f"{value:+.2f} nats" if measure == "answer_nll" else f"{100 * value:+.1f} points"
-        return text.replace("-", "−")
+    def shown(found: Change) -> str:
+        factor, digits, unit = (1, 2, "nats") if measure == "answer_nll" else (100, 1, "points")
+        spread = f" ± {factor * found.stderr:.{digits}f}" if math.isfinite(found.stderr) else ""
+        return f"{factor * found.value:+.{digits}f}{spread} {unit}".replace("-", "−")
 
     better = "above 0: forgotten" if DOMAIN_MEASURES[measure][1] else "below 0: forgotten"
     return f"Backward transfer {shown(means.backward)} ({better}); forward transfer {shown(means.forward)}."
