@@ -32,7 +32,7 @@ from hlora.run.job import Job
 from hlora.run.lengths import fit_lengths
 from hlora.run.results import describe
 from hlora.run.trial import check_arguments, try_phases
-from hlora.system.digest import digest
+from hlora.system.digest import digest, without_empty
 from hlora.system.errors import CannotRun, ConfigError, DataError, HloraError, first_line
 from hlora.system.files import check_directory, make_directory, refuse_links, write_json, write_text
 from hlora.system.locks import try_lock
@@ -126,7 +126,7 @@ class Grid:
         """One cell of the grid, with the key of what determines it."""
         config = cell_config(self.config, arm, task, seed, strength)
         made_from = {
-            **without_secret_fields(config.model_dump(exclude={"output", "baselines", "domains"})),
+            **without_empty(without_secret_fields(config.model_dump(exclude={"output", "baselines"}))),
             "general_data": self.general(config).facts,
             "domain_data": self.domain(config)[0].facts,
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,

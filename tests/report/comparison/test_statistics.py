@@ -17,8 +17,8 @@ from hlora.report.comparison.equal_domain import (
     equal_domain,
     equal_domain_ratio,
     equal_domain_target,
-    nll_at,
     pareto_front,
+    value_at,
 )
 from hlora.report.comparison.significance import Interval, Sample, holm, mean_sd, welch
 from hlora.system.errors import DataError
@@ -191,20 +191,20 @@ FRONT = [(70.0, 3.4), (72.0, 3.2), (76.0, 3.0)]
     ("target", "expected"), [(69.9, math.nan), (70.0, 3.4), (71.0, 3.3), (74.0, 3.1), (76.0, 3.0), (99.0, 3.0)]
 )
 def test_nll_at_interpolates_the_front_and_is_flat_behind_it(target, expected):
-    assert nll_at(FRONT, target) == pytest.approx(expected, nan_ok=True)
+    assert value_at(FRONT, target) == pytest.approx(expected, nan_ok=True)
 
 
 def test_nll_at_ignores_points_that_another_beats_or_that_diverged():
     worse = [(71.0, 3.9), (76.0, 3.3), (80.0, 3.5), (60.0, math.inf), (math.nan, 1.0)]
     assert pareto_front(FRONT + worse) == FRONT
-    assert nll_at(FRONT + worse, 71.0) == pytest.approx(3.3)
-    assert math.isnan(nll_at([], 71.0))
-    assert math.isnan(nll_at(FRONT, math.nan))
+    assert value_at(FRONT + worse, 71.0) == pytest.approx(3.3)
+    assert math.isnan(value_at([], 71.0))
+    assert math.isnan(value_at(FRONT, math.nan))
 
 
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1), st.floats(0, 9), st.floats(0, 9))
 def test_nll_at_never_rises_when_more_loss_on_the_domain_is_allowed(points, one, other):
-    strict, lax = (nll_at(points, target) for target in sorted((one, other)))
+    strict, lax = (value_at(points, target) for target in sorted((one, other)))
     assert math.isnan(strict) or lax <= strict + 1e-9
 
 

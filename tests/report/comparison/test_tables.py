@@ -234,6 +234,21 @@ def test_equal_domain_table_states_its_target_and_reads_curves_there(comparison)
     assert any("HLoRA on piqa (1)" in note for note in table.notes)
 
 
+def test_drift_at_equal_domain_nll_is_of_the_arms_that_have_it(comparison):
+    drift = {"HLoRA w/o layer weights": 0.025, "HLoRA": 0.01}
+    for each in comparison["cells"]:
+        if each["arm"] in drift and each["test"]:
+            for text in each["test"]["texts"].values():
+                text |= {"kl_from_general": drift[each["arm"]], "kl_from_general_each": [drift[each["arm"]]] * 8}
+    table = equal_domain_table(comparison, resamples=50, quantity="kl_from_general")
+    assert table.title.startswith("Drift from the end of the general phase, nats/token, at equal domain NLL")
+    assert [cells[0].text for cells in table.rows] == list(drift)
+    found = row(table, "HLoRA w/o layer weights")
+    assert found["piqa, wikitext drift [95 %]"].text.startswith("0.0250 [")
+    assert found["piqa, wikitext % above HLoRA [95 %]"].text.startswith("+150.0 [+150.0")
+    assert [each.name for each in all_tables(comparison)].count("equal_domain_kl_from_general") == 1
+
+
 def test_equal_domain_table_without_any_improvement_has_no_numbers(comparison):
     for each in comparison["cells"]:
         if each["arm"] == "LoRA(μ)":

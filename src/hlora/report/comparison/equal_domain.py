@@ -1,4 +1,4 @@
-"""Perplexity at equal domain NLL: what each arm forgets for the same learning, with bootstrap intervals."""
+"""Perplexity or drift at equal domain NLL: what each arm forgets for the same learning, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from hlora.report.comparison.significance import Interval, mean_sd
 from hlora.system.errors import DataError
 
 Point = tuple[float, float]
-"""(domain NLL, general NLL) of one strength of a method, both better when lower."""
+"""(domain NLL, general NLL or drift) of one strength of a method, both better when lower."""
+
+Quantity = Literal["nll", "kl_from_base", "kl_from_general"]
+"""What is read of a general text: its loss, shown as perplexity, or the drift from a model before. nats/token."""
 
 _NO_INTERVAL = Interval(math.nan, math.nan, math.nan)
 _TAIL = 0.025  # of the resamples, outside each end of a 95 % interval
@@ -31,8 +34,8 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
     return front
 
 
-def nll_at(points: Iterable[Point], target: float) -> float:
-    """General NLL that a method attains at a domain NLL of at most `target`; NaN when none of its points gets there.
+def value_at(points: Iterable[Point], target: float) -> float:
+    """What a method attains on general text at a domain NLL of at most `target`; NaN when no point gets there.
 
     Linear interpolation along the Pareto front, which approximates an intermediate strength. Beyond the front's last
     point it is that point's value, which already meets the target.
@@ -64,10 +67,13 @@ def equal_domain(
     text: str,
     target: float,
     *,
+    quantity: Quantity = "nll",
     seed: int = 0,
     resamples: int = 2000,
 ) -> Interval:
-    """Perplexity of a text that an arm attains at a domain NLL of at most `target`, with a 95 % bootstrap interval.
+    """What an arm attains on a text at a domain NLL of at most `target`, with a 95 % bootstrap interval.
+
+    The perplexity; or with another `quantity` the drift, in nats per token.
 
     Each resample draws anew, with replacement, the seeds (those with every strength), the text's blocks
     (`nll_each`) and the domain's rows (`answer_nll_each`): the same for every strength, as the strengths are paired.
@@ -78,8 +84,9 @@ def equal_domain(
 
     Raises DataError when the cells of the arm were scored on different rows or blocks.
     """
-    curve = _losses(comparison, arm, task, text)
-    return _percentile(*_draws(comparison, curve, task, target, seed, resamples))
+    curve = _losses(comparison, arm, task, text, quantity)
+    value, draws = _draws(comparison, curve, task, target, seed, resamples)
+    return _percentile(value, draws) if quantity != "nll" else _percentile(_exp(value), _exp(draws))
 
 
 def equal_domain_ratio(
@@ -90,32 +97,51 @@ def equal_domain_ratio(
     text: str,
     target: float,
     *,
+    quantity: Quantity = "nll",
     seed: int = 0,
     resamples: int = 2000,
 ) -> tuple[Interval, float]:
-    """Perplexity of `arm` over that of `other`, as in `equal_domain` but on the same seeds, blocks and rows drawn.
+    """Perplexity (or drift) of `arm` over `other`'s, as in `equal_domain` but on the same seeds, blocks and rows drawn.
 
     The spread that both share (a hard text, a lucky seed) cancels, so this tells two arms apart where their intervals
     overlap. Where one has its curve for fewer seeds, both are taken on the seeds that they share; NaN if they share
     none. The second value is the share of the resamples in which `other` misses the target. Nothing bounds the ratio
     from below there, so that from 2.5 % on its bounds are NaN.
     """
-    one, two = (_losses(comparison, name, task, text) for name in (arm, other))
+    value, draws, missed = ratio_draws(comparison, arm, other, task, text, target, quantity, seed, resamples)
+    found = _percentile(value, draws)
+    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
+
+
+def ratio_draws(
+    comparison: Mapping[str, Any],
+    arm: str,
+    other: str,
+    task: str,
+    text: str,
+    target: float,
+    quantity: Quantity,
+    seed: int,
+    resamples: int,
+) -> tuple[float, np.ndarray, float]:
+    """The ratio of `equal_domain_ratio`, that of each resample, and the share of these in which `other` misses."""
+    one, two = (_losses(comparison, name, task, text, quantity) for name in (arm, other))
     shared = [each for each in one.seeds if each in two.seeds] if one and two else []
     if not (one and two and shared):
-        return _NO_INTERVAL, math.nan
+        return math.nan, np.zeros(0), math.nan
     value, draws = _draws(comparison, one.of(shared), task, target, seed, resamples)
     beside, others = _draws(comparison, two.of(shared), task, target, seed, resamples)
-    with np.errstate(invalid="ignore"):  # both miss the target: ∞ − ∞, a resample that says nothing
-        found = _percentile(value - beside, draws - others)
     missed = float(np.isinf(others).mean())
-    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
+    with np.errstate(invalid="ignore"):  # both miss the target: ∞ − ∞ or ∞ / ∞, a resample that says nothing
+        if quantity == "nll":
+            return float(_exp(value - beside)), _exp(draws - others), missed
+        return value / beside, draws / others, missed
 
 
 class _Losses(NamedTuple):
     """K strengths by S seeds, with the b blocks and m rows of each cell."""
 
-    general: np.ndarray  # (K, S) nats/token
+    general: np.ndarray  # (K, S) nats/token, the loss or the drift
     domain: np.ndarray  # (K, S) nats/answer
     blocks: np.ndarray  # (K, S, b)
     rows: np.ndarray  # (K, S, m)
@@ -131,15 +157,19 @@ class _Losses(NamedTuple):
         return [(float(domain), float(general)) for domain, general in means]
 
 
-def _losses(comparison: Mapping[str, Any], arm: str, task: str, text: str) -> _Losses | None:
+def _losses(
+    comparison: Mapping[str, Any], arm: str, task: str, text: str, quantity: Quantity = "nll"
+) -> _Losses | None:
     found = curve_of(comparison, arm, task, text)
     if not found.cells:
         return None
     grid = [[cell["test"] for cell in cells] for cells in found.cells]
+    if not all(quantity in test["texts"][text] for tests in grid for test in tests):
+        return None  # no drift from the general phase where there was none
     return _Losses(
-        np.array([[test["texts"][text]["nll"] for test in tests] for tests in grid]),
+        np.array([[test["texts"][text][quantity] for test in tests] for tests in grid]),
         np.array([[test["domain"]["answer_nll"] for test in tests] for tests in grid]),
-        _stacked([[test["texts"][text].get("nll_each") for test in tests] for tests in grid], arm, task, text),
+        _stacked([[test["texts"][text].get(f"{quantity}_each") for test in tests] for tests in grid], arm, task, text),
         _stacked(
             [[test["domain"].get("answer_nll_each") for test in tests] for tests in grid], arm, task, "the domain"
         ),
@@ -163,7 +193,7 @@ def _stacked(parts: list[list[Any]], arm: str, task: str, what: str) -> np.ndarr
 def _draws(
     comparison: Mapping[str, Any], curve: _Losses | None, task: str, target: float, seed: int, resamples: int
 ) -> tuple[float, np.ndarray]:
-    """General NLL at the target, NaN if missed, and of each resample, (resamples,), ∞ if missed."""
+    """What is attained at the target, NaN if missed, and of each resample, (resamples,), ∞ if missed."""
     if curve is None:
         return math.nan, np.full(resamples, math.inf)
     rows = _weights(seed, "rows", curve.rows.shape[-1], resamples)
@@ -173,8 +203,8 @@ def _draws(
     domain = _resampled(curve.domain, curve.rows, rows, seeds)
     reference = _reference_rows(comparison, task, target)
     moved = np.zeros(resamples) if len(reference) != rows.shape[1] else rows @ reference - reference.mean()
-    value = nll_at(curve.points(), target)
-    drawn = [nll_at(zip(x, y, strict=True), target + move) for x, y, move in zip(domain, general, moved, strict=True)]
+    value = value_at(curve.points(), target)
+    drawn = [value_at(zip(x, y, strict=True), target + move) for x, y, move in zip(domain, general, moved, strict=True)]
     return value, np.nan_to_num(np.array(drawn), nan=math.inf)
 
 
@@ -212,11 +242,15 @@ def _weights(seed: int, what: str, count: int, resamples: int) -> np.ndarray:  #
     return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
 
 
-def _percentile(log_value: float, log_draws: np.ndarray) -> Interval:
-    """exp of a value with the 95 % of its resamples; those that are NaN say nothing and are left out."""
-    known = log_draws[~np.isnan(log_draws)]
-    if math.isnan(log_value) or not len(known):
+def _exp(value: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return np.exp(value)
+
+
+def _percentile(value: float, draws: np.ndarray) -> Interval:
+    """A value with the 95 % of its resamples; those that are NaN say nothing and are left out."""
+    known = draws[~np.isnan(draws)]
+    if math.isnan(value) or not len(known):
         return _NO_INTERVAL
     low, high = np.quantile(known, [_TAIL, 1 - _TAIL], method="inverted_cdf")  # takes observed values, ∞ among them
-    with np.errstate(over="ignore"):
-        return Interval(*(float(np.exp(x)) for x in (log_value, low, high)))
+    return Interval(float(value), float(low), float(high))

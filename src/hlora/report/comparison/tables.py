@@ -14,7 +14,7 @@ from typing import Any
 from hlora.report.comparison.cells import cells_of, measure, untuned
 from hlora.report.comparison.columns import best_and_second, column_of, status_of, unfinished
 from hlora.report.comparison.curve import curve_of
-from hlora.report.comparison.equal_domain import equal_domain, equal_domain_ratio, equal_domain_target
+from hlora.report.comparison.equal_domain import Quantity, equal_domain, equal_domain_ratio, equal_domain_target
 from hlora.report.comparison.measures import digits_of, t_tests
 from hlora.report.comparison.published import published_numbers
 from hlora.report.comparison.significance import Interval
@@ -24,7 +24,7 @@ from hlora.report.format import decimals, p_value
 
 
 def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """Tables 1 and 2 on each general text, forgetting, perplexity at equal domain NLL, and the t-tests.
+    """Tables 1 and 2 on each general text, forgetting, perplexity and drift at equal domain NLL, and the t-tests.
 
     A table that needs an arm which is not configured (a rival, an unprotected one, an ablation) is left out.
     """
@@ -34,7 +34,7 @@ def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
         tables += [table_2(comparison, text) for text in comparison["texts"]]
     tables.append(forgetting_table(comparison))
     if comparison["unprotected"] in configured:
-        tables.append(equal_domain_table(comparison))
+        tables += [equal_domain_table(comparison, quantity=each) for each in _SHOWN if _arms_with(comparison, each)]
     if comparison["rival"] in configured:
         tables.append(t_test_table(comparison))
     taken: dict[str, int] = {}
@@ -137,46 +137,71 @@ def forgetting_table(comparison: Mapping[str, Any]) -> Table:
     return Table("forgetting", title, groups, rows, notes, labels=2)
 
 
-def equal_domain_table(comparison: Mapping[str, Any], share: float = 0.9, resamples: int = 2000) -> Table:
-    """Perplexity of each arm at one domain NLL, the summary of its trade-off curve, with bootstrap intervals.
+_SHOWN: dict[Quantity, tuple[str, str, int]] = {
+    "nll": ("Perplexity", "PPL", 2),
+    "kl_from_base": ("Drift from the base model, nats/token,", "drift", 4),
+    "kl_from_general": ("Drift from the end of the general phase, nats/token,", "drift", 4),
+}
+"""What is compared at equal domain NLL: the words of the title and of the columns, and digits behind the point."""
+
+
+def _arms_with(comparison: Mapping[str, Any], quantity: Quantity) -> list[str]:
+    """The tuned arms of which a cell has this measure of a general text."""
+    found = {
+        cell["arm"]
+        for cell in comparison["cells"]
+        if any(measure(cell, quantity, text) is not None for text in comparison["texts"])
+    }
+    return [arm for arm in comparison["arms"] if arm in found and arm not in untuned(comparison)]
+
+
+def equal_domain_table(
+    comparison: Mapping[str, Any], share: float = 0.9, resamples: int = 2000, *, quantity: Quantity = "nll"
+) -> Table:
+    """Perplexity or drift of each arm at one domain NLL, a summary of its trade-off curve, with bootstrap intervals.
 
     The domain NLL is the one at which `share` of the unprotected arm's improvement over Base is kept. Beside each
-    perplexity stands how much higher it is than that of our method in %, with the interval of this paired difference,
-    which is the one to read for "better": most of the perplexity's own interval is the choice of the text.
+    value stands how much higher it is than that of our method in %, with the interval of this paired difference,
+    which is the one to read for "better": most of the value's own interval is the choice of the text.
     """
     ours, unprotected = comparison["ours"], comparison["unprotected"]
+    what, short, digits = _SHOWN[quantity]
     arms = [arm for arm in comparison["arms"] if arm not in untuned(comparison)]
+    if quantity != "nll":
+        arms = _arms_with(comparison, quantity)
     targets = {task: equal_domain_target(comparison, task, share) for task in comparison["tasks"]}
     groups: list[tuple[str, list[str]]] = [("", ["Method"])]
     rows = [[TableCell(arm)] for arm in arms]
     for task, target in targets.items():
         for text in comparison["texts"]:
-            groups.append((f"{task}, {text}", ["PPL [95 %]", f"% above {ours} [95 %]"]))
-            found = [equal_domain(comparison, arm, task, text, target, resamples=resamples) for arm in arms]
-            rounded = {arm: round(each.value, 2) for arm, each in zip(arms, found, strict=True)}
+            groups.append((f"{task}, {text}", [f"{short} [95 %]", f"% above {ours} [95 %]"]))
+            options: dict[str, Any] = {"quantity": quantity, "resamples": resamples}
+            found = [equal_domain(comparison, arm, task, text, target, **options) for arm in arms]
+            rounded = {arm: round(each.value, digits) for arm, each in zip(arms, found, strict=True)}
             looks = best_and_second(rounded, lower=True)
             for row, arm, interval in zip(rows, arms, found, strict=True):
                 status = status_of(comparison, arm, task)
                 without = NONE if math.isnan(target) else "not reached"
-                row.append(TableCell(status or with_bounds(interval, without, 2), looks[arm]))
-                ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, resamples=resamples)
+                row.append(TableCell(status or with_bounds(interval, without, digits), looks[arm]))
+                ratio, missed = equal_domain_ratio(comparison, arm, ours, task, text, target, **options)
                 row.append(TableCell(NONE if arm == ours else _excess(ratio, missed, ours)))
     at = "; ".join(
         f"{task} {target:.2f}" if math.isfinite(target) else f"{task} none: no improvement measured"
         for task, target in targets.items()
     )
     title = (
-        f"Perplexity at equal domain NLL (answer NLL in nats: {at}), which keeps {100 * share:g} % of {unprotected}'s "
+        f"{what} at equal domain NLL (answer NLL in nats: {at}), which keeps {100 * share:g} % of {unprotected}'s "
         f"improvement over Base, {_of(comparison)}"
     )
     about = (
-        "Between two strengths of an arm, perplexity is interpolated linearly along its trade-off curve. Intervals are "
+        f"Between two strengths of an arm, {short} is interpolated linearly along its trade-off curve. Intervals are "
         "by bootstrap over seeds, blocks of text and domain rows; those of a difference use what both arms share. ∞: "
         "more than 2.5 % of the resamples do not reach the domain NLL. "
         f"{ours} misses in n %: in n % of the resamples {ours} itself does not reach it, so the difference has no "
         "interval. –: the two arms do not both reach it on the seeds that they share."
     )
-    return Table("equal_domain", title, groups, rows, [about, *_curve_seeds(comparison, arms)])
+    name = "equal_domain" if quantity == "nll" else f"equal_domain_{quantity}"
+    return Table(name, title, groups, rows, [about, *_curve_seeds(comparison, arms)])
 
 
 def t_test_table(comparison: Mapping[str, Any]) -> Table:
