@@ -91,8 +91,8 @@ def recording(matrices: list[Matrix]) -> dict[str, Run]:
 
     def as_written() -> None:
         for omega, step in zip(dense, steps, strict=True):
-            gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, step.lr, SCALE)
-            delta = equations.movement(step.A, step.B, step.A_next, step.B_next, SCALE)
+            gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr=step.lr, scale=SCALE)
+            delta = equations.movement(step.A, step.B, step.A_next, step.B_next, scale=SCALE)
             omega.copy_(equations.path_integral(omega, gradient, delta))
 
     steps, dense = [matrix.step for matrix in matrices], [matrix.dense for matrix in matrices]
@@ -134,7 +134,7 @@ def beside_a_layer(d_out: int, d_in: int, rows: int, tokens: int, rank: int, dev
     def sketch() -> None:
         signs_in, signs_out = squares.random_signs(d_in + d_out, 0).to(device).split([d_in, d_out], 1)
         seen = squares.seen_through(x, signs_in), squares.seen_through(gradient, signs_out)
-        squares.sketched_sums(x, gradient, *seen)
+        squares.sketched_sums(x, gradient, x_seen=seen[0], gradient_seen=seen[1])
 
     matrix = drawn(d_out, d_in, rank, device)
     weight, counted = matrix.dense, torch.ones((), dtype=torch.bool, device=device)

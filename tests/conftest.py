@@ -149,14 +149,16 @@ class ReferenceOmega:
         self.kept = {}
         for m in self.matrices:
             A, B, grad_A, grad_B = (t.detach().double() for t in (m.A, m.B, m.A.grad, m.B.grad))
-            gradient = equations.effective_gradient(A, B, gradient_scale * grad_A, gradient_scale * grad_B, lr, m.scale)
+            gradient = equations.effective_gradient(
+                A, B, gradient_scale * grad_A, gradient_scale * grad_B, lr=lr, scale=m.scale
+            )
             self.gradients[m.name].append(gradient)
             self.kept[m.name] = (A.clone(), B.clone(), gradient)
 
     def after(self) -> None:
         for m in self.matrices:
             A, B, gradient = self.kept[m.name]
-            delta = equations.movement(A, B, m.A.detach().double(), m.B.detach().double(), m.scale)
+            delta = equations.movement(A, B, m.A.detach().double(), m.B.detach().double(), scale=m.scale)
             self.omega[m.name] = equations.path_integral(self.omega[m.name], gradient, delta)
 
     def assert_matches(self, omega: dict[str, Any], tolerance: float = 1e-4) -> None:

@@ -330,13 +330,13 @@ def mixed_precision(kind: str, directory: str) -> dict[str, Tensor]:
         after = {name: factor.double() for name, factor in factors(recorder).items()}
         for m in recorder.matrices:
             A, B, grad_A, grad_B = before[m.name]
-            gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, m.scale)
-            delta = equations.movement(A, B, after[f"{m.name}.A"], after[f"{m.name}.B"], m.scale)
+            gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=LR, scale=m.scale)
+            delta = equations.movement(A, B, after[f"{m.name}.A"], after[f"{m.name}.B"], scale=m.scale)
             expected[m.name] = equations.path_integral(expected[m.name], gradient, delta)
     found = described(recorder.consolidate())
     for m in recorder.matrices:
         ends = [each[f"{m.name}.{x}"].double() for each in (start, after) for x in "AB"]
-        delta = equations.movement(*ends, m.scale)
+        delta = equations.movement(*ends, scale=m.scale)
         found[f"expected.{m.name}.dense"] = equations.consolidate(expected[m.name], delta, 1e-3)
     return found
 

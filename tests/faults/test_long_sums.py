@@ -27,7 +27,7 @@ def test_ten_thousand_small_steps_in_float32_lose_nothing_that_matters(tally: Ca
     start = A.clone(), B.clone()
     target = torch.randn(24, 4, generator=generator) @ torch.randn(4, 36, generator=generator) / 30
     optimizer = torch.optim.AdamW([A.requires_grad_(), B.requires_grad_()], lr=LR, weight_decay=0.0)
-    omegas = {kind: encodings.zeros(kind, 24, 36, A.device) for kind in ("float32", "factored")}
+    omegas = {kind: encodings.zeros(kind, 24, 36, device=A.device) for kind in ("float32", "factored")}
     omega, added = (torch.zeros(24, 36, dtype=torch.float64) for _ in range(2))
     for _ in range(STEPS):
         with torch.no_grad():
@@ -35,17 +35,20 @@ def test_ten_thousand_small_steps_in_float32_lose_nothing_that_matters(tally: Ca
             A.grad, B.grad = SCALE * B.T @ G, SCALE * G @ A.T
         before = A.detach().clone(), B.detach().clone()
         optimizer.step()
-        step = ops.effective_gradient(*before, A.grad, B.grad, LR, SCALE), ops.difference(A, B, before, SCALE)
+        step = (
+            ops.effective_gradient(*before, A.grad, B.grad, lr=LR, scale=SCALE),
+            ops.difference(A, B, before, scale=SCALE),
+        )
         for low in omegas.values():
             ops.accumulate_(low, *step)
         factors = [factor.detach().double() for factor in (*before, A.grad, B.grad, A, B)]
-        gradient = equations.effective_gradient(*factors[:4], LR, SCALE)
-        delta = equations.movement(*factors[:2], *factors[4:], SCALE)
+        gradient = equations.effective_gradient(*factors[:4], lr=LR, scale=SCALE)
+        delta = equations.movement(*factors[:2], *factors[4:], scale=SCALE)
         omega = equations.path_integral(omega, gradient, delta)
         added += (gradient * delta).abs()
 
-    moved = ops.difference(A, B, start, SCALE)
-    moved_wide = equations.movement(*(f.detach().double() for f in (*start, A, B)), SCALE)
+    moved = ops.difference(A, B, start, scale=SCALE)
+    moved_wide = equations.movement(*(f.detach().double() for f in (*start, A, B)), scale=SCALE)
     weight = 1 / (moved_wide**2 + XI)  # of ω in Ω
     found: dict[str, tuple[float, float]] = {}  # relative error, and its bound
 

@@ -200,7 +200,7 @@ def test_an_importance_of_zeros_has_a_defined_penalty_or_is_refused(
     zero = replace(
         importance,
         matrices={
-            name: replace(m, omega=encodings.zeros(encoding, *sizes[name], m.A.device), undo_cost=0.0)
+            name: replace(m, omega=encodings.zeros(encoding, *sizes[name], device=m.A.device), undo_cost=0.0)
             for name, m in importance.matrices.items()
         },
     )

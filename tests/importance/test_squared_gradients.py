@@ -272,7 +272,7 @@ def test_effective_squares_are_those_of_equation_11_at_the_base_point(
     (exact_model(input_ids=sequence, labels=sequence).loss * (sequence.shape[1] - 1)).backward()
     for m in adapted_matrices(exact_model):
         assert m.A.grad is not None and m.B.grad is not None and not m.A.grad.any()
-        effective = equations.effective_gradient(m.A, m.B, m.A.grad, m.B.grad, 0.0, m.scale)
+        effective = equations.effective_gradient(m.A, m.B, m.A.grad, m.B.grad, lr=0.0, scale=m.scale)
         torch.testing.assert_close(importance.matrices[m.name].omega, effective.detach() ** 2 / (sequence.shape[1] - 1))
 
 

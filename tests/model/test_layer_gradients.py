@@ -94,7 +94,7 @@ def test_the_factors_gradients_are_g_seen_through_the_other_factor(
         G, A, B = sums[m.name], m.A.detach(), m.B.detach()
         torch.testing.assert_close(m.B.grad, m.scale * G @ A.T, rtol=1e-10, atol=1e-15)
         torch.testing.assert_close(m.A.grad, m.scale * B.T @ G, rtol=1e-10, atol=1e-15)
-        effective = equations.effective_gradient(A, B, m.A.grad, m.B.grad, 0.0, m.scale)
+        effective = equations.effective_gradient(A, B, m.A.grad, m.B.grad, lr=0.0, scale=m.scale)
         torch.testing.assert_close(effective, m.scale**2 * (G @ A.T @ A + B @ B.T @ G), rtol=1e-10, atol=1e-15)
 
 

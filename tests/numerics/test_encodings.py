@@ -23,7 +23,7 @@ def factored(matrix: torch.Tensor) -> Factored:
 
 @pytest.mark.parametrize(("encoding", "expected"), [("float32", 4 * 15), ("factored", 4 * 8)])
 def test_bytes_of_a_3_by_5_matrix(encoding: str, expected: int) -> None:
-    assert encodings.nbytes(encodings.zeros(encoding, 3, 5, CPU)) == expected
+    assert encodings.nbytes(encodings.zeros(encoding, 3, 5, device=CPU)) == expected
 
 
 def test_bytes_of_llama_are_those_of_the_docstring() -> None:
@@ -36,7 +36,9 @@ def test_factored_importance_of_llama_is_a_thousandth_of_the_papers_and_of_all_l
     None
 ):
     def factored(shapes: list[tuple[int, int]]) -> int:
-        return sum(encodings.nbytes(encodings.zeros("factored", *shape, torch.device("meta"))) for shape in shapes)
+        return sum(
+            encodings.nbytes(encodings.zeros("factored", *shape, device=torch.device("meta"))) for shape in shapes
+        )
 
     assert factored([(3072, 3072), (1024, 3072)] * 28) <= 1.3e9 / 1000  # 3B, q_proj and v_proj; Fig. 5
     layer = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
@@ -45,7 +47,7 @@ def test_factored_importance_of_llama_is_a_thousandth_of_the_papers_and_of_all_l
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zeros_are_zero_in_every_encoding(encoding: str) -> None:
-    zero = encodings.zeros(encoding, 3, 5, CPU)
+    zero = encodings.zeros(encoding, 3, 5, device=CPU)
     dense = zero if isinstance(zero, torch.Tensor) else zero.dense()
     assert dense.shape == (3, 5)
     assert not dense.any()
@@ -54,7 +56,7 @@ def test_zeros_are_zero_in_every_encoding(encoding: str) -> None:
 
 def test_unknown_encoding_is_refused_with_the_valid_names() -> None:
     with pytest.raises(ValueError, match="float32, factored, got 'int3'"):
-        encodings.zeros("int3", 3, 5, CPU)
+        encodings.zeros("int3", 3, 5, device=CPU)
 
 
 @given(d_out=st.integers(1, 9), d_in=st.integers(1, 9), seed=st.integers(0, 1000), unit=st.floats(1e-30, 1e10))
@@ -116,8 +118,8 @@ def test_norm_total_and_add_agree_with_the_dense_form_over_many_blocks(
 
 
 def test_parts_of_another_encoding_dtype_or_shape_are_refused_by_name() -> None:
-    parts = encodings.parts(encodings.zeros("factored", 3, 5, CPU))
-    encodings.check(parts, "factored", 3, 5)
+    parts = encodings.parts(encodings.zeros("factored", 3, 5, device=CPU))
+    encodings.check(parts, "factored", (3, 5))
     wrong = {
         r"w\.row: factored has torch.float32 of \(3,\) there, got torch.int8 of": {"row": parts["row"].to(torch.int8)},
         r"w\.column: .* got torch.float32 of \(4,\)": {"column": parts["column"][1:]},
@@ -125,10 +127,12 @@ def test_parts_of_another_encoding_dtype_or_shape_are_refused_by_name() -> None:
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            encodings.check({**parts, **change}, "factored", 3, 5, "w")
+            encodings.check({**parts, **change}, "factored", (3, 5), name="w")
     with pytest.raises(ValueError, match=r"omega\.dense: float32 has .* there, got nothing"):
-        encodings.check(parts, "float32", 3, 5)
-    encodings.check(encodings.parts(encodings.zeros("factored", 3, 5, CPU, torch.float64)), "factored", 3, 5)
+        encodings.check(parts, "float32", (3, 5))
+    encodings.check(
+        encodings.parts(encodings.zeros("factored", 3, 5, device=CPU, dtype=torch.float64)), "factored", (3, 5)
+    )
 
 
 def test_row_blocks_are_larger_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +143,7 @@ def test_row_blocks_are_larger_on_an_accelerator(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_parts_and_from_parts_are_inverse(encoding: str) -> None:
-    matrix = encodings.zeros(encoding, 3, 5, CPU)
+    matrix = encodings.zeros(encoding, 3, 5, device=CPU)
     for part in encodings.parts(matrix).values():
         part.copy_(torch.rand(part.shape))
     again = encodings.from_parts(encodings.parts(matrix))

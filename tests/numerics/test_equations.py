@@ -25,7 +25,7 @@ def product_element(left: Tensor, right: Tensor, i: int, j: int) -> float:
 
 def test_movement_is_the_scaled_change_of_the_product(draw) -> None:
     A, B, A_next, B_next = draw(RANK, D_IN), draw(D_OUT, RANK), draw(RANK, D_IN), draw(D_OUT, RANK)
-    moved = equations.movement(A, B, A_next, B_next, SCALE)
+    moved = equations.movement(A, B, A_next, B_next, scale=SCALE)
     assert moved.shape == (D_OUT, D_IN)
     for i in range(D_OUT):
         for j in range(D_IN):
@@ -42,7 +42,7 @@ def test_movement_of_a_rank_one_matrix_by_hand() -> None:
 
 def test_effective_gradient_is_the_sum_of_its_three_terms(draw) -> None:
     A, B, grad_A, grad_B = draw(RANK, D_IN), draw(D_OUT, RANK), draw(RANK, D_IN), draw(D_OUT, RANK)
-    gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, SCALE)
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=LR, scale=SCALE)
     for i in range(D_OUT):
         for j in range(D_IN):
             expected = SCALE * (
@@ -55,8 +55,8 @@ def test_effective_gradient_is_the_sum_of_its_three_terms(draw) -> None:
 
 def test_movement_equals_minus_lr_times_effective_gradient_under_sgd(draw) -> None:
     A, B, grad_A, grad_B = draw(RANK, D_IN), draw(D_OUT, RANK), draw(RANK, D_IN), draw(D_OUT, RANK)
-    moved = equations.movement(A, B, A - LR * grad_A, B - LR * grad_B, SCALE)
-    gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, SCALE)
+    moved = equations.movement(A, B, A - LR * grad_A, B - LR * grad_B, scale=SCALE)
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=LR, scale=SCALE)
     torch.testing.assert_close(moved, -LR * gradient, rtol=1e-12, atol=1e-14)
 
 
@@ -70,8 +70,8 @@ def test_importance_equals_lr_times_squared_effective_gradient_under_sgd(draw) -
         grad_A, grad_B = torch.autograd.grad(((SCALE * B @ A - target) ** 2).mean(), (A, B))
         with torch.no_grad():
             A_next, B_next = A - lr * grad_A, B - lr * grad_B
-            gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr, SCALE)
-            omega = equations.path_integral(omega, gradient, equations.movement(A, B, A_next, B_next, SCALE))
+            gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=lr, scale=SCALE)
+            omega = equations.path_integral(omega, gradient, equations.movement(A, B, A_next, B_next, scale=SCALE))
             expected += lr * gradient**2
             A.copy_(A_next)
             B.copy_(B_next)
@@ -106,9 +106,9 @@ def test_the_effective_gradient_is_to_first_order_the_exact_one_seen_through_the
     torch.testing.assert_close(grad_A, SCALE * B.T @ G, **exactly)
     first_order = SCALE**2 * (G @ A.T @ A + B @ B.T @ G)
     second_order = SCALE**3 * G @ A.T @ B.T @ G
-    gradient = equations.effective_gradient(A, B, grad_A, grad_B, 0.0, SCALE)
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=0.0, scale=SCALE)
     torch.testing.assert_close(gradient, first_order, **exactly)
-    gradient = equations.effective_gradient(A, B, grad_A, grad_B, LR, SCALE)
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=LR, scale=SCALE)
     torch.testing.assert_close(gradient, first_order - LR * second_order, rtol=1e-12, atol=1e-10)
 
 
@@ -200,8 +200,10 @@ def test_regularisation_and_total_loss_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equations_keep_the_dtype_they_are_given(dtype: torch.dtype, draw) -> None:
     A, B = draw(RANK, D_IN).to(dtype), draw(D_OUT, RANK).to(dtype)
-    gradient = equations.effective_gradient(A, B, A, B, LR, SCALE)
-    omega = equations.path_integral(torch.zeros_like(gradient), gradient, equations.movement(A, B, A, 2 * B, SCALE))
+    gradient = equations.effective_gradient(A, B, A, B, lr=LR, scale=SCALE)
+    omega = equations.path_integral(
+        torch.zeros_like(gradient), gradient, equations.movement(A, B, A, 2 * B, scale=SCALE)
+    )
     importance = equations.consolidate(omega, gradient, 1e-3)
     assert {gradient.dtype, omega.dtype, importance.dtype} == {dtype}
     assert equations.layer_penalty(importance, gradient, omega).dtype == dtype

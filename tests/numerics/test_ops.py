@@ -56,13 +56,13 @@ def dense(matrix: Encoded) -> Tensor:
 
 
 def streamed_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[types.Pair, types.Pair]:
-    gradient = ops.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr, scale)
-    return gradient, ops.difference(step.A_next, step.B_next, (step.A, step.B), scale)
+    gradient = ops.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr=lr, scale=scale)
+    return gradient, ops.difference(step.A_next, step.B_next, (step.A, step.B), scale=scale)
 
 
 def reference_pairs(step: Step, lr: float = 0.03, scale: float = 1.7) -> tuple[Tensor, Tensor]:
-    gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr, scale)
-    return gradient, equations.movement(step.A, step.B, step.A_next, step.B_next, scale)
+    gradient = equations.effective_gradient(step.A, step.B, step.grad_A, step.grad_B, lr=lr, scale=scale)
+    return gradient, equations.movement(step.A, step.B, step.A_next, step.B_next, scale=scale)
 
 
 @pytest.fixture(params=[1, 50, 1 << 18], ids=["one-row-blocks", "small-blocks", "one-block"])
@@ -94,8 +94,8 @@ def test_a_tiny_movement_does_not_cancel_in_float32() -> None:
     step = draw(40, 30, dtype=torch.float32)
     A_next, B_next = step.A + 1e-6 * step.grad_A, step.B + 1e-6 * step.grad_B
     exact = equations.movement(*(t.double() for t in (step.A, step.B, A_next, B_next)), scale=1.0)
-    left, right = ops.difference(A_next, B_next, (step.A, step.B), 1.0)
-    naive = equations.movement(step.A, step.B, A_next, B_next, 1.0)
+    left, right = ops.difference(A_next, B_next, (step.A, step.B), scale=1.0)
+    naive = equations.movement(step.A, step.B, A_next, B_next, scale=1.0)
     error = (left @ right - exact).abs().max() / exact.abs().max()
     assert error < 1e-6
     assert (naive - exact).abs().max() / exact.abs().max() > 30 * error
@@ -140,8 +140,8 @@ def drawn_steps(seed: int = 0) -> list[types.Step]:
 def integrated(omega: Tensor, step: types.Step, scale: float) -> Tensor:
     """By the equations, in float64."""
     A, B, grad_A, grad_B, lr, A_next, B_next = (t.double() if isinstance(t, Tensor) else t for t in step)
-    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr, scale)
-    return equations.path_integral(omega, gradient, equations.movement(A, B, A_next, B_next, scale))
+    gradient = equations.effective_gradient(A, B, grad_A, grad_B, lr=lr, scale=scale)
+    return equations.path_integral(omega, gradient, equations.movement(A, B, A_next, B_next, scale=scale))
 
 
 COUNTED = torch.ones((), dtype=torch.bool)
@@ -154,7 +154,7 @@ def test_every_matrix_of_a_model_gets_its_own_step(encoding: str, block: int) ->
     steps = drawn_steps()
     starts = [positive(d_out, d_in, torch.float32, number) for number, (d_out, d_in, *_) in enumerate(MATRICES)]
     omegas = [encode(start.clone(), encoding) for start in starts]
-    ops.accumulate_all_(omegas, steps, SCALES, COUNTED)
+    ops.accumulate_all_(omegas, steps, SCALES, counted=COUNTED)
     for omega, start, mine, scale in zip(omegas, starts, steps, SCALES, strict=True):
         expected = integrated(start.double(), mine, scale)
         for got, wanted in zip(
@@ -168,10 +168,10 @@ def test_every_matrix_of_a_model_gets_its_own_step(encoding: str, block: int) ->
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_does_not_count_leaves_no_trace_whatever_it_holds(encoding: str, bad: float) -> None:
     first, broken = drawn_steps(), [step._replace(grad_A=bad * step.grad_A) for step in drawn_steps(1)]
-    omegas = [encodings.zeros(encoding, *sizes[:2], torch.device("cpu")) for sizes in MATRICES]
-    ops.accumulate_all_(omegas, first, SCALES, COUNTED)
+    omegas = [encodings.zeros(encoding, *sizes[:2], device=torch.device("cpu")) for sizes in MATRICES]
+    ops.accumulate_all_(omegas, first, SCALES, counted=COUNTED)
     before = [{name: part.clone() for name, part in encodings.parts(omega).items()} for omega in omegas]
-    ops.accumulate_all_(omegas, broken, SCALES, ~COUNTED)
+    ops.accumulate_all_(omegas, broken, SCALES, counted=~COUNTED)
     for omega, parts in zip(omegas, before, strict=True):
         for name, part in encodings.parts(omega).items():
             assert part.any()
@@ -183,7 +183,7 @@ def test_zero_movement_leaves_omega_exactly_as_it_was(block: int) -> None:
     omega = positive(7, 13)
     before, factored = omega.clone(), sums(omega)
     gradient, _ = streamed_pairs(step)
-    still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
+    still = ops.difference(step.A, step.B, (step.A, step.B), scale=1.7)
     ops.accumulate_(omega, gradient, still)
     ops.accumulate_(factored, gradient, still)
     assert torch.equal(omega, before)
@@ -226,8 +226,8 @@ def test_factored_consolidation_takes_negative_sums_as_zero_and_reports_their_sh
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_consolidating_zero_omega_and_zero_movement_gives_zero(encoding: str) -> None:
     step = draw(7, 13)
-    still = ops.difference(step.A, step.B, (step.A, step.B), 1.7)
-    importance, share = ops.consolidate(encodings.zeros(encoding, 7, 13, torch.device("cpu")), still, 1e-3)
+    still = ops.difference(step.A, step.B, (step.A, step.B), scale=1.7)
+    importance, share = ops.consolidate(encodings.zeros(encoding, 7, 13, device=torch.device("cpu")), still, 1e-3)
     assert float(encodings.norm(importance)) == 0.0
     assert share == 0.0
 
@@ -238,7 +238,7 @@ def test_streamed_penalty_equals_the_reference(d_out: int, d_in: int, block: int
     importance = positive(d_out, d_in)
     theta, theta_nu = 1.7 * step.B_next @ step.A_next, 1.7 * step.B @ step.A
     expected = equations.layer_penalty(importance, theta, theta_nu)
-    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), 1.7)
+    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), scale=1.7)
     torch.testing.assert_close(ops.penalty(importance, delta), expected, rtol=1e-11, atol=0)
 
 
@@ -255,7 +255,7 @@ def test_closed_form_gradients_equal_autograd_of_the_reference(
 ) -> None:
     step = draw(d_out, d_in)
     importance = positive(d_out, d_in) if encoding == "dense" else sums(positive(d_out, d_in))
-    got = ops.penalty_with_gradients(importance, step.A_next, step.B_next, (step.A, step.B), 1.7)
+    got = ops.penalty_with_gradients(importance, step.A_next, step.B_next, anchor=(step.A, step.B), scale=1.7)
     for mine, expected in zip(got, autograd_penalty(dense(importance), step, 1.7), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-11)
 
@@ -276,7 +276,9 @@ def test_penalty_of_any_shape_and_dtype_equals_float64_autograd(
     step = draw(d_out, d_in, rank, dtype, seed)
     importance = positive(d_out, d_in, torch.float32, seed)
     encoded = encode(importance, kept)
-    value, grad_A, grad_B = ops.penalty_with_gradients(encoded, step.A_next, step.B_next, (step.A, step.B), 1.7)
+    value, grad_A, grad_B = ops.penalty_with_gradients(
+        encoded, step.A_next, step.B_next, anchor=(step.A, step.B), scale=1.7
+    )
     assert value.dtype == grad_A.dtype == grad_B.dtype == torch.promote_types(dtype, torch.float32)
     expected = autograd_penalty(dense(encoded).double(), Step(*(t.double() for t in step)), 1.7)
     for mine, other in zip((value, grad_A, grad_B), expected, strict=True):
@@ -291,7 +293,7 @@ def test_factors_of_the_penalty_pass_gradcheck(encoding: str) -> None:
     class Penalty(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
-            value, *gradients = ops.penalty_with_gradients(importance, A, B, (step.A, step.B), 1.7)
+            value, *gradients = ops.penalty_with_gradients(importance, A, B, anchor=(step.A, step.B), scale=1.7)
             ctx.save_for_backward(*gradients)
             return value
 
@@ -305,7 +307,7 @@ def test_factors_of_the_penalty_pass_gradcheck(encoding: str) -> None:
 def test_factored_penalty_equals_the_penalty_of_its_dense_form() -> None:
     step = draw(33, 17)
     factored = sums(positive(33, 17))
-    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), 1.7)
+    delta = ops.difference(step.A_next, step.B_next, (step.A, step.B), scale=1.7)
     torch.testing.assert_close(ops.penalty(factored, delta), ops.penalty(factored.dense(), delta), rtol=1e-11, atol=0)
 
 
@@ -319,7 +321,7 @@ def test_the_penalties_of_a_model_are_those_of_each_matrix(encoding: str, anchor
     ]
     anchors = [(step.A, step.B) if anchored else None for step in steps]
     As, Bs = [step.A_next for step in steps], [step.B_next for step in steps]
-    values, grad_As, grad_Bs = ops.penalties_with_gradients(importances, As, Bs, anchors, SCALES)
+    values, grad_As, grad_Bs = ops.penalties_with_gradients(importances, As, Bs, anchors=anchors, scales=SCALES)
     assert values.shape == (len(MATRICES),)
     for number, importance in enumerate(importances):
         reference = Step(
@@ -342,8 +344,8 @@ def test_the_penalties_of_a_model_are_those_of_each_matrix(encoding: str, anchor
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zero_importance_costs_nothing_and_pulls_nowhere(encoding: str) -> None:
     step = draw(7, 13)
-    zero = encodings.zeros(encoding, 7, 13, torch.device("cpu"))
-    for result in ops.penalty_with_gradients(zero, step.A_next, step.B_next, (step.A, step.B), 1.7):
+    zero = encodings.zeros(encoding, 7, 13, device=torch.device("cpu"))
+    for result in ops.penalty_with_gradients(zero, step.A_next, step.B_next, anchor=(step.A, step.B), scale=1.7):
         assert not result.any()
 
 
@@ -351,7 +353,7 @@ def test_zero_importance_costs_nothing_and_pulls_nowhere(encoding: str) -> None:
 def test_penalty_at_its_anchor_is_zero_with_zero_gradients(encoding: str) -> None:
     step = draw(7, 13, dtype=torch.float32)
     importance = positive(7, 13, torch.float32) if encoding == "dense" else sums(positive(7, 13, torch.float32))
-    value, grad_A, grad_B = ops.penalty_with_gradients(importance, step.A, step.B, (step.A, step.B), 1.7)
+    value, grad_A, grad_B = ops.penalty_with_gradients(importance, step.A, step.B, anchor=(step.A, step.B), scale=1.7)
     assert value.item() == 0.0
     assert not grad_A.any()
     assert not grad_B.any()
@@ -390,13 +392,15 @@ def memory_cases() -> list[Any]:
 
     cases = []
     for encoding in ENCODINGS:
-        kept = encodings.zeros(encoding, D_OUT, D_IN, torch.device("cpu"))
+        kept = encodings.zeros(encoding, D_OUT, D_IN, device=torch.device("cpu"))
         importance = encode(exact, encoding)
         made = [*encodings.parts(kept).values(), *encodings.parts(importance).values()]
         for name, operation in {
             "recording": lambda m, _: ops.accumulate_(m, gradient, delta),
             "consolidation": lambda m, _: ops.consolidate(m, delta, 1e-3),
-            "penalty": lambda _, m: ops.penalty_with_gradients(m, step.A_next, step.B_next, (step.A, step.B), 1.7),
+            "penalty": lambda _, m: ops.penalty_with_gradients(
+                m, step.A_next, step.B_next, anchor=(step.A, step.B), scale=1.7
+            ),
             "norm": lambda _, m: encodings.norm(m),
             "total": lambda _, m: encodings.total(m),
         }.items():

@@ -19,7 +19,9 @@ def drawn(n: int, tokens: int, d_out: int, d_in: int, seed: int = 0) -> tuple[Te
 
 
 def sketched(x: Tensor, gradient: Tensor, P: Tensor, Q: Tensor) -> Factored:
-    return squares.sketched_sums(x, gradient, squares.seen_through(x, P), squares.seen_through(gradient, Q))
+    return squares.sketched_sums(
+        x, gradient, x_seen=squares.seen_through(x, P), gradient_seen=squares.seen_through(gradient, Q)
+    )
 
 
 @pytest.mark.parametrize("sizes", SHAPES)

@@ -35,7 +35,7 @@ def both_operations(d_out: int, d_in: int, rank: int = 2) -> Iterator[tuple[Tens
     omega, exact = matrix.clone(), type(step)(*(factor.double() for factor in step))
     ops.accumulate_(omega, *streamed_pairs(step))
     yield omega, equations.path_integral(matrix.double(), *reference_pairs(exact))
-    found = ops.penalty_with_gradients(matrix, step.A_next, step.B_next, (step.A, step.B), 1.7)
+    found = ops.penalty_with_gradients(matrix, step.A_next, step.B_next, anchor=(step.A, step.B), scale=1.7)
     yield from zip(found, autograd_penalty(matrix.double(), exact, 1.7), strict=True)
 
 

@@ -81,6 +81,6 @@ def uniform_importance(importance: Importance) -> Importance:
     for name, matrix in importance.matrices.items():
         d_out, d_in = encodings.shape(matrix.omega)
         same = Factored(torch.full((d_out,), mean * d_in), torch.full((d_in,), mean * d_out))
-        delta = ops.difference(matrix.A, matrix.B, None, matrix.scale)
+        delta = ops.difference(matrix.A, matrix.B, None, scale=matrix.scale)
         matrices[name] = replace(matrix, omega=same, undo_cost=float(ops.penalty(same, delta)))
     return replace(importance, matrices=matrices, encoding="factored")

@@ -249,7 +249,7 @@ class Importance:
     def _check_numbers(self) -> None:
         for name, matrix in self.matrices.items():
             try:
-                encodings.check(encodings.parts(matrix.omega), self.encoding, *encodings.shape(matrix.omega), name)
+                encodings.check(encodings.parts(matrix.omega), self.encoding, encodings.shape(matrix.omega), name=name)
                 for factor in ("A", "B"):
                     if not getattr(matrix, factor).isfinite().all():
                         raise ValueError(f"{name}.{factor}: not every number is finite")
@@ -344,7 +344,7 @@ class Importance:
             for name, facts in document["matrices"].items():
                 own = {part: tensors[f"{name}.{part}"] for part in encodings.PARTS if f"{name}.{part}" in tensors}
                 A, B = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
-                encodings.check(own, document["encoding"], B.shape[0], A.shape[1], name)
+                encodings.check(own, document["encoding"], (B.shape[0], A.shape[1]), name=name)
                 _check_cost(float(facts["undo_cost"]), name)
                 matrices[name] = ImportanceMatrix(
                     omega=encodings.from_parts(own),

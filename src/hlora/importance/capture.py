@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from hlora.numerics.precision import wide_dtype
+
 Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]  # A, B, gradients, learning rates
 
 
@@ -22,13 +24,8 @@ def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None
 
 def gradient_copies(parameters: list[nn.Parameter], pieces: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
     """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
-    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    wide = [wide_dtype(parameter) for parameter in parameters]
     return copies_of(pieces([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]), wide)
-
-
-def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In float32 or wider."""
-    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def on_device(device: torch.device, number: float | Tensor) -> float | Tensor:

@@ -38,7 +38,7 @@ class Movement:
         moved: Tensor = torch.zeros((), device=self.matrices[0].A.device)
         for matrix in self.matrices:
             left, right = ops.difference(
-                full_tensor(matrix.A), full_tensor(matrix.B), self.start[matrix.name], matrix.scale
+                full_tensor(matrix.A), full_tensor(matrix.B), self.start[matrix.name], scale=matrix.scale
             )
             moved += ((left.T @ left) * (right @ right.T)).sum().to(moved.device)
             if matrix.name not in self._base_squares:

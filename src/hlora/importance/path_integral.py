@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlora.importance.capture import Snapshot, copies_of, gradient_copies, on_device, widened
+from hlora.importance.capture import Snapshot, copies_of, gradient_copies, on_device
 from hlora.importance.shares import Shares
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics import encodings, ops
 from hlora.numerics.encodings import Encoded
+from hlora.numerics.precision import widened
 from hlora.numerics.types import Consolidated, Factors, Step
 from hlora.parallel.group import all_gather_text, world_size
 
@@ -78,7 +79,7 @@ class PathIntegral:
         held = set(map(id, self._here()))
         factors = [factor for m in self.matrices if id(m) not in held for factor in (m.A, m.B)]
         gradients = [factor.grad for factor in factors if factor.grad is not None]
-        return [torch.nn.utils.get_total_norm(widened(gradients))] if gradients else []
+        return [torch.nn.utils.get_total_norm(list(map(widened, gradients)))] if gradients else []
 
     def discard(self) -> None:
         """Forget what `capture` kept; the optimizer did not step."""
@@ -92,14 +93,14 @@ class PathIntegral:
         here = self._here()
         As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
         elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
-        factors = widened([*As, *Bs, *elsewhere])  # the norm of a float16 one overflows
+        factors = [widened(factor) for factor in (*As, *Bs, *elsewhere)]  # the norm of a float16 one overflows
         seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
         steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
         if self._shares.sharded:
             steps, finite = self._at_owners(steps, finite)
         scales = [matrix.scale for matrix in self._shares.mine]
-        ops.accumulate_all_(list(self.omega.values()), steps, scales, finite)
+        ops.accumulate_all_(list(self.omega.values()), steps, scales, counted=finite)
         return finite
 
     def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
@@ -115,7 +116,7 @@ class PathIntegral:
         """ω so far by matrix name, in the encoding; in a group of processes that of this one's share."""
         for matrix in self._shares.mine if not self._omega else ():
             sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
-            self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device)
+            self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device=device)
         return self._omega
 
     def consolidated(
@@ -128,7 +129,7 @@ class PathIntegral:
         mine, indices = self._shares.mine, self._shares.indices
         factors = [As[i] for i in indices], [Bs[i] for i in indices]
         own_starts, scales = [starts[m.name] for m in mine], [m.scale for m in mine]
-        found = ops.consolidate_all(list(self.omega.values()), *factors, own_starts, scales, xi)
+        found = ops.consolidate_all(list(self.omega.values()), *factors, starts=own_starts, scales=scales, xi=xi)
         of = {matrix.name: each for matrix, each in zip(mine, found, strict=True)}
         if self._shares.processes == 1:
             return of

@@ -233,8 +233,8 @@ class ImportancePenalty:
             [self._omega[m.name] for m in mine],
             As,
             Bs,
-            [self._anchor[m.name] for m in mine],
-            [m.scale for m in mine],
+            anchors=[self._anchor[m.name] for m in mine],
+            scales=[m.scale for m in mine],
         )
         weights = [self.coefficients[m.name] / self.unit for m in mine]
         for each in (list(values), *gradients):

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hlora.importance.capture import on_device, widened
+from hlora.importance.capture import on_device
 from hlora.importance.examples import Batch, batches
 from hlora.model.adapters import AdaptedMatrix
 from hlora.model.layer_gradients import layer_gradients
 from hlora.numerics import encodings, ops, squares
 from hlora.numerics.encodings import Encoded, Factored
+from hlora.numerics.precision import widened
 from hlora.numerics.types import Consolidated, Factors
 from hlora.parallel.dtensor import local_tensor
 from hlora.parallel.group import rank, world_size
@@ -131,7 +132,9 @@ class RecordedSquares:
             sums = squares.exact_sums(x, gradient)
         else:
             gradient_seen = squares.seen_through(gradient, self._signs_of(place).to(x))
-            sums = squares.sketched_sums(x, gradient, self._input_seen(shared, x, place + 1), gradient_seen)
+            sums = squares.sketched_sums(
+                x, gradient, x_seen=self._input_seen(shared, x, place + 1), gradient_seen=gradient_seen
+            )
         for part, mine in zip(self._split(self._coming)[place : place + 2], sums, strict=True):
             if batch.token_weight is not None:
                 mine = mine / on_device(mine.device, batch.token_weight) ** 2
@@ -176,7 +179,7 @@ class RecordedSquares:
         gradients = [f.grad for m in self.matrices for f in (m.A, m.B) if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
         if gradients:
-            self._gradient_norm = torch.nn.utils.get_total_norm(widened([local_tensor(each) for each in gradients]))
+            self._gradient_norm = torch.nn.utils.get_total_norm([widened(local_tensor(each)) for each in gradients])
 
     def discard(self) -> None:
         """Leave out the examples of the step under way; the optimizer did not step."""
@@ -237,7 +240,7 @@ class RecordedSquares:
             sums = self.omega[matrix.name]
             assert isinstance(sums, Factored)
             importance = Factored(sums.row.clone().to(A.device), sums.column.clone().to(A.device))
-            delta = ops.difference(A, B, starts[matrix.name], matrix.scale)
+            delta = ops.difference(A, B, starts[matrix.name], scale=matrix.scale)
             undo_cost, norm = float(ops.penalty(importance, delta)), float(encodings.norm(importance))
             found[matrix.name] = Consolidated(importance, 0.0, undo_cost, norm)
         return found

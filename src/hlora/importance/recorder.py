@@ -77,7 +77,7 @@ class ImportanceRecorder:
         seed: int = 0,
         share: float | None = None,
     ) -> None:
-        encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # an unknown encoding is refused now
+        encodings.zeros(encoding, 1, 1, device=torch.device("cpu"))  # an unknown encoding is refused now
         if method not in ("path_integral", "squared_gradients"):
             raise ValueError(f"method: expected path_integral or squared_gradients, got {method!r}")
         if share is not None and not 0 < share <= 1:

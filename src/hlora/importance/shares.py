@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
+from hlora.numerics.precision import wide_dtype
 from hlora.parallel.dtensor import full_tensor, local_tensor
 from hlora.parallel.group import is_main, rank, world_size
 
@@ -111,7 +112,7 @@ class Shares:
         for matrix, owner in zip(self.matrices, self.owners, strict=True):
             sizes[owner] += 1 + matrix.A.numel() + matrix.B.numel()
         device = self.matrices[0].A.device
-        dtype = torch.promote_types(self.matrices[0].A.dtype, torch.float32)
+        dtype = wide_dtype(self.matrices[0].A)
         sent = torch.zeros(max(sizes), dtype=dtype, device=device)
         parts = [t.reshape(-1) for v, pair in zip(values, gradients, strict=True) for t in (v, *pair)]
         if parts:
@@ -135,7 +136,7 @@ class Shares:
             own = mine.get(matrix.name)
             like = own
             if like is None:
-                like = encodings.zeros(encoding, matrix.B.shape[0], matrix.A.shape[1], torch.device("meta"))
+                like = encodings.zeros(encoding, matrix.B.shape[0], matrix.A.shape[1], device=torch.device("meta"))
             parts = {}
             for name, part in encodings.parts(like).items():
                 if everywhere:

@@ -26,6 +26,7 @@ from hlora.model.initialisation import check_base_without_adapter
 from hlora.model.layer_gradients import layer_gradients
 from hlora.numerics import encodings, squares
 from hlora.numerics.encodings import Encoded, Factored
+from hlora.numerics.precision import wide_dtype, widened
 from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError
 
@@ -99,11 +100,11 @@ def fisher_of_sequences(
     """
     matrices = {matrix.name: matrix for matrix in adapted_matrices(model, unprotected="warn")}
     check_base_without_adapter(matrices.values())
-    wide = {name: _wide(matrix.A) for name, matrix in matrices.items()}
-    encodings.zeros(encoding, 1, 1, torch.device("cpu"))  # refuse an unknown encoding before the pass
+    wide = {name: wide_dtype(matrix.A) for name, matrix in matrices.items()}
+    encodings.zeros(encoding, 1, 1, device=torch.device("cpu"))  # refuse an unknown encoding before the pass
     sums: dict[str, Encoded] = {}
     for name, m in matrices.items():
-        sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], m.A.device, wide[name])
+        sums[name] = encodings.zeros(encoding, m.B.shape[0], m.A.shape[1], device=m.A.device, dtype=wide[name])
     examples, predicted = sequences.shape[0], sequences.shape[1] - 1
     uniform = torch.rand(examples, predicted, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -132,7 +133,7 @@ def fisher_of_sequences(
             batch = sequences[start : start + batch_size].to(model.device)
             seen.clear()
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            logits = logits.to(_wide(logits))
+            logits = widened(logits)
             targets = batch[:, 1:].flatten()
             if labels == "sampled":
                 targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
@@ -220,7 +221,3 @@ def _at_pretrained_weights(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

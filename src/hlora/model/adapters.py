@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hlora.model.initialisation import CHANGES_BASE, initialisation
+from hlora.numerics.precision import wide_dtype
 from hlora.parallel.dtensor import full_tensor
 from hlora.system.errors import AdapterError
 
@@ -94,8 +95,7 @@ class AdaptedMatrix:
                 f"{self.name}: the weight of a {layer} cannot be read, so there is no norm to take a share of. "
                 "Record without stop_at_move."
             )
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return float(torch.linalg.vector_norm(weight.detach(), dtype=wide)) ** 2
+        return float(torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight))) ** 2
 
     def _base_weight(self) -> tuple[Tensor | None, bool]:
         """W₀, or None if it is not in memory or cannot be dequantised; and whether it is quantised."""

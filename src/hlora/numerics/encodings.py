@@ -43,7 +43,7 @@ class Factored(NamedTuple):
 Encoded = Tensor | Factored
 
 
-def zeros(encoding: str, d_out: int, d_in: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoded:
+def zeros(encoding: str, d_out: int, d_in: int, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoded:
     """An all-zero (d_out, d_in) matrix in the encoding.
 
     Raises:
@@ -115,13 +115,19 @@ def from_parts(tensors: dict[str, Tensor]) -> Encoded:
     return tensors["dense"] if "dense" in tensors else Factored(**tensors)
 
 
-def check(tensors: dict[str, Tensor], encoding: str, d_out: int, d_in: int, name: str = "omega") -> None:
-    """Check that `tensors` are the parts of a (d_out, d_in) matrix in the encoding, in float32 or float64.
+def check(tensors: dict[str, Tensor], encoding: str, shape: tuple[int, int], *, name: str = "omega") -> None:
+    """Check that `tensors` are the parts of a matrix in the encoding, in float32 or float64.
+
+    Args:
+        tensors: The parts by name, as `parts` returns them.
+        encoding: float32 or factored.
+        shape: (d_out, d_in) of the matrix.
+        name: Of the matrix, for messages.
 
     Raises:
         ValueError: A part is missing, has another dtype or shape, or holds a number that is negative or not finite.
     """
-    for part, like in parts(zeros(encoding, d_out, d_in, torch.device("meta"))).items():
+    for part, like in parts(zeros(encoding, *shape, device=torch.device("meta"))).items():
         got = tensors.get(part)
         if got is None or got.shape != like.shape or got.dtype not in (torch.float32, torch.float64):
             found = "nothing" if got is None else f"{got.dtype} of {tuple(got.shape)}"

@@ -16,6 +16,7 @@ def movement(
     B: Tensor,  # (d_out, r)
     A_next: Tensor,  # (r, d_in) after the step
     B_next: Tensor,  # (d_out, r)
+    *,
     scale: float,
 ) -> Tensor:  # (d_out, d_in)
     """Movement of the weight in one step of any optimizer, Δθ = s(B⁺A⁺ − BA) (Eqs. 7–10)."""
@@ -27,6 +28,7 @@ def effective_gradient(
     B: Tensor,  # (d_out, r)
     grad_A: Tensor,  # (r, d_in)
     grad_B: Tensor,  # (d_out, r)
+    *,
     lr: float,
     scale: float,
 ) -> Tensor:  # (d_out, d_in)

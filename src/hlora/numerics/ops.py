@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hlora.numerics.encodings import Encoded, Factored, norm, row_blocks, shape
-from hlora.numerics.precision import outside_autocast
+from hlora.numerics.precision import outside_autocast, widened
 from hlora.numerics.types import Consolidated, Factors, Pair, Step
 from hlora.system.errors import first_line
 
@@ -31,7 +31,7 @@ _STREAMED: tuple[str, ...] = ("cpu", "meta")  # device types that stream dense m
 _LONGEST = 32  # maximum terms (2r) of a compiled sum; 64 took 74 s to compile on a busy CPU core
 
 
-def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pair:
+def difference(A: Tensor, B: Tensor, start: Factors | None, *, scale: float) -> Pair:
     """s(BA − B₀A₀) as a pair of rank 2r, in float32 or wider.
 
     Args:
@@ -40,16 +40,18 @@ def difference(A: Tensor, B: Tensor, start: Factors | None, scale: float) -> Pai
         start: A₀ and B₀. None stands for W₀: the difference is then sBA, of rank r.
         scale: The LoRA scale s.
     """
-    A, B = _wide(A), _wide(B)
+    A, B = _detached(A), _detached(B)
     if start is None:
         return scale * B, A
-    A_start, B_start = (_wide(factor) for factor in start)
+    A_start, B_start = (_detached(factor) for factor in start)
     return torch.cat([B - B_start, B_start], -1).mul_(scale), torch.cat([A, A - A_start], -2)
 
 
-def effective_gradient(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, lr: float | Tensor, scale: float) -> Pair:
+def effective_gradient(
+    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, *, lr: float | Tensor, scale: float
+) -> Pair:
     """g̃ as a pair of rank 2r, s·[g^B, B]·[A − ηg^A; g^A]. A stack may have lr of shape (n, 1, 1). Source: Eq. 11."""
-    A, B, grad_A, grad_B = (_wide(factor) for factor in (A, B, grad_A, grad_B))
+    A, B, grad_A, grad_B = (_detached(factor) for factor in (A, B, grad_A, grad_B))
     return torch.cat([grad_B, B], -1).mul_(scale), torch.cat([A - lr * grad_A, grad_A], -2)
 
 
@@ -72,6 +74,7 @@ def accumulate_all_(
     omegas: Sequence[Encoded],
     steps: Sequence[Step],
     scales: Sequence[float],
+    *,
     counted: Tensor,  # bool, a scalar
 ) -> None:
     """`accumulate_` for every matrix of a model, from the factors themselves.
@@ -104,7 +107,7 @@ def _pairs(steps: Sequence[Step], scale: float) -> tuple[Pair, Pair]:
     lr: float | Tensor = steps[0].lr
     if any(step.lr != lr for step in steps):
         lr = torch.tensor([step.lr for step in steps], dtype=grad_A.dtype, device=A.device).view(-1, 1, 1)
-    return effective_gradient(A, B, grad_A, grad_B, lr, scale), difference(A_next, B_next, (A, B), scale)
+    return effective_gradient(A, B, grad_A, grad_B, lr=lr, scale=scale), difference(A_next, B_next, (A, B), scale=scale)
 
 
 def product_sums(first: Pair, second: Pair) -> tuple[Tensor, Tensor]:  # (d_out,), (d_in,)
@@ -152,6 +155,7 @@ def consolidate_all(
     omegas: Sequence[Encoded],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
+    *,
     starts: Sequence[Factors],
     scales: Sequence[float],
     xi: float,
@@ -159,7 +163,7 @@ def consolidate_all(
     """`consolidate` for every matrix of a model, with the cost of undoing the phase and the norm of each Ω."""
     found: list[Consolidated] = []
     for omega, A, B, start, scale in zip(omegas, As, Bs, starts, scales, strict=True):
-        delta = difference(A, B, start, scale)
+        delta = difference(A, B, start, scale=scale)
         importance, share = consolidate(omega, delta, xi)
         undo_cost = float(penalty(importance, delta))
         found.append(Consolidated(importance, share, undo_cost, float(norm(importance))))
@@ -175,6 +179,7 @@ def penalty_with_gradients(
     importance: Encoded,  # (d_out, d_in)
     A: Tensor,  # (r, d_in)
     B: Tensor,  # (d_out, r)
+    *,
     anchor: Factors | None,  # of θ^ν; None for W₀
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # scalar, (r, d_in), (d_out, r)
@@ -184,7 +189,7 @@ def penalty_with_gradients(
 
     Source: Eq. 14.
     """
-    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale), (_wide(A), _wide(B)))
+    value, grad_A, grad_B = _penalty(importance, difference(A, B, anchor, scale=scale), (_detached(A), _detached(B)))
     assert grad_A is not None and grad_B is not None
     return value, grad_A.mul_(2 * scale), grad_B.mul_(2 * scale)
 
@@ -194,6 +199,7 @@ def penalties_with_gradients(
     importances: Sequence[Encoded],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
+    *,
     anchors: Sequence[Factors | None],
     scales: Sequence[float],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (L,), (r, d_in) each, (d_out, r) each
@@ -202,12 +208,12 @@ def penalties_with_gradients(
     for alike in group_by_shape(As, Bs, scales):
         if not isinstance(importances[alike[0]], Factored):
             for i in alike:
-                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchors[i], scales[i])
+                found[i] = penalty_with_gradients(importances[i], As[i], Bs[i], anchor=anchors[i], scale=scales[i])
             continue
         importance = Factored(*_stacked(importances, alike))
         anchor = None if anchors[alike[0]] is None else _stacked(anchors, alike)
         A, B = _stacked(list(zip(As, Bs, strict=True)), alike)
-        results = penalty_with_gradients(importance, A, B, anchor, scales[alike[0]])  # type: ignore[arg-type]
+        results = penalty_with_gradients(importance, A, B, anchor=anchor, scale=scales[alike[0]])  # type: ignore[arg-type]
         found |= dict(zip(alike, zip(*results, strict=True), strict=True))
     values, grad_As, grad_Bs = zip(*(found[i] for i in range(len(As))), strict=True)
     return torch.stack([value.to(values[0].device) for value in values]), list(grad_As), list(grad_Bs)
@@ -324,6 +330,6 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
-def _wide(factor: Tensor) -> Tensor:
-    """Detached, in float32 or wider."""
-    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
+def _detached(factor: Tensor) -> Tensor:
+    """Outside the graph, in float32 or wider."""
+    return widened(factor.detach())

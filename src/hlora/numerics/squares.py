@@ -32,6 +32,7 @@ def exact_sums(x: Tensor, gradient: Tensor) -> Factored:  # (n, T, d_in), (n, T,
 def sketched_sums(
     x: Tensor,  # (n, T, d_in)
     gradient: Tensor,  # (n, T, d_out)
+    *,
     x_seen: Tensor,  # (n, T, k), x through random signs: `seen_through(x, signs)`
     gradient_seen: Tensor,  # (n, T, k), gradient through others
 ) -> Factored:

@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerBase
 
 from hlora.model.lora import attach_lora
+from hlora.numerics.precision import wide_dtype
 from hlora.run.job import Job
 from hlora.run.phases import History, train_on_domain
 from hlora.system.errors import CannotRun, ConfigError
@@ -52,7 +53,7 @@ class _SummedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: nn.Linear) -> Tensor:
-        precision = torch.promote_types(hidden.dtype, torch.float32)
+        precision = wide_dtype(hidden)
         total = torch.zeros((), dtype=precision, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), _TOKENS_AT_ONCE):
