@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pydoc_data.topics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from hlora.numerics import equations
 
 if TYPE_CHECKING:
     from hlora.config.comparison import CompareConfig
+    from hlora.run.job import Job
 
 GENERAL_TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in ("assert", "booleans", "break", "calls", "class"))
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -245,6 +247,28 @@ def job_fields(tmp_path: Path, model_dir: str, general_file: str, questions: tup
             "tune": {"max_steps": 4, "max_length": 64},
         },
     }
+
+
+@pytest.fixture
+def open_job(job_fields: dict[str, Any]) -> Callable[..., Job]:
+    """Opens a comparison's cell of three steps on the tiny Llama, with changes as `section__field=value`."""
+    from hlora.config.comparison import CellConfig
+    from hlora.config.reading import parse_config
+    from hlora.run.job import Job
+
+    def build(resumable: bool = False, **changes: Any) -> Job:
+        fields = {**copy.deepcopy(job_fields), "method": "lora", "fisher": {"examples": 6, "max_length": 16}}
+        fields["training"]["common"]["report_to"] = []
+        fields["training"]["tune"]["max_steps"] = 3
+        for path, value in changes.items():
+            section, name = path.rsplit("__", 1)
+            part = fields
+            for key in section.split("__"):
+                part = part[key]
+            part[name] = value
+        return Job.open(parse_config(fields, kind=CellConfig), resumable)
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from hlora.comparison.rivals.kl import kl, kl_trainer, summed_kl
 from hlora.comparison.rivals.mlp import mlp
 from hlora.comparison.rivals.osf import osf
 from hlora.comparison.rivals.replay import replay
-from hlora.config.reading import parse_config
 from hlora.methods import METHODS
 from hlora.run.job import Job
 from hlora.run.phases import lora
@@ -42,6 +41,9 @@ from hlora.training.train import train
 RIVALS: dict[str, dict[str, float]] = {
     "replay": {"strength": 0.25},
     "kl": {"strength": 0.5},
+    "general_kl": {"strength": 0.5},
+    "eaft": {"strength": 1.0},
+    "lalora": {"strength": 1.0},
     "osf": {"strength": 0.5},
     "corda": {},
     "mlp": {},
@@ -49,25 +51,6 @@ RIVALS: dict[str, dict[str, float]] = {
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 Open = Callable[..., Job]
-
-
-@pytest.fixture
-def open_job(job_fields: dict[str, Any]) -> Open:
-    """A job of three steps on the tiny Llama, with changes as `section__field=value`."""
-
-    def build(**changes: Any) -> Job:
-        fields = copy.deepcopy(job_fields)
-        fields["training"]["common"]["report_to"] = []
-        fields["training"]["tune"]["max_steps"] = 3
-        for path, value in changes.items():
-            section, name = path.rsplit("__", 1)
-            part = fields
-            for key in section.split("__"):
-                part = part[key]
-            part[name] = value
-        return Job.open(parse_config(fields))
-
-    return build
 
 
 @pytest.fixture
@@ -152,7 +135,13 @@ def test_the_base_comes_back_from_unload_unless_the_method_is_said_to_alter_it(o
 
 
 @pytest.mark.parametrize(
-    ("method", "strength"), [("replay", None), ("replay", 0.0), ("replay", 1), ("kl", -1.0), ("osf", 1.0)]
+    ("method", "strength"),
+    [
+        *(("replay", strength) for strength in (None, 0.0, 1)),
+        *((method, strength) for method in ("kl", "general_kl", "lalora") for strength in (None, -1.0)),
+        ("eaft", -1.0),
+        ("osf", 1.0),
+    ],
 )
 def test_a_strength_outside_its_range_is_refused(open_job: Open, method: str, strength: float | None) -> None:
     with pytest.raises(ConfigError, match=f"{method}: expected a strength"):
@@ -322,15 +311,18 @@ def test_kl_is_zero_before_the_first_step_and_a_large_beta_stays_near_the_base(o
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_kl_at_beta_0_is_plain_lora(open_job: Open) -> None:
-    ours, _ = kl(open_job(), strength=0.0)
+@pytest.mark.parametrize("method", ["kl", "general_kl", "eaft", "lalora"])
+def test_at_strength_0_it_is_plain_lora(open_job: Open, method: str) -> None:
+    ours, _ = METHODS[method].function()(open_job(), strength=0.0)
     plain, _ = lora(open_job())
     others = dict(plain.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, others[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_kl_says_that_it_cannot_run_where_logits_are_changed_after_the_output_layer(open_job: Open) -> None:
+def test_rivals_that_read_hidden_states_cannot_run_where_logits_are_changed_after_the_output_layer(
+    open_job: Open,
+) -> None:
     job = open_job()
     job.base.lm_head.register_forward_hook(lambda module, args, output: output)  # harmless
     original = job.base.forward
@@ -341,8 +333,9 @@ def test_kl_says_that_it_cannot_run_where_logits_are_changed_after_the_output_la
         return outputs
 
     job.base.forward = scaled
-    with pytest.raises(CannotRun, match="straight from the output layer"):
-        kl(job, strength=1.0)
+    for method in ("kl", "general_kl", "eaft"):
+        with pytest.raises(CannotRun, match="straight from the output layer"):
+            METHODS[method].function()(job, strength=1.0)
 
 
 # OSF

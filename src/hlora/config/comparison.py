@@ -31,7 +31,8 @@ Strength = Annotated[float, Field(ge=0)]
 
 class FisherConfig(Section):
     examples: int = Field(default=128, ge=1)
-    """Number of sequences of general text that EWC-LoRA's Fisher information is estimated on (paper: 20,000)."""
+    """Number of sequences of general text that EWC-LoRA's Fisher information and LaLoRA's curvature are estimated on
+    (paper, EWC-LoRA: 20,000)."""
     max_length: int = Field(default=128, ge=2)
     """Length of each sequence, in tokens."""
     batch_size: int = Field(default=8, ge=1)
@@ -83,7 +84,7 @@ class CompareConfig(Preset):
     penalty: PenaltyConfig = PenaltyConfig()
     """How importance protects. phi is the strength of arms that name none."""
     fisher: FisherConfig = FisherConfig()
-    """EWC-LoRA's importance."""
+    """EWC-LoRA's importance, and LaLoRA's curvature."""
     training: TrainingConfig = TrainingConfig()
     """Arguments of TRL's SFTTrainer, the same for every arm."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -140,6 +141,6 @@ class CellConfig(RunConfig):
     strength: Strength | None = None
     """Strength of the method's protection, if it has one."""
     fisher: FisherConfig = FisherConfig()
-    """EWC-LoRA's importance."""
+    """EWC-LoRA's importance, and LaLoRA's curvature."""
     held_out_rows: int = 0
     """Number of training rows that no arm trains on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -28,4 +30,11 @@ def between_0_and_1(strength: float | None, method: str, meaning: str) -> float:
     """Return the strength. Raises ConfigError unless it is above 0 and below 1."""
     if strength is None or not 0 < strength < 1:
         raise ConfigError(f"{method}: expected a strength between 0 and 1, {meaning}; got {strength}")
+    return float(strength)
+
+
+def at_least_0(strength: float | None, method: str, symbol: str) -> float:
+    """Return the strength. Raises ConfigError unless it is a finite number of 0 or more."""
+    if strength is None or not 0 <= strength < math.inf:
+        raise ConfigError(f"{method}: expected a strength {symbol} of 0 or more, got {strength}")
     return float(strength)

@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedTokenizerBase
 
+from hlora.comparison.rivals.added_term import Batch, backbone_of, check_head, trainer_adding
+from hlora.comparison.rivals.common import at_least_0
 from hlora.model.lora import attach_lora
 from hlora.numerics.precision import wide_dtype
 from hlora.run.job import Job
 from hlora.run.phases import History, train_on_domain
-from hlora.system.errors import CannotRun, ConfigError
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -38,11 +38,10 @@ def kl(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
         ConfigError: The strength is missing or negative.
         CannotRun: The output layer is trained, or the model changes its logits after it (Gemma 2, Cohere).
     """
-    if strength is None or strength < 0:
-        raise ConfigError(f"kl: expected a strength β of 0 or more, got {strength}")
+    beta = at_least_0(strength, "kl", "β")
     model = attach_lora(job.base, job.config.lora, job.config.seed)
-    _check_head(model, job.tokenizer)
-    return model, train_on_domain(job, model, "kl", trainer_class=kl_trainer(float(strength)))
+    check_head(model, job.tokenizer, "KL to the base model")
+    return model, train_on_domain(job, model, "kl", trainer_class=kl_trainer(beta))
 
 
 class _SummedKL(torch.autograd.Function):
@@ -87,54 +86,33 @@ def summed_kl(hidden: Tensor, reference: Tensor, head: nn.Linear) -> Tensor:
 
 def kl_trainer(beta: float) -> type[SFTTrainer]:
     """An SFTTrainer whose loss is the task's plus beta times the divergence from the model with its adapter off."""
-    from trl import SFTTrainer
+    return trainer_adding(beta, _on_the_domain)
 
-    class KLTrainer(SFTTrainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Tensor | int | None = None,
-        ) -> Any:
-            if not model.training:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            peft_model = self.accelerator.unwrap_model(model)
-            backbone = peft_model.get_base_model().base_model
-            head = peft_model.get_output_embeddings()
-            reference = _hidden_states_of_base(peft_model, backbone, inputs)
-            seen: list[Tensor] = []
-            hook = backbone.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
-            try:
-                loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-            finally:
-                hook.remove()
-            has_next = _has_next(inputs)
-            kl = summed_kl(seen[0][:, :-1][has_next], reference[:, :-1][has_next], head) / has_next.sum().clamp(min=1)
-            self.divergences = [*getattr(self, "divergences", []), kl.detach()]
-            # Trainer leaves dividing by the accumulation to a loss that gets the number of items.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            return loss + beta * kl / steps
 
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if "loss" in logs and getattr(self, "divergences", []):
-                value = float(torch.stack(self.divergences).mean())
-                self.divergences = []
-                logs["regularisation_loss"] = value
-                logs["weighted_regularisation_loss"] = beta * value
-                logs["total_loss"] = logs["loss"]
-                logs["loss"] -= beta * value
-            super().log(logs, start_time)
+def _on_the_domain(batch: Batch) -> Tensor:
+    return mean_kl(batch.model, batch.inputs, batch.hidden)
 
-    return KLTrainer
+
+def mean_kl(model: PeftModel, inputs: dict[str, Any], hidden: Tensor) -> Tensor:
+    """Mean KL(p_base ‖ p_model), nats per token that has a next one; a scalar, differentiable in `hidden`.
+
+    Args:
+        model: The model with its adapter.
+        inputs: `input_ids` (rows, tokens), with an `attention_mask` where rows are padded.
+        hidden: The model's last hidden states on them (rows, tokens, hidden size).
+    """
+    reference, has_next = _hidden_states_of_base(model, inputs), _has_next(inputs)
+    total = summed_kl(hidden[:, :-1][has_next], reference[:, :-1][has_next], model.get_output_embeddings())
+    return total / has_next.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def _hidden_states_of_base(model: PeftModel, backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _hidden_states_of_base(model: PeftModel, inputs: dict[str, Any]) -> Tensor:
     """Last hidden states (rows, tokens, hidden size) with the adapter and all dropout off."""
     model.eval()
+    given = {name: value for name, value in inputs.items() if name != "labels"}
     with model.disable_adapter():
-        states = backbone(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        states = backbone_of(model)(**given, use_cache=False)
     model.train()
     return states.last_hidden_state
 
@@ -143,19 +121,3 @@ def _has_next(inputs: dict[str, Any]) -> Tensor:
     """Whether a next token follows, for every token except the row's last: (rows, tokens − 1)."""
     mask = inputs.get("attention_mask")
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask)[:, 1:].bool()
-
-
-@torch.no_grad()
-def _check_head(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises CannotRun unless logits are just the product of a frozen output layer, as `summed_kl` assumes."""
-    base: Any = model.get_base_model()
-    head = model.get_output_embeddings()
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        raise CannotRun("KL to the base model needs a frozen output layer; take it out of lora.target_modules")
-    ids = torch.tensor([tokenizer("A short text.")["input_ids"]], device=model.device)
-    logits = base(input_ids=ids, use_cache=False).logits
-    product = head(base.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(logits.float(), product.float(), rtol=1e-2, atol=1e-2):
-        raise CannotRun(
-            "KL to the base model needs logits that come straight from the output layer; this model's do not"
-        )
