@@ -1,4 +1,4 @@
-"""Recording and penalty inside Trainer and its children, SFTTrainer among them."""
+"""Recording and penalty as callbacks of Trainer and its subclasses, such as SFTTrainer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 
 class RecordingCallback(TrainerCallback):
-    """Feeds every optimizer step of `train()` to a recorder. Made by `recorder.callback()`.
+    """Records every optimizer step of `train()`. Made by `recorder.callback()`.
 
-    The recorder's state is part of every checkpoint that Trainer writes, and restored when Trainer resumes from one in
-    its output directory.
+    Every checkpoint that Trainer writes holds the recorder's state, which is restored when Trainer resumes from it.
+
+    Args:
+        recorder: The recorder of the trained model.
+        stop_at_move: Ends the training once `recorder.move()` reaches this share.
     """
 
     def __init__(self, recorder: ImportanceRecorder, stop_at_move: float | None = None) -> None:
@@ -51,12 +54,12 @@ class RecordingCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._watch.check_step()
-        self.recorder.discard()  # left over only when a gradient scaler skipped the step
+        self.recorder.discard()  # not empty only if a gradient scaler skipped the step
         if self.stop_at_move is not None and broadcast_bool(self.recorder.move() >= self.stop_at_move):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = self.recorder.state_dict()  # by every process, each of which has a part
+        kept = self.recorder.state_dict()  # in every process, as each holds a part
         if args.should_save:
             save_state(checkpoint_directory(args, state), self._file(), kept)
 
@@ -74,10 +77,13 @@ class PenaltyCallback(TrainerCallback):
     """Adds the gradient of φ·L_reg (Eq. 16) once per optimizer step. Made by `penalty.callback()`.
 
     Each log entry of Trainer gets regularisation_loss (L_reg), weighted_regularisation_loss (φ·L_reg), total_loss, and
-    phi, that of the next step. The losses are means over the same steps as `loss`, which stays the task's.
+    phi, which is the next step's. The losses are means over the same steps as `loss`, which stays the task loss alone.
 
-    Trainer calls its trackers before a callback in its list, so they miss these columns. `protect` and `train` put the
-    callback first, and also tell the trackers the layer coefficients.
+    Trainer calls its trackers before a callback in its list, so the trackers miss these columns. `protect` and `train`
+    therefore put this callback first, and send the layer coefficients to the trackers.
+
+    Args:
+        penalty: The penalty of the trained model.
     """
 
     def __init__(self, penalty: ImportancePenalty) -> None:
@@ -87,7 +93,7 @@ class PenaltyCallback(TrainerCallback):
         self._handle: Any = None
 
     def after_trackers(self, trainer: Trainer) -> TrainerCallback:
-        """Sends the layer coefficients; `add_callback_first` puts it behind the trackers."""
+        """A callback that sends the layer coefficients; `add_callback_first` puts it after the trackers."""
         return LayerCoefficients(trainer, self.penalty.coefficients)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -152,7 +158,11 @@ class PenaltyCallback(TrainerCallback):
         self._count += 1
 
     def _checked(self, state: TrainerState) -> float:
-        """Sum of the weighted penalties since the last log. Waits for the device, so not at each step."""
+        """Sum of the weighted penalties since the last log. Synchronises with the device, so it is not for every step.
+
+        Raises:
+            TrainingError: The sum is not finite.
+        """
         weighted = float(self._weighted)
         if not math.isfinite(weighted):
             raise TrainingError(f"step {state.global_step}: {diverged(weighted, self.penalty.phi)}")
@@ -160,7 +170,7 @@ class PenaltyCallback(TrainerCallback):
 
 
 class _Watch:
-    """Sees to it that each step of a training passes the optimizer's hooks, by which hlora records and protects."""
+    """Checks that every step of a training passes the optimizer's hooks, by which hlora records and protects."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer, self._seen = optimizer, False
@@ -170,7 +180,7 @@ class _Watch:
         self._seen = True
 
     def check_step(self) -> None:
-        """After each step. Raises AdapterError where no hook saw it; a gradient scaler may have skipped it."""
+        """Call after each step. Raises AdapterError if no hook saw it, unless a gradient scaler skipped it."""
         if not self._seen and not getattr(self._optimizer, "step_was_skipped", False):
             raise AdapterError(steps_in_backward(type(unwrapped_optimizer(self._optimizer)).__name__))
         self._seen = False

@@ -1,4 +1,4 @@
-"""What a path integral keeps of a step: copies of factors and gradients."""
+"""Copies of factors and gradients before an optimizer step, for the path integral."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[fl
 
 
 def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
-    """Copies of tensors, in other precisions where `dtypes` names them."""
+    """Copies of tensors, in the precisions `dtypes` if given."""
     copies = [
         torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
     ]
     if copies:
-        torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])  # one launch in place of one a matrix
+        torch._foreach_copy_(
+            copies, [tensor.detach() for tensor in tensors]
+        )  # one kernel launch, not one for each matrix
     return copies
 
 
 def gradient_copies(parameters: list[nn.Parameter], pieces: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
-    """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor."""
+    """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor.
+
+    Args:
+        parameters: The factors.
+        pieces: Maps sharded tensors to this process's pieces.
+    """
     wide = [wide_dtype(parameter) for parameter in parameters]
     return copies_of(pieces([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]), wide)
 
 
 def on_device(device: torch.device, number: float | Tensor) -> float | Tensor:
-    """A factor where it is needed; a plain number is needed nowhere."""
+    """A scalar tensor moved to the device; a plain number as it is."""
     return number.to(device) if isinstance(number, Tensor) else number

@@ -1,4 +1,4 @@
-"""From what was recorded of each matrix to an Importance: the same for every method."""
+"""Makes an Importance of what was recorded of each matrix, by either method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,17 @@ def importance_of(
     encoding: EncodingName,
     provenance: dict[str, Any],
 ) -> Importance:
-    """The importance anchored at the factors `As` and `Bs`, with what the consolidation found of each matrix."""
+    """The importance of every matrix, anchored at the factors `As` and `Bs`.
+
+    Args:
+        model: The model with LoRA, for its configuration.
+        matrices: The recorded matrices.
+        found: Ω of each matrix, by name.
+        As: A of each matrix at the end of the phase, (r, d_in).
+        Bs: B of each matrix at the end of the phase, (d_out, r).
+        encoding: Of Ω.
+        provenance: Where the importance comes from. Gets the share of negative elements and the base model.
+    """
     kept, negative, elements = {}, 0.0, 0
     for matrix, A, B in zip(matrices, As, Bs, strict=True):
         mine, count = found[matrix.name], B.shape[0] * A.shape[1]
@@ -53,10 +63,10 @@ def importance_of(
 
 
 def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
-    """Raises AdapterError where the processes of a group have trained each its own adapter."""
+    """Raises AdapterError if the processes of a group hold different adapters."""
     if world_size() == 1:
         return
-    # Float32 where the factors are, as Apple's GPUs have no float64, and together on the CPU: they may be on several.
+    # In float32, as Apple's GPUs have no float64; stacked on the CPU, as the factors may be on several devices.
     found = [torch.linalg.vector_norm(factor.float()).cpu() for factor in (*As, *Bs)]
     norms = torch.stack(found).double()
     for number, text in enumerate(all_gather_text(json.dumps(norms.tolist()))):

@@ -1,4 +1,4 @@
-"""Where the adapter was when a recording began, and how far it has moved since."""
+"""The adapter at the start of a recording, and how far it has moved since."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from hlora.parallel.dtensor import full_tensor
 
 
 class Movement:
-    """The factors of every matrix at the start, as copies; `begin` again for another start."""
+    """Copies of every matrix's factors at the start of a recording.
+
+    Args:
+        matrices: The recorded matrices.
+    """
 
     def __init__(self, matrices: Sequence[AdaptedMatrix]) -> None:
         self.matrices = list(matrices)
-        self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, once asked for
+        self._base_squares: dict[str, float] = {}  # ‖W₀‖² by name, computed on first use
         self.begin()
 
     def begin(self) -> None:
-        """Start from the adapter as it is now."""
+        """Restart from the adapter as it is now."""
         self.start: dict[str, Factors] = {
             m.name: (full_tensor(m.A.detach()).clone(), full_tensor(m.B.detach()).clone()) for m in self.matrices
         }
 
     def follow(self) -> None:
-        """Follow the matrices to their devices."""
+        """Move the copies to the devices of the matrices."""
         for matrix in self.matrices:
             A, B = self.start[matrix.name]
             self.start[matrix.name] = A.to(matrix.A.device), B.to(matrix.A.device)

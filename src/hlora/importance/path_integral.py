@@ -22,7 +22,11 @@ from hlora.parallel.group import all_gather_text, world_size
 class PathIntegral:
     """ω of each matrix: gradient times movement, summed over optimizer steps.
 
-    In a group of processes each integrates its share of the matrices alone (shares.py).
+    Args:
+        matrices: The matrices to record.
+        encoding: Of ω: "factored" or "float32".
+
+    In several processes each integrates the matrices of its share (shares.py).
     """
 
     def __init__(self, matrices: Sequence[AdaptedMatrix], encoding: str) -> None:
@@ -31,16 +35,22 @@ class PathIntegral:
         self._shares = Shares(self.matrices)
         self._device = self.matrices[0].A.device
         self._captured: Snapshot | None = None
-        self._elsewhere: list[Tensor] = []  # at capture, the norm of gradients that other processes integrate
+        self._remote_norm: list[Tensor] = []  # at capture: norm of the gradients that other processes integrate
         self.reset()
 
     def reset(self) -> None:
         """Forget everything recorded."""
-        self._omega: dict[str, Encoded] = {}  # made when first needed: next to a consolidated one it would be a second
+        self._omega: dict[
+            str, Encoded
+        ] = {}  # allocated on first use, so that it never exists beside a consolidated one
         self.discard()
 
     def follow(self, started: bool) -> None:
-        """Follow the model to its device, and into a group of processes that it joined before recording started."""
+        """Move to the model's device, and share the work if a process group was joined before the first step.
+
+        Args:
+            started: Whether a step was recorded. The shares then stay as they are.
+        """
         if not started and self._shares.processes == 1 != world_size():
             self._shares, self._omega = Shares(self.matrices), {}
         if self._device == self.matrices[0].A.device:
@@ -52,17 +62,17 @@ class PathIntegral:
 
     @property
     def captured(self) -> bool:
-        """Whether factors and gradients are kept for the next `integrate`."""
+        """Whether `capture` has copied a step that is not integrated yet."""
         return self._captured is not None
 
     def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
-        """Keep factors and gradients as they are before the optimizer's step (see ImportanceRecorder.capture)."""
+        """Copy factors and gradients before the optimizer's step (see ImportanceRecorder.capture)."""
         pieces, here = self._shares.pieces, self._here()
         As, Bs = [m.A for m in here], [m.B for m in here]
         gradients = gradient_copies(As, pieces), gradient_copies(Bs, pieces)
-        self._elsewhere = self._gradient_norm_elsewhere()
+        self._remote_norm = self._remote_gradient_norm()
         if isinstance(gradient_scale, Tensor) or gradient_scale != 1:
-            for gradient in (*gradients[0], *gradients[1], *self._elsewhere):
+            for gradient in (*gradients[0], *gradients[1], *self._remote_norm):
                 gradient.mul_(on_device(gradient.device, gradient_scale))
         if isinstance(lr, Mapping):
             rates = [(lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 for A, B in zip(As, Bs, strict=True)]
@@ -71,30 +81,33 @@ class PathIntegral:
         self._captured = (copies_of(pieces(As)), copies_of(pieces(Bs)), *gradients, rates)
 
     def _here(self) -> list[AdaptedMatrix]:
-        """Matrices whose factors this process keeps at capture: its share, or of sharded ones a piece of each."""
+        """Matrices that this process copies at capture: its share, or its piece of every one if they are sharded."""
         return self.matrices if self._shares.sharded else self._shares.mine
 
-    def _gradient_norm_elsewhere(self) -> list[Tensor]:
-        """One step counts everywhere or nowhere, so each process looks at all gradients before the optimizer does."""
+    def _remote_gradient_norm(self) -> list[Tensor]:
+        """Norm of the gradients that other processes integrate, or nothing.
+
+        A step counts in every process or in none, so each checks all gradients before the optimizer does.
+        """
         held = set(map(id, self._here()))
         factors = [factor for m in self.matrices if id(m) not in held for factor in (m.A, m.B)]
         gradients = [factor.grad for factor in factors if factor.grad is not None]
         return [torch.nn.utils.get_total_norm(list(map(widened, gradients)))] if gradients else []
 
     def discard(self) -> None:
-        """Forget what `capture` kept; the optimizer did not step."""
+        """Drop the copies of `capture`, since the optimizer did not step."""
         self._captured = None
 
     def integrate(self) -> Tensor:  # bool, a scalar
-        """ω −= g̃ ⊙ Δθ (Eq. 12) over the step since `capture`, if all of it is finite. Returns whether it is."""
+        """Add the step since `capture` if all of it is finite; returns whether it is. Source: ω −= g̃ ⊙ Δθ, Eq. 12."""
         assert self._captured is not None
         captured = self._captured
         self.discard()
         here = self._here()
         As, Bs = (self._shares.pieces([getattr(m, which).detach() for m in here]) for which in "AB")
         elsewhere = [f.detach() for m in self.matrices if len(here) < len(self.matrices) for f in (m.A, m.B)]
-        factors = [widened(factor) for factor in (*As, *Bs, *elsewhere)]  # the norm of a float16 one overflows
-        seen = [*factors, *captured[2], *captured[3], *self._elsewhere]
+        factors = [widened(factor) for factor in (*As, *Bs, *elsewhere)]  # the norm of a float16 factor overflows
+        seen = [*factors, *captured[2], *captured[3], *self._remote_norm]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(seen))
         steps = [Step(*step) for step in zip(*captured, As, Bs, strict=True)]
         if self._shares.sharded:
@@ -104,7 +117,7 @@ class PathIntegral:
         return finite
 
     def _at_owners(self, pieces: list[Step], finite: Tensor) -> tuple[list[Step], Tensor]:
-        """The step of this process's matrices, from the pieces that all processes have of them."""
+        """The step of this process's matrices, assembled from the pieces of all processes."""
         tensors = [(p.A, p.B, p.grad_A, p.grad_B, p.A_next, p.B_next) for p in pieces]
         found, finite = self._shares.to_owners(tensors, finite)
         rates = [pieces[i].lr for i in self._shares.indices]
@@ -113,7 +126,7 @@ class PathIntegral:
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """ω so far by matrix name, in the encoding; in a group of processes that of this one's share."""
+        """ω so far by matrix name; in several processes, of this one's share."""
         for matrix in self._shares.mine if not self._omega else ():
             sizes, device = (matrix.B.shape[0], matrix.A.shape[1]), matrix.A.device
             self._omega[matrix.name] = encodings.zeros(self.encoding, *sizes, device=device)
@@ -122,9 +135,17 @@ class PathIntegral:
     def consolidated(
         self, As: list[Tensor], Bs: list[Tensor], starts: Mapping[str, Factors], *, xi: float
     ) -> dict[str, Consolidated]:
-        """Ω of each matrix by name (Eq. 13): this process's share, and what the others make of theirs.
+        """Ω of each matrix by name. ω is overwritten.
 
-        Uses up ω.
+        Args:
+            As: A of each matrix, (r, d_in).
+            Bs: B of each matrix, (d_out, r).
+            starts: Factors at the start of the phase, by matrix name.
+            xi: Damping ξ, unit weight².
+
+        In several processes each computes its share, and every one gets all of them.
+
+        Source: Eq. 13.
         """
         mine, indices = self._shares.mine, self._shares.indices
         factors = [As[i] for i in indices], [Bs[i] for i in indices]
@@ -139,12 +160,12 @@ class PathIntegral:
         return {name: Consolidated(omega, *known[name]) for name, omega in importance.items()}
 
     def gathered(self) -> dict[str, Encoded]:
-        """ω of all matrices at the first process; of this one's share at another."""
+        """ω of all matrices in the main process; of its share in another."""
         return self._shares.gathered(self.omega, self.encoding, everywhere=False)
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint and the importance say of the recording, beside its steps."""
+        """What checkpoint and importance record besides the number of steps: nothing."""
         return {}
 
-    def go_on(self, steps: int, facts: Mapping[str, Any]) -> None:
-        """Take the rest of a checkpoint, ω being loaded."""
+    def resume(self, steps: int, facts: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint holds besides ω: nothing."""

@@ -1,7 +1,7 @@
-"""Squared gradients of each example, summed over the steps that the general phase takes anyway.
+"""Squared gradients of each example, summed over the steps of the general phase.
 
-A matrix keeps the row sums and the column sums of Σ_b G_b², G_b the gradient of example b's summed loss at its own next
-tokens: d_out + d_in numbers. They come from the backward pass that trains the adapter; there is no second one.
+A matrix keeps the row sums and column sums of Σ_b G_b², d_out + d_in numbers. G_b is the gradient of example b's loss,
+summed over its tokens. The gradients come from the backward pass that trains the adapter, so there is no second one.
 """
 
 from __future__ import annotations
@@ -27,25 +27,33 @@ from hlora.parallel.dtensor import local_tensor
 from hlora.parallel.group import rank, world_size
 from hlora.system.errors import AdapterError
 
-_AFFORDED = 0.01  # of a training step's time
-_SLOWER = 9  # times as long a product of the sketch takes as one of the step: SmolLM2-135M, 8×128 tokens, one core
+_TIME_SHARE = 0.01  # of a training step
+_SLOWER = 9  # time of a product of the sketch over one of the step: SmolLM2-135M, 8×128 tokens, one core
 
 
 def affordable_share(model: nn.Module, matrices: Sequence[AdaptedMatrix]) -> float:
-    """Share of each batch's examples whose sketch takes about 1 % of a training step: 0.3 for SmolLM2-135M's q and v,
-    all of LLaMA-3.2-3B's."""
+    """Share of each batch's examples that can be recorded in about 1 % of a training step.
+
+    For q_proj and v_proj it is 0.3 of SmolLM2-135M's, and all of LLaMA-3.2-3B's.
+    """
     sketch = squares.SKETCH * sum(m.B.shape[0] + m.A.shape[1] for m in matrices)
     step = sum(parameter.numel() for parameter in model.parameters())
-    return min(1.0, _AFFORDED * step / (_SLOWER * sketch))
+    return min(1.0, _TIME_SHARE * step / (_SLOWER * sketch))
 
 
 class RecordedSquares:
     """Sums of squared gradients of every matrix, in one flat tensor: [rows, columns] of each in turn.
 
-    Of each backward pass a random share of the examples is taken, so that recording stays cheap beside a small model.
+    Each backward pass records a random share of its examples, so that recording is cheap for a small model too.
 
-    In a group of processes each adds up the examples that it sees, of all matrices. The sums are added up at
-    `gathered` and `consolidated`, which every process calls.
+    Args:
+        model: The model whose forward and backward passes are watched.
+        matrices: The matrices to record.
+        seed: Seed of the random signs and of the choice of examples.
+        share: Share of each batch's examples to record; by default `affordable_share`.
+
+    In several processes each sums its own examples, for all matrices. `gathered` and `consolidated` add up the sums of
+    all processes; every process must call them.
     """
 
     def __init__(
@@ -55,14 +63,14 @@ class RecordedSquares:
         self.matrices = list(matrices)
         self.seed = seed
         self.share = affordable_share(model, matrices) if share is None else share
-        self.steps = 0  # optimizer steps, of which each has random signs of its own
+        self.steps = 0  # optimizer steps; each draws its own random signs
         self.listening = ExitStack()
         self._sizes = [size for m in self.matrices for size in (m.B.shape[0], m.A.shape[1])]
         self._places = {m.name: 2 * number for number, m in enumerate(self.matrices)}
         self._batch: Batch | None = None
         self._signs: list[Tensor] = []
-        self._passes = 0  # backward passes of the step under way
-        self._input: tuple[Tensor, Tensor] | None = None  # of the last layer: x, and x through random signs
+        self._passes = 0  # backward passes of the current step
+        self._input: tuple[Tensor, Tensor] | None = None  # the last layer's x, and its sketch
         self._gradient_norm: Tensor | None = None
         self.reset()
 
@@ -72,19 +80,19 @@ class RecordedSquares:
         for matrix in self.matrices:
             wide = torch.promote_types(wide, matrix.A.dtype)
         self.total = torch.zeros(sum(self._sizes), dtype=wide, device=device)
-        self._coming = torch.zeros_like(self.total)  # of the step that is under way
+        self._coming = torch.zeros_like(self.total)  # of the current step
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # tokens predicted, examples
         self._coming_counts = torch.zeros_like(self.counts)
-        self.as_called = False  # whether some loss was not the model's own, so that its unit is not known
+        self.as_called = False  # whether a loss was not the model's own, so that its unit is unknown
         self.steps = 0
         self.discard()
 
     def listen(self) -> None:
-        """Watch the backward passes of the model from now on, until `listening.close()`."""
+        """Watch the model's backward passes until `listening.close()`."""
         own = set(map(id, self.matrices))
 
         def add(matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
-            if id(matrix) in own:  # not a matrix of a copy of the model, which has copies of the hooks
+            if id(matrix) in own:  # a copy of the model has copies of the hooks
                 self._add(matrix, x, gradient)
 
         self.listening.close()
@@ -92,7 +100,7 @@ class RecordedSquares:
         self.listening.enter_context(layer_gradients(self.matrices, add))
 
     def follow(self, started: bool) -> None:
-        """Follow the model to its device."""
+        """Move to the model's device. `started` is not used."""
         device = self.matrices[0].A.device
         if self.total.device != device:
             self.total, self._coming = self.total.to(device), self._coming.to(device)
@@ -104,12 +112,12 @@ class RecordedSquares:
         self._batch, self._input = batch, None
 
     def _add(self, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
-        """Add the examples of one batch and matrix to the step's sums."""
+        """Add the recorded examples of one batch to the step's sums of one matrix."""
         batch = self._batch
         if batch is None:
             raise AdapterError(
-                "the recorder saw a backward pass of a model that was not called itself. Call the model that the "
-                "recorder was made with, not a part of it."
+                "the recorder saw the backward pass of a part of its model, without a forward pass of the whole. Call "
+                "the model that the recorder was made with, not a part of it."
             )
         if x.dim() != 3 or matrix.name in batch.seen:
             what = "a second one" if matrix.name in batch.seen else tuple(x.shape)
@@ -133,15 +141,15 @@ class RecordedSquares:
         else:
             gradient_seen = squares.seen_through(gradient, self._signs_of(place).to(x))
             sums = squares.sketched_sums(
-                x, gradient, x_seen=self._input_seen(shared, x, place + 1), gradient_seen=gradient_seen
+                x, gradient, x_seen=self._sketched_input(shared, x, place + 1), gradient_seen=gradient_seen
             )
         for part, mine in zip(self._split(self._coming)[place : place + 2], sums, strict=True):
             if batch.token_weight is not None:
                 mine = mine / on_device(mine.device, batch.token_weight) ** 2
             part.add_(mine.to(part.device))
 
-    def _input_seen(self, shared: Tensor, x: Tensor, part: int) -> Tensor:
-        """x through random signs: once for the layers that read the same input, as q_proj and v_proj do."""
+    def _sketched_input(self, shared: Tensor, x: Tensor, part: int) -> Tensor:
+        """The sketch of x, computed once for layers with the same input, such as q_proj and v_proj."""
         if self._input is not None:
             last, seen = self._input
             if last.data_ptr() == shared.data_ptr() and last.shape == shared.shape:
@@ -151,7 +159,7 @@ class RecordedSquares:
         return seen
 
     def _count(self, batch: Batch, x: Tensor) -> None:
-        """The batch's tokens and examples, at its first gradient."""
+        """Count the batch's tokens and examples, at its first gradient."""
         if batch.token_weight is None:
             self.as_called = True
         predicted = batch.predicted_taken()
@@ -160,7 +168,7 @@ class RecordedSquares:
         self._coming_counts[1] += x.shape[0]
 
     def _signs_of(self, part: int) -> Tensor:
-        """Random signs (k, d) of the step under way, for the rows or columns of one matrix."""
+        """Random signs (k, d) of the current step, for the rows or columns of one matrix."""
         if not self._signs:
             drawn = squares.random_signs(sum(self._sizes), self.seed, self.steps, rank())
             self._signs = list(drawn.to(self.total.device).split(self._sizes, 1))
@@ -171,28 +179,28 @@ class RecordedSquares:
 
     @property
     def captured(self) -> bool:
-        """Whether an optimizer step is under way."""
+        """Whether `capture` has seen a step that is not integrated yet."""
         return self._gradient_norm is not None
 
     def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
-        """Look at the adapter's gradients before the optimizer's step: it counts only where they are finite."""
+        """Take the norm of the adapter's gradients before the optimizer's step, which counts only if it is finite."""
         gradients = [f.grad for m in self.matrices for f in (m.A, m.B) if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
         if gradients:
             self._gradient_norm = torch.nn.utils.get_total_norm([widened(local_tensor(each)) for each in gradients])
 
     def discard(self) -> None:
-        """Leave out the examples of the step under way; the optimizer did not step."""
+        """Drop the examples of the current step, since the optimizer did not step."""
         self._gradient_norm = self._input = None
         self._passes = 0
         self._coming.zero_()
         self._coming_counts.zero_()
 
     def integrate(self) -> Tensor:  # bool, a scalar
-        """Add the step's sums to the total, if they and the adapter's gradients are finite everywhere."""
+        """Add the step's sums to the total if these and the adapter's gradients are finite in every process."""
         assert self._gradient_norm is not None
         finite = torch.isfinite(self._gradient_norm).to(self.total.device) & self._coming.isfinite().all()
-        if world_size() > 1:  # one step counts everywhere or nowhere
+        if world_size() > 1:  # a step counts in every process or in none
             flag = finite.to(torch.int32)
             dist.all_reduce(flag, dist.ReduceOp.MIN)
             finite = flag > 0
@@ -205,22 +213,22 @@ class RecordedSquares:
 
     @property
     def omega(self) -> dict[str, Encoded]:
-        """Σ_b G_b² so far by matrix name, of the examples that this process saw."""
+        """Σ_b G_b² so far by matrix name; in several processes, of this one's examples."""
         parts = self._split(self.total)
         return {m.name: Factored(*parts[2 * i : 2 * i + 2]) for i, m in enumerate(self.matrices)}
 
-    def _bring_together(self) -> None:
-        """The sums of all processes to the first; the others go on from zero."""
+    def _add_up_processes(self) -> None:
+        """Replace this process's sums by those of all processes."""
         if world_size() > 1:
             dist.all_reduce(self.total)
             dist.all_reduce(self.counts)
 
     def gathered(self) -> dict[str, Encoded]:
-        """Sums of all processes at the first one, which keeps them; zeros at another, whose sums they now are part of.
+        """Sums of all processes in the main one, which keeps them; zeros in another, whose sums they now contain.
 
-        So a run that goes on from here adds up in the same order as one that was stopped and resumed.
+        A run that continues from here then adds up in the same order as a resumed one.
         """
-        self._bring_together()
+        self._add_up_processes()
         if rank() > 0:
             self.total.zero_()
             self.counts.zero_()
@@ -229,11 +237,17 @@ class RecordedSquares:
     def consolidated(
         self, As: list[Tensor], Bs: list[Tensor], starts: Mapping[str, Factors], *, xi: float
     ) -> dict[str, Consolidated]:
-        """Σ_b G_b² over the number of tokens predicted, of each matrix by name; the same in every process.
+        """Σ_b G_b² divided by the number of predicted tokens, by matrix name; the same in every process.
 
-        It is a curvature already, so it is not divided by the movement, and `xi` is not used.
+        It is a curvature already, so it is not divided by the movement.
+
+        Args:
+            As: A of each matrix, (r, d_in).
+            Bs: B of each matrix, (d_out, r).
+            starts: Factors at the start of the phase, by matrix name.
+            xi: Not used.
         """
-        self._bring_together()
+        self._add_up_processes()
         self.total /= self.counts[0].clamp(min=1)
         found = {}
         for matrix, A, B in zip(self.matrices, As, Bs, strict=True):
@@ -246,12 +260,12 @@ class RecordedSquares:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint and the importance say of the recording, beside its steps."""
+        """What checkpoint and importance record besides the number of steps."""
         tokens, examples = self.counts.tolist()
         return {"tokens": tokens, "examples": examples, "unit": "loss as called" if self.as_called else "token"}
 
-    def go_on(self, steps: int, facts: Mapping[str, Any]) -> None:
-        """Take the rest of a checkpoint, the sums being loaded: the first process goes on from them."""
+    def resume(self, steps: int, facts: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint holds besides the sums. They continue in the main process, others start at 0."""
         self.steps, self._signs = steps, []
         self.as_called = facts["unit"] != "token"
         self.counts.copy_(torch.tensor([facts["tokens"], facts["examples"]]))

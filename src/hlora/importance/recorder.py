@@ -77,7 +77,7 @@ class ImportanceRecorder:
         seed: int = 0,
         share: float | None = None,
     ) -> None:
-        encodings.zeros(encoding, 1, 1, device=torch.device("cpu"))  # an unknown encoding is refused now
+        encodings.zeros(encoding, 1, 1, device=torch.device("cpu"))  # refuses an unknown encoding
         if method not in ("path_integral", "squared_gradients"):
             raise ValueError(f"method: expected path_integral or squared_gradients, got {method!r}")
         if share is not None and not 0 < share <= 1:
@@ -271,7 +271,7 @@ class ImportanceRecorder:
 
     @torch.no_grad()
     def consolidate(self, xi: float = 1e-3, data: Mapping[str, Any] | None = None) -> Importance:
-        """Compute the importance, anchored at the adapter as it is now. The recorder then starts anew from here.
+        """Compute the importance, anchored at the adapter as it is now. The recorder then restarts from here.
 
         From a path integral ω it is max(ω, 0)/(Δ² + ξ). From squared gradients it is their sum divided by the number of
         predicted tokens, so that half the penalty is in nats per token, however long the phase was.
@@ -371,13 +371,13 @@ class ImportanceRecorder:
             target.copy_(tensors[key])
         self._integrated = int(state["steps"]) + int(state["skipped_steps"])
         self._skipped.fill_(int(state["skipped_steps"]))
-        self._recording.go_on(self._integrated, state.get("facts", {}))
+        self._recording.resume(self._integrated, state.get("facts", {}))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ArtifactError(
-                f"recording state: {key} holds numbers that are not finite. The general phase has diverged; go on from "
-                "an older checkpoint, or record again with a smaller learning rate."
+                f"recording state: {key} holds numbers that are not finite. The general phase has diverged. Resume "
+                "from an older checkpoint, or record again with a smaller learning rate."
             )

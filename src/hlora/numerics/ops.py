@@ -2,7 +2,7 @@
 
 `accumulate_all_`, `consolidate_all` and `penalties_with_gradients` take all matrices of a model. Factored importance
 needs no tensor larger than the low-rank factors. Dense importance is streamed over blocks of rows, with one block of
-temporary memory. On an accelerator PyTorch compiles recording and penalty over the whole matrix instead (`_whole`).
+temporary memory. On an accelerator PyTorch compiles recording and penalty over the whole matrix (numerics/compiled.py).
 
 A pair (left, right) is the low-rank product left @ right. The difference of two adapters is computed as
 s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀]: rank 2r, and nothing cancels in float32. Low-rank functions also take stacks
@@ -12,23 +12,16 @@ arithmetic.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hlora.numerics import compiled
 from hlora.numerics.encodings import Encoded, Factored, norm, row_blocks, shape
 from hlora.numerics.precision import outside_autocast, widened
 from hlora.numerics.types import Consolidated, Factors, Pair, Step
-from hlora.system.errors import first_line
-
-logger = logging.getLogger("hlora")
-
-_STREAMED: tuple[str, ...] = ("cpu", "meta")  # device types that stream dense matrices; others compile
-_LONGEST = 32  # maximum terms (2r) of a compiled sum; 64 took 74 s to compile on a busy CPU core
 
 
 def difference(A: Tensor, B: Tensor, start: Factors | None, *, scale: float) -> Pair:
@@ -62,7 +55,7 @@ def accumulate_(omega: Encoded, gradient: Pair, delta: Pair) -> None:
         omega.row.sub_(row)
         omega.column.sub_(column)
         return
-    if _whole(_accumulate_whole_, omega, *gradient, *delta) is not None:
+    if compiled.over_whole_matrix(compiled.accumulate_, omega, *gradient, *delta) is not None:
         return
     scratch = _Scratch()
     for rows in row_blocks(*shape(omega), omega.device):
@@ -243,7 +236,7 @@ def _penalty(
         return value, (B.mT @ weighted) @ spread, weighted @ (spread @ A.mT)
     # Σ Ω D² = Σ ((Ω⊙D) Qᵀ) ⊙ P, and (Ω⊙D) Qᵀ begins with (Ω⊙D) Aᵀ. So there is no second copy of D or pass over Ω.
     B = P[:, :0] if factors is None else factors[1]
-    found = None if factors is None else _whole(_products_whole, importance, P, Q, B)
+    found = None if factors is None else compiled.over_whole_matrix(compiled.products, importance, P, Q, B)
     products, grad_A = _products_streamed(importance, P, Q, B) if found is None else found
     value = (products * P).sum().clamp(min=0)
     if factors is None:
@@ -261,48 +254,6 @@ def _products_streamed(
         torch.mm(weighted, Q.T, out=products[rows])
         grad_A.addmm_(B[rows].T, weighted)
     return products, grad_A
-
-
-def _whole(compute: Callable[..., Any], matrix: Tensor, left: Tensor, *factors: Tensor) -> Any:
-    """compute(matrix, left, *factors), compiled over the whole matrix: a few kernel launches, not hundreds for blocks.
-
-    Returns None if dense matrices are streamed: on a CPU, whose cache holds a block, and after compiling has failed.
-    """
-    global _STREAMED
-    kind = matrix.device.type
-    if kind in _STREAMED or left.shape[1] > _LONGEST:
-        return None
-    try:
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            return _compiled(compute)(matrix, left, *factors)
-    except Exception as error:  # no compiler, an old driver, no memory: many types, one meaning
-        _STREAMED = (*_STREAMED, kind)
-        logger.warning("dense importance is computed in blocks on %s, with more launches: %s", kind, first_line(error))
-        return None
-
-
-@cache
-def _compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(compute, dynamic=True, fullgraph=True)  # one graph for all shapes with the same rank
-
-
-def _accumulate_whole_(omega: Tensor, P: Tensor, Q: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """ω −= (PQ) ⊙ (UV), with one read and one write of ω."""
-    return omega.sub_(_short_sums(P, Q) * _short_sums(U, V))
-
-
-def _products_whole(importance: Tensor, P: Tensor, Q: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`_products_streamed` as one pointwise pass and two products."""
-    weighted = _short_sums(P, Q).mul_(importance)
-    return weighted @ Q.T, B.T @ weighted
-
-
-def _short_sums(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right as sums over k, which a compiler fuses into the pass around them."""
-    total = left[:, :1] * right[:1]
-    for k in range(1, left.shape[1]):
-        total = total + left[:, k, None] * right[k]
-    return total
 
 
 class _Scratch:

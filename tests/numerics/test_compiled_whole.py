@@ -12,7 +12,7 @@ from test_ops import autograd_penalty, draw, positive, reference_pairs, streamed
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from hlora.numerics import equations, ops
+from hlora.numerics import compiled, equations, ops
 
 SHAPES = [(7, 13), (33, 17), (64, 3), (5, 101), (257, 130), (40, 40), (16, 576), (130, 64)]
 
@@ -20,12 +20,12 @@ SHAPES = [(7, 13), (33, 17), (64, 3), (5, 101), (257, 130), (40, 40), (16, 576),
 @pytest.fixture(autouse=True)
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU stands in for an accelerator."""
-    monkeypatch.setattr(ops, "_STREAMED", ("meta",))
-    ops._compiled.cache_clear()
+    monkeypatch.setattr(compiled, "_STREAMED", ("meta",))
+    compiled._compiled.cache_clear()
     torch.compiler.reset()
     counters.clear()
     yield
-    ops._compiled.cache_clear()
+    compiled._compiled.cache_clear()
     torch.compiler.reset()
 
 
