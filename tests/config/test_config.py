@@ -209,7 +209,7 @@ def test_module_names_as_text_are_a_list_and_only_a_pattern_stays_text(given: st
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.tune.eval_strategy=steps", "training.tune: eval_strategy cannot be set here: hlora measures before"),
+        ("training.tune.eval_strategy=steps", "training.tune: eval_strategy cannot be set here: set domain.validation"),
         ("training.common.load_best_model_at_end=true", "training.common: load_best_model_at_end cannot be set here"),
         ("training.common.resume_from_checkpoint=x", "training.common: resume_from_checkpoint cannot be set here: the"),
         ("training.record.push_to_hub=true", "training.record: push_to_hub cannot be set here"),

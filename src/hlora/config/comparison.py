@@ -18,7 +18,7 @@ from hlora.config.sections import (
     Section,
     each_once,
 )
-from hlora.config.training import TrainingConfig
+from hlora.config.training import TrainingConfig, check_without_evaluation
 from hlora.methods import METHODS
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ class CompareConfig(Preset):
     def _records_its_own(self) -> CompareConfig:
         if self.importance.use is not None:
             raise ValueError("importance.use: a comparison records importance for each seed. Leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_afterwards(self) -> CompareConfig:
+        check_without_evaluation(self.training, "a comparison measures before and after training, not during it")
         return self
 
     @model_validator(mode="after")

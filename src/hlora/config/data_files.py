@@ -45,9 +45,10 @@ def named_files(config: RunConfig | CompareConfig) -> Iterator[tuple[str, str]]:
         for name, path in named.items():
             yield f"{field}.{name}", path
     for field, task in tasks.items():
-        for part, path in (("train", task.train), ("test", task.test)):
-            if Path(path).suffix in _ROWS or _is_path(path):
-                yield f"{field}.{part}", path
+        for part in ("train", "test", "validation"):
+            rows = getattr(task, part, None)  # a share of rows is no file
+            if isinstance(rows, str) and (Path(rows).suffix in _ROWS or _is_path(rows)):
+                yield f"{field}.{part}", rows
 
 
 def _is_path(name: str) -> bool:

@@ -1,15 +1,31 @@
-"""The entries of `domains`: domains that one model learns one after another."""
+"""The domain of a run, and the entries of `domains`: domains that one model learns one after another."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from hlora.config.sections import DomainConfig, each_once
 
 
-class NamedDomain(DomainConfig):
+class RunDomain(DomainConfig):
+    validation: str | float | None = None
+    """Rows that the domain phase is evaluated on while it trains: a file, or a share of the training rows, such as 0.1.
+    They are not trained on. The report then shows learning and forgetting over the steps."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the domain phase after so many evaluations in a row without a lower loss on the validation rows."""
+
+    @model_validator(mode="after")
+    def _validation_is_rows(self) -> RunDomain:
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(f"validation: expected a file or a share between 0 and 1, got {self.validation}")
+        if self.patience is not None and self.validation is None:
+            raise ValueError("patience: counts evaluations on validation rows. Set validation too")
+        return self
+
+
+class NamedDomain(RunDomain):
     name: str | None = Field(default=None, pattern=r"^[^./\\][^/\\]*$")
     """Name of the domain in the report, and of its directory in `output`. By default domain-1, domain-2, …"""
 

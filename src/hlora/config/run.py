@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hlora.config.domains import Domains
+from hlora.config.domains import Domains, RunDomain
 from hlora.config.sections import (
-    DomainConfig,
     EvaluationConfig,
     GeneralConfig,
     ImportanceConfig,
@@ -18,7 +17,7 @@ from hlora.config.sections import (
     PenaltyConfig,
     Section,
 )
-from hlora.config.training import TrainingConfig
+from hlora.config.training import TrainingConfig, check_without_evaluation, with_evaluation
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that NumPy accepts
 
@@ -67,7 +66,7 @@ class RunConfig(Preset):
     """The adapter."""
     general: GeneralConfig
     """The general task: what the model should not forget."""
-    domain: DomainConfig = None  # type: ignore[assignment]  # only until _has_a_domain
+    domain: RunDomain = None  # type: ignore[assignment]  # only until _has_a_domain
     """The domain task: what the model should learn."""
     domains: Domains = []
     """In place of `domain`: several domains, learned one after another. Each is a run of its own in `output`/NAME that
@@ -91,6 +90,18 @@ class RunConfig(Preset):
             raise ValueError("domain: required, but missing")
         if self.domains:
             self.domain = self.domains[-1]
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_where_there_are_rows(self) -> RunConfig:
+        domains: list[RunDomain] = [*self.domains] or [self.domain]
+        with_rows = [each.validation is not None for each in domains]
+        if any(with_rows) and not all(with_rows):
+            raise ValueError("domains: expected validation in every domain or in none")
+        if with_rows[0]:
+            self.training = self.training.model_copy(update={"tune": with_evaluation(self.training.tune)})
+        else:
+            check_without_evaluation(self.training, "set domain.validation, the rows to evaluate on")
         return self
 
     @model_validator(mode="after")

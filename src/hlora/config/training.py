@@ -12,7 +12,6 @@ from hlora.config.spelling import did_you_mean, nearest
 from hlora.config.trl_arguments import sft_types, trackers
 from hlora.system.redaction import MARK, is_secret_name
 
-_NO_EVALUATION = "hlora measures before and after training, not during it"
 _TOKENIZER = "training and scoring take special tokens and chat template from the model's tokenizer. Set it there"
 _LAUNCH = (
     "ask for it in the launch, as evaluation needs to know too: `accelerate launch --use_fsdp --fsdp_version 2` "
@@ -21,11 +20,6 @@ _LAUNCH = (
 _NOT_HERE = {
     "output_dir": "hlora sets it from `output`",
     "seed": "hlora sets it from `seed`",
-    "eval_strategy": _NO_EVALUATION,
-    "eval_on_start": _NO_EVALUATION,
-    "do_eval": _NO_EVALUATION,
-    "load_best_model_at_end": f"{_NO_EVALUATION}, so no checkpoint is known to be the best",
-    "metric_for_best_model": f"{_NO_EVALUATION}, so no checkpoint is known to be the best",
     "resume_from_checkpoint": "the same command, given again, resumes an interrupted run",
     "push_to_hub": "hlora uploads nothing while it trains. Afterwards: hf upload REPO <output>/adapter",
     "assistant_only_loss": "hlora trains on the answer alone, which is each row's last assistant turn",
@@ -39,6 +33,8 @@ _NOT_HERE = {
     f"{_LAUNCH}",
 }
 """Arguments that hlora sets itself or could only ignore, and what to do instead."""
+
+_EVALUATING = ("eval_strategy", "eval_on_start", "do_eval", "load_best_model_at_end", "metric_for_best_model")
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")  # TRL finds out too late
 
@@ -59,6 +55,14 @@ class TrainingConfig(Section):
     def _are_sft_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         return {name: _checked(name, value) for name, value in arguments.items()}
 
+    @field_validator("common", "record")
+    @classmethod
+    def _evaluate_no_general_text(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in filter(arguments.get, _EVALUATING):
+            if arguments[name] != "no":
+                raise ValueError(f"{name} cannot be set here: only the domain phase evaluates. Set it in training.tune")
+        return arguments
+
     def record_arguments(self) -> dict[str, Any]:
         """Arguments of the general phase."""
         gentle = {k: self.general_rate * v for k, v in self.common.items() if k == "learning_rate"}
@@ -67,6 +71,28 @@ class TrainingConfig(Section):
     def tune_arguments(self) -> dict[str, Any]:
         """Arguments of the domain phase."""
         return {**self.common, **self.tune}
+
+
+def with_evaluation(tune: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the domain phase, evaluated ten times if they do not say when.
+
+    Trainer keeps the best of the checkpoints that it writes, so it writes one at each evaluation.
+    """
+    found = {"eval_strategy": "steps", **tune}
+    if found["eval_strategy"] == "steps":
+        found = {"eval_steps": 0.1, **found}
+    if found.get("load_best_model_at_end"):
+        found = {"save_strategy": found["eval_strategy"], **found}
+        if "eval_steps" in found:
+            found = {"save_steps": found["eval_steps"], **found}
+    return found
+
+
+def check_without_evaluation(training: TrainingConfig, instead: str) -> None:
+    """Raises ValueError that names the first argument which needs validation rows."""
+    for name in _EVALUATING:
+        if training.tune.get(name) not in (None, False, "no"):
+            raise ValueError(f"training.tune: {name} cannot be set here: {instead}")
 
 
 def _checked(name: str, value: Any) -> Any:

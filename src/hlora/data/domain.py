@@ -34,10 +34,20 @@ class DomainRows:
     test_rows: list[dict[str, Any]]
     """The same test rows as they were read, for lm-evaluation-harness."""
     facts: dict[str, Any] = field(default_factory=dict)
+    validation: list[Example] = field(default_factory=list)
+    """Rows to evaluate on while training, which are not trained on."""
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As TRL reads it: token ids, and a mask of what is trained."""
-        return Dataset.from_list([render(tokenizer, example).training_row() for example in self.train])
+        """The training rows as TRL reads them: token ids, and a mask of what is trained."""
+        return _dataset(self.train, tokenizer)
+
+    def validation_dataset(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The validation rows in the same form; None where there are none."""
+        return _dataset(self.validation, tokenizer) if self.validation else None
+
+
+def _dataset(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return Dataset.from_list([render(tokenizer, example).training_row() for example in examples])
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def domain_rows(
     if not test:
         raise DataError(f"{test_rows.source}: no rows to evaluate on")
     tokenizer = token_limits.tokenizer if token_limits else None
-    kept = _without_prompts_of(train, test, tokenizer)
+    kept = without_prompts_of(train, test, tokenizer)
     left_out, name = len(train) - len(kept), train_rows.source
     if left_out:
         logger.warning("%s: left out %d of %d rows whose prompt is in the test set", name, left_out, len(train))
@@ -190,13 +200,13 @@ def hold_out(
     if count >= len(rows.train):
         raise DataError(f"selection.rows: {count} of {len(rows.train)} training rows held out leaves none to train on")
     held_out = random.Random(seed).sample(rows.train, count)
-    train = _without_prompts_of(rows.train, held_out, tokenizer)
+    train = without_prompts_of(rows.train, held_out, tokenizer)
     if not train:
         raise DataError("selection.rows: all training rows have the prompt of a held-out one. Hold out fewer.")
     return replace(rows, train=train, facts={**rows.facts, "train_rows": len(train), "held_out": count}), held_out
 
 
-def _without_prompts_of(
+def without_prompts_of(
     train: list[Example], others: list[Example], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Example]:
     seen = {prompt_identity(tokenizer, example) for example in others}

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hlora.config.domains import RunDomain
 from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
-from hlora.config.sections import DomainConfig, ImportanceConfig
-from hlora.data.domain import DomainRows, TokenLimits, domain_rows
+from hlora.config.sections import ImportanceConfig
+from hlora.data.domain import DomainRows, TokenLimits
+from hlora.data.validation import rows_of_run
 from hlora.evaluation.evaluate import evaluate
 from hlora.parallel.fsdp import shard
 from hlora.parallel.group import on_main, raise_on_all
@@ -37,7 +39,7 @@ def steps_of(config: RunConfig) -> list[RunConfig]:
     found: list[RunConfig] = []
     after, importance = config.after, config.importance
     for domain in config.domains:
-        single = DomainConfig(**domain.model_dump(exclude={"name"}))
+        single = RunDomain(**domain.model_dump(exclude={"name"}))
         changes: dict[str, Any] = {"output": str(Path(config.output, str(domain.name))), "after": after}
         changes |= {"domain": single, "domains": [], "importance": importance}
         found.append(config.model_copy(deep=True, update=changes))
@@ -65,8 +67,7 @@ def check_following(job: Job, following: Sequence[RunConfig], overwrite: bool) -
 
 def rows_of(job: Job, config: RunConfig) -> DomainRows:
     """The domain of another run of the chain."""
-    token_limits = TokenLimits.of(job.base, job.tokenizer, config.training.tune_arguments())
-    return domain_rows(config.domain, config.evaluation.max_rows, config.seed, token_limits)
+    return rows_of_run(config, TokenLimits.of(job.base, job.tokenizer, config.training.tune_arguments()))
 
 
 class Earlier(NamedTuple):

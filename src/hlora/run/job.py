@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.run import RunConfig
 from hlora.config.sections import ImportanceConfig
-from hlora.data.domain import DomainRows, TokenLimits, domain_rows
+from hlora.data.domain import DomainRows, TokenLimits
 from hlora.data.general import GeneralText, general_text, probe_texts
+from hlora.data.validation import rows_of_run
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.model.base import load_base, pick_device
@@ -113,7 +114,7 @@ class Job:
     @cached_property
     def domain(self) -> DomainRows:
         token_limits = TokenLimits.of(self.base, self.tokenizer, self.config.training.tune_arguments())
-        return domain_rows(self.config.domain, self.config.evaluation.max_rows, self.config.seed, token_limits)
+        return rows_of_run(self.config, token_limits)
 
 
 def check_sharding(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hlora.budget.budget import ForgettingBudget
 from hlora.budget.probes import SampleProbe, TextProbe
+from hlora.budget.watch import ForgettingWatch
 from hlora.config.sections import GeneralSource, ImportanceConfig
 from hlora.config.units import parse_budget
 from hlora.data.general import probe_texts
@@ -32,6 +33,7 @@ from hlora.run.reuse import recording_settings
 from hlora.system.choices import LayerWeights
 from hlora.system.files import atomic_directory
 from hlora.training.train import train
+from hlora.training.validation import StopWithoutGain
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -209,7 +211,26 @@ def train_on_domain(
             callbacks.append(forgetting_budget(job, model, penalty).callback())
     rows = job.domain.dataset(job.tokenizer) if dataset is None else dataset
     options: Any = {"callbacks": callbacks, "trainer_class": trainer_class, "resumable": job.resumable}
+    if job.domain.validation:
+        options["evaluation"] = job.domain.validation_dataset(job.tokenizer)
+        callbacks += while_training(job, model)
     return train(model, job.tokenizer, rows, output=logs, arguments=arguments, seed=job.config.seed, **options)
+
+
+def while_training(job: Job, model: PeftModel) -> list[TrainerCallback]:
+    """What goes along with evaluations on validation rows: early stopping, and forgetting over the same steps.
+
+    Forgetting is measured on `penalty.probe_texts`, or else on the start of the evaluation texts. A budget has a probe
+    of its own.
+    """
+    config = job.config
+    found: list[TrainerCallback] = []
+    if config.domain.patience is not None:
+        found.append(StopWithoutGain(config.domain.patience))
+    if config.penalty.budget is None:
+        texts = probe_texts(config.penalty.probe_texts, job.general, config.general.column) or job.general.evaluation
+        found.append(ForgettingWatch(TextProbe(model, job.tokenizer, texts, window=config.evaluation.window)))
+    return found
 
 
 def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) -> ForgettingBudget:

@@ -47,8 +47,9 @@ def try_phases(job: Job) -> None:
     """
     config = job.config
     _check_batches(job)
-    domain = replace(job.domain, train=job.domain.train[:ROWS]).dataset(job.tokenizer)
-    phases = [("tune", domain, config.training.tune_arguments())]
+    few_rows = replace(job.domain, train=job.domain.train[:ROWS], validation=job.domain.validation[:ROWS])
+    evaluation = few_rows.validation_dataset(job.tokenizer)
+    phases = [("tune", few_rows.dataset(job.tokenizer), config.training.tune_arguments())]
     if not config.in_one_pass and job.given is None:
         few = replace(job.general, train=[text[:_CHARACTERS] for text in job.general.train[:ROWS]])
         arguments = config.training.record_arguments()
@@ -58,6 +59,8 @@ def try_phases(job: Job) -> None:
     try:
         for phase, rows, arguments in phases:
             build = partial(build_on_trial, model, job.tokenizer, rows, config.seed)
+            if phase == "tune":
+                build = partial(build, evaluation=evaluation)
             try:
                 _blaming(config.training, phase, arguments, build)
             except ConfigError as error:

@@ -24,6 +24,7 @@ class ProgressLine(TrainerCallback):
             console=Console(stderr=True),
         )
         self._task: Any = None
+        self._validation = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,11 +45,13 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if self._task is not None and logs and "eval_loss" in logs:
+            self._validation = f", validation {float(logs['eval_loss']):.3f}"
         if self._task is not None and logs and "loss" in logs:
             losses = f"loss {float(logs['loss']):.3f}"
             if "weighted_regularisation_loss" in logs:
                 losses += f" + penalty {float(logs['weighted_regularisation_loss']):.3f}"
-            self._progress.update(self._task, losses=losses)
+            self._progress.update(self._task, losses=losses + self._validation)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

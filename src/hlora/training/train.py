@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hlora")
 
+_UNEVEN = (
+    "num_tokens",  # TRL counts from 0 again after a resume
+    "eval_num_tokens",
+    *(f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")),
+)
+"""Entries of Trainer's log that differ from run to run, or after a resume."""
+
 _QUICK = 10_000  # rows that TRL prepares in a few seconds, not worth its five progress bars
 
 
@@ -97,6 +104,7 @@ def build_trainer(
     output: Path,
     arguments: dict[str, Any],
     seed: int,
+    evaluation: Dataset | None = None,
     trainer_class: type[SFTTrainer] | None = None,
     resumable: bool = False,
 ) -> SFTTrainer:
@@ -124,7 +132,9 @@ def build_trainer(
     try:
         trainer_class = trainer_class or SFTTrainer
         with their_errors(model):
-            trainer = trainer_class(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+            trainer = trainer_class(
+                model=model, args=config, train_dataset=dataset, eval_dataset=evaluation, processing_class=tokenizer
+            )
     finally:
         enable_progress_bars()
     _check_trained(config, dataset, trainer.train_dataset)
@@ -145,6 +155,7 @@ def train(
     arguments: dict[str, Any],
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    evaluation: Dataset | None = None,
     trainer_class: type[SFTTrainer] | None = None,
     resumable: bool = False,
 ) -> list[dict[str, Any]]:
@@ -158,11 +169,12 @@ def train(
         arguments: Those of trl.SFTConfig.
         seed: Of data order and dropout.
         callbacks: Added before the trackers, in reverse order.
+        evaluation: Rows to evaluate on, when the arguments say.
         trainer_class: A subclass of trl.SFTTrainer, for another loss.
         resumable: Write checkpoints to `output`, and resume from the last complete one there.
 
     Returns:
-        Trainer's log entries, with the loss in nats per token by step.
+        Trainer's log entries, with the loss in nats per token by step, and eval_loss after an evaluation.
     """
     output = Path(output)
     trainer = build_trainer(
@@ -172,6 +184,7 @@ def train(
         output=output,
         arguments=arguments,
         seed=seed,
+        evaluation=evaluation,
         trainer_class=trainer_class,
         resumable=resumable,
     )
@@ -187,10 +200,9 @@ def train(
             trainer.train(resume_from_checkpoint=found)
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "probe_rise" in entry]
-    for entry in history:
-        entry.pop("num_tokens", None)  # TRL counts from 0 again after a resume
-    return history
+    kept = ("loss", "probe_rise", "eval_loss")
+    history = [entry for entry in trainer.state.log_history if any(name in entry for name in kept)]
+    return [{name: value for name, value in entry.items() if name not in _UNEVEN} for entry in history]
 
 
 def _for_token_ids(dataset: Dataset, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from hlora.training.train import build_trainer
 ROWS = 4  # rows that a trial is built on
 
 
-def build_on_trial(model: PeftModel, tokenizer: Any, rows: Dataset, seed: int, arguments: dict[str, Any]) -> None:
+def build_on_trial(
+    model: PeftModel, tokenizer: Any, rows: Dataset, seed: int, arguments: dict[str, Any], *, evaluation: Any = None
+) -> None:
     """Build the trainer of a phase, its optimizer, learning-rate schedule and data loader, and collate a row.
 
     Trains nothing, and leaves the model's settings and the disk as they were. Uses random numbers.
@@ -30,12 +32,14 @@ def build_on_trial(model: PeftModel, tokenizer: Any, rows: Dataset, seed: int, a
         rows: A few of the phase's rows.
         seed: The run's.
         arguments: Those of trl.SFTConfig.
+        evaluation: A few of its validation rows, if it has any.
 
     Raises:
         Exception: Whatever TRL, Transformers or Jinja raise.
     """
     with _without_traces(model), tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(model, tokenizer, rows, output=Path(scratch) / "trial", arguments=arguments, seed=seed)
+        named: dict[str, Any] = {"output": Path(scratch) / "trial", "arguments": arguments, "seed": seed}
+        trainer = build_trainer(model, tokenizer, rows, **named, evaluation=evaluation)
         check_logins(trainer.args.report_to)
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else 100
         trainer.create_optimizer_and_scheduler(num_training_steps=steps)

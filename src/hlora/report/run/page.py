@@ -8,7 +8,7 @@ arms         arm → {texts: {name: {perplexity, bits_per_byte, nll, nll_stderr,
              domain: {rows, answer_nll, acc, acc_norm, exact_match, each with _stderr, generated},
              samples: [{prompt, expected, answer}]}; `base` is what all are compared with
 seconds      phase → seconds
-history      phase → Trainer's log entries
+history      phase → Trainer's log entries; eval_loss and probe_rise after an evaluation
 chain        of a run after another: domains, and measures by domain: base, before (its own phase), after (by step),
              forgetting (by step)
 importance   Importance.describe() and layer_weights
@@ -44,6 +44,7 @@ from hlora.report.run.measures import (
     shown_value,
 )
 from hlora.report.run.verdict import improved, main_arm, verdict
+from hlora.report.run.while_training import evaluations, learning_and_forgetting
 from hlora.report.style import phase_label, svg
 from hlora.system.redaction import redacted
 
@@ -59,9 +60,9 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
     importance = results.get("importance") or {}
     history = {phase: entries for phase, entries in (results.get("history") or {}).items() if entries}
     norms = importance.get("layer_norms") or {}
-    steered: Any = next(
-        (entries for entries in history.values() if any("probe_rise" in entry for entry in entries)), []
-    )
+    steered: Any = next((entries for entries in history.values() if any("budget" in entry for entry in entries)), [])
+    losses = {phase: [e for e in entries if "loss" in e or "eval_loss" not in e] for phase, entries in history.items()}
+    watched = evaluations(history.get("tune") or [])
     heading, numbers = _numbers(arms)
     domain = (results.get("config") or {}).get("domain") or {}
     named = [str(domain[key]) for key in ("task", "train") if domain.get(key)]
@@ -78,7 +79,8 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "heading": heading,
         "numbers": numbers,
         "costs": _costs(results),
-        "curves": Markup(svg(loss_curves(history))) if history else None,
+        "while_training": Markup(svg(learning_and_forgetting(watched))) if watched else None,
+        "curves": Markup(svg(loss_curves(losses))) if history else None,
         "budget": Markup(svg(budget_curves(steered))) if steered else None,
         "heatmap": Markup(svg(importance_heatmap(norms))) if norms else None,
         "weights": _weights(importance),
