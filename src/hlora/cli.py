@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,12 +14,10 @@ from rich.table import Table
 from hlora import __version__
 from hlora.after.commands import chat, merge, push
 from hlora.before.commands import check, show_check
+from hlora.comparison.commands import compare, cost
+from hlora.config.command_line import ConfigPath, Overrides, load_named, typed_command
 from hlora.parallel.messages import errors_as_messages, is_main_process, set_up_logs
-from hlora.system.errors import ConfigError, culprit
-from hlora.system.redaction import redact_argument
-
-if TYPE_CHECKING:
-    from hlora.config.run import RunConfig
+from hlora.system.errors import culprit
 
 app = typer.Typer(
     help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
@@ -33,21 +28,6 @@ app = typer.Typer(
 )
 console = Console()
 
-
-class Engine(StrEnum):
-    process = "process"
-    ray = "ray"
-
-
-ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file. `hlora config` prints one to start from.")
-]
-ComparisonPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file. `hlora config --compare` prints one to start from.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set penalty.phi=9")
-]
 
 UseImportance = Annotated[
     str | None,
@@ -73,16 +53,16 @@ def run(
     overrides: Overrides = None,
 ) -> None:
     """Record importance on general text, tune on the domain under its protection, evaluate, report."""
-    settings = _load(config, overrides, importance, after)
+    settings = load_named(config, overrides, importance=importance, after=after)
     from hlora import pipeline
 
-    show_check(settings) if dry_run else _show(pipeline.run(settings, _command(), overwrite))
+    show_check(settings) if dry_run else _show(pipeline.run(settings, typed_command(), overwrite))
 
 
 @app.command()
 def record(config: ConfigPath, overwrite: Overwrite = False, overrides: Overrides = None) -> None:
     """The general phase alone: writes <output>/importance."""
-    settings = _load(config, overrides)
+    settings = load_named(config, overrides)
     from hlora import pipeline
 
     _print(f"importance: {pipeline.record(settings, overwrite)}")
@@ -93,7 +73,7 @@ def tune(
     config: ConfigPath, importance: UseImportance = None, overwrite: Overwrite = False, overrides: Overrides = None
 ) -> None:
     """The domain phase alone, protected by <output>/importance: writes <output>/adapter."""
-    settings = _load(config, overrides, importance)
+    settings = load_named(config, overrides, importance=importance)
     from hlora import pipeline
 
     _print(f"adapter: {pipeline.tune(settings, overwrite)}")
@@ -102,10 +82,10 @@ def tune(
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure the base model and <output>/adapter; write results.json and report.html."""
-    settings = _load(config, overrides)
+    settings = load_named(config, overrides)
     from hlora import pipeline
 
-    _show(pipeline.evaluate_output(settings, _command()))
+    _show(pipeline.evaluate_output(settings, typed_command()))
 
 
 @app.command()
@@ -166,96 +146,7 @@ def demo(
     from hlora.data import demo
 
     settings: Any = parse_config(demo.demo_config(output), "demo", overrides)
-    _show(pipeline.run(settings, _command(), overwrite))
-
-
-@app.command()
-def compare(
-    config: ComparisonPath,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells and estimate their time; compute and write nothing.")
-    ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Compute failed cells again.")] = False,
-    engine: Annotated[
-        Engine, typer.Option(help="Compute cells in this process, or as Ray tasks (docs/guides/ray.md).")
-    ] = Engine.process,
-    gpus_per_cell: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="ray: GPUs for each cell; 0.5 lets two cells share one. Default: 1, or 0 without GPU."
-        ),
-    ] = None,
-    cpus_per_cell: Annotated[
-        float | None, typer.Option(min=0, help="ray: CPU cores for each cell. Default: 1.")
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="ray: address of a running cluster, HOST:PORT or auto. Default: a cluster on this machine."),
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
-
-    Finished cells are kept: run the same command again to resume. Several processes, for example one for each GPU,
-    can share one output directory.
-    """
-    from hlora.config.data_files import check_files
-    from hlora.config.reading import load_comparison
-
-    settings = load_comparison(config, overrides)
-    if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
-        raise ConfigError("--gpus-per-cell, --cpus-per-cell and --ray-address need --engine ray. Add it, or drop them.")
-    check_files(settings)
-    from hlora.comparison import planning, ray_engine
-    from hlora.comparison.compare import compare, summary
-
-    if dry_run:
-        console.print(planning.plan_table(planning.plan(settings)))
-        return
-    if engine is Engine.ray:
-        with ray_engine.engine(ray_address, gpus_per_cell, 1 if cpus_per_cell is None else cpus_per_cell) as compute:
-            found = compare(settings, _command(), retry=retry, compute=compute)
-    else:
-        found = compare(settings, _command(), retry=retry)
-    for line in summary(found):
-        _print(line)
-    _print(f"report: {Path(settings.output) / 'report.html'}")
-
-
-@app.command()
-def cost(
-    config: ConfigPath,
-    scale: Annotated[float, typer.Option(help="Share of the paper's sequences to measure, for both methods.")] = 1
-    / 200,
-    sequences: Annotated[
-        int | None,
-        typer.Option(min=1, help="Instead of --scale: sequences for EWC's Fisher information (paper: 20,000)."),
-    ] = None,
-    nu_samples: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Sequences of general text in one epoch of HLoRA, before scaling. The paper does not give a number; "
-            "5 epochs of 4,000 make as many passes as EWC's 20,000. Time is proportional to it.",
-        ),
-    ] = 4_000,
-    output: Annotated[Path | None, typer.Option(help="Output directory. Default: <output>/cost.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Time and bytes of importance, HLoRA against EWC-LoRA (Fig. 5): writes cost.json, cost.png and cost.svg."""
-    settings = _load(config, overrides)
-    from hlora.comparison.cost import cost_tables, measure_cost
-    from hlora.report.comparison.figures import cost_bars
-    from hlora.report.style import save
-
-    settings.output = str(output or Path(settings.output) / "cost")
-    measured = measure_cost(settings, scale, sequences, nu_samples=nu_samples, command=_command())
-    for table in cost_tables(measured):
-        console.print(table)
-    for note in measured["notes"]:
-        _print(note)
-    png, svg = save(cost_bars(measured), Path(settings.output) / "cost")
-    _print(f"figure: {png}, {svg}")
+    _show(pipeline.run(settings, typed_command(), overwrite))
 
 
 @app.command("config")
@@ -272,7 +163,7 @@ def print_config(
         print(starting_comparison() if comparison else starting_yaml(), end="")
 
 
-for command in (check, merge, chat, push):
+for command in (compare, cost, check, merge, chat, push):
     app.command()(command)
 
 
@@ -294,24 +185,6 @@ def main() -> None:
 def _print(line: str) -> None:
     """Print a line with a path or a sentence: brackets are not markup, and nothing is wrapped."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _load(
-    path: Path, overrides: list[str] | None, importance: str | None = None, after: str | None = None
-) -> RunConfig:
-    """The configuration, with all its files found. Imports neither PyTorch nor Transformers, which takes seconds."""
-    from hlora.config.data_files import check_files
-    from hlora.config.reading import load_config
-
-    used = {"importance": importance, "after": after}
-    named = [f"{field}={json.dumps(value)}" for field, value in used.items() if value is not None]
-    config = load_config(path, [*(overrides or []), *named])
-    check_files(config)
-    return config
-
-
-def _command() -> str:
-    return shlex.join(["hlora", *map(redact_argument, sys.argv[1:])])
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -83,10 +83,10 @@ def test_a_grid_has_every_strength_on_the_first_seed_and_the_chosen_one_on_all(
 def test_a_second_run_computes_nothing(four_cells: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare(load_comparison(four_cells))
 
-    def measure(self: Grid, cell: Any) -> dict[str, Any]:
-        raise AssertionError(f"{cell.arm} was computed again")
+    def run_again(job: Any, *arguments: Any) -> dict[str, Any]:
+        raise AssertionError(f"{job.config.method} was computed again")
 
-    monkeypatch.setattr(Grid, "_measure", measure)
+    monkeypatch.setattr("hlora.comparison.grid.run_cell", run_again)
     assert compare(load_comparison(four_cells))["cells"] == first["cells"]
 
 

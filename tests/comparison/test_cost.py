@@ -106,11 +106,11 @@ def test_the_clock_does_not_change_the_importance_and_misses_no_step(
 ) -> None:
     job = Job.open(config)
     ids = torch.randint(3, 384, (10, LENGTH), generator=torch.Generator().manual_seed(0))
-    timed, whole, recording = cost_module._recording(job, ids, "float32", 2, 4)
+    timed, whole, recording = cost_module._recording(job, ids, "float32", epochs=2, batch_size=4)
     assert timed.provenance["steps"] == 2 * math.ceil(10 / 4)
     assert 0 < recording.wall < whole.wall
     monkeypatch.setattr(Clock, "inside", lambda self, call: call)
-    plain, _, recording = cost_module._recording(job, ids, "float32", 2, 4)
+    plain, _, recording = cost_module._recording(job, ids, "float32", epochs=2, batch_size=4)
     assert recording == Elapsed(0.0, 0.0)
     for name, matrix in plain.matrices.items():
         assert isinstance(matrix.omega, Tensor) and matrix.omega.any()
@@ -131,14 +131,14 @@ def test_clock_adds_up_training_and_the_calls_inside_it(monkeypatch: pytest.Monk
 
 
 def test_notes_state_the_scale_and_the_assumption_and_warn_of_a_scale_too_small() -> None:
-    notes = " ".join(cost_module._notes(1 / 5000, 4, 1, 4_000, LENGTH, 12_300_000))
+    notes = " ".join(cost_module._notes(1 / 5000, ewc=4, nu=1, nu_samples=4_000, length=LENGTH, whole=12_300_000))
     assert "Measured at 1/5,000 of the paper's sequences, not extrapolated" in notes
     assert "on 4 of 20,000, HLoRA's 5 epochs of 1 of 4,000; 16 tokens each" in notes
     assert "4,000 is an assumption: 5 epochs of them are as many passes as EWC's" in notes
     assert "1 is 1/4,000 of 4,000, so the ratios of the paper's counting are not at one scale" in notes
     assert "by the whole model, they are 12.3 MB" in notes
     assert "An epoch of 1 fills no batch of 20" in notes
-    notes = " ".join(cost_module._notes(0.01, 200, 40, 4_000, LENGTH, 12_300_000))
+    notes = " ".join(cost_module._notes(0.01, ewc=200, nu=40, nu_samples=4_000, length=LENGTH, whole=12_300_000))
     assert "1/100 of" in notes and "not at one scale" not in notes and "fills no batch" not in notes
 
 

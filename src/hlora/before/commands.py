@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from hlora.config.command_line import ConfigPath, Overrides, load_named
 
 if TYPE_CHECKING:
     from hlora.before.check import Check
@@ -19,19 +20,9 @@ if TYPE_CHECKING:
 _LONG = 600  # characters of a part of a row; the middle of a longer one is left out
 
 
-def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of `hlora run`.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set penalty.phi=9")
-    ] = None,
-) -> None:
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show the data of a run as they are trained, and estimate its time, memory and disk. Writes nothing."""
-    from hlora.config.data_files import check_files
-    from hlora.config.reading import load_config
-
-    settings = load_config(config, overrides)
-    check_files(settings)
-    show_check(settings)
+    show_check(load_named(config, overrides))
 
 
 def show_check(config: RunConfig) -> None:

@@ -35,13 +35,22 @@ def compare(
 ) -> dict[str, Any]:
     """Compute the missing cells of the grid and write comparison.json, tables, figures and report.html.
 
-    A method that cannot run on the model, or fails, says so in its cell; the rest of the grid continues.
+    If a method cannot run on the model, or fails, its cell records the reason and the grid continues.
 
     Args:
-        retry: compute failed cells again.
-        compute: computes the cells: Grid.compute in this process by default, or what ray_engine.engine returns.
+        config: The comparison.
+        command: The command that repeats it, for the report.
+        retry: Compute failed cells again.
+        compute: Computes cells: by default `Grid.compute` in this process, or what `ray_engine.engine` yields.
 
-    Returns what comparison.json holds.
+    Returns:
+        What comparison.json holds.
+
+    In several processes start it once for each, on the same output directory; a torchrun launch is refused.
+
+    Raises:
+        ConfigError: A setting is wrong, or the output directory cannot be written.
+        DataError: Data, or a finished cell, cannot be read.
     """
     require_one_process("hlora compare", "Start it once for each GPU: several share one output directory.")
     compute = compute or Grid.compute

@@ -1,7 +1,7 @@
-"""Time and bytes of importance, by EWC's Fisher information and by HLoRA's recording, in one run on one model (Fig. 5).
+"""Time and bytes of importance on one model: EWC's Fisher information against HLoRA's recording (Fig. 5).
 
-Measured twice: with the paper's numbers of sequences, scaled down; and with equal sequences. Seconds are measured at
-the numbers reported with them and never extrapolated.
+Measured at two countings: the paper's numbers of sequences, scaled down, and equal numbers. Seconds are never
+extrapolated: they are reported with the number of sequences they were measured at.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ EWC_BATCH = 8  # paper: maximum
 HLORA_EPOCHS = 5  # paper
 HLORA_BATCH = 20  # paper
 NU_SAMPLES = 4_000
-"""Sequences of ν in an epoch, which the paper does not state. 5 epochs of 4,000 pass over 20,000 sequences, as many as
-EWC's Fisher information: an assumption that favours neither."""
+"""Sequences of general text in an epoch, which the paper does not state. 5 epochs of 4,000 pass over 20,000 sequences,
+as many as EWC's Fisher information: an assumption that favours neither."""
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "GPT-J-6B": {"hours": {"EWC-LoRA": 27.17, "HLoRA": 1.15}, "gigabytes": {"EWC-LoRA": 22.65, "HLoRA": 3.5}},
     "LLaMA-3.2-3B": {"hours": {"EWC-LoRA": 25.97, "HLoRA": 1.19}, "gigabytes": {"EWC-LoRA": 11.97, "HLoRA": 1.3}},
@@ -52,23 +52,23 @@ def measure_cost(
 ) -> dict[str, Any]:
     """Measure, and write cost.json into the output directory. An untimed batch of each method runs first.
 
-    "seconds" of a row is the whole work: EWC's backward passes, or HLoRA's training on ν with recording.
-    "seconds_beyond_training" is the part that recording adds to the training. "cpu_seconds" is processor time of this
-    process, to compare by if other work shares the CPU. "bytes" is the importance of the adapted matrices, and
-    "whole_model_bytes" is how the paper counts EWC's.
+    Each row has "seconds", the whole work: EWC's backward passes, or HLoRA's general phase with recording.
+    "seconds_beyond_training" is the part that recording adds to training. "cpu_seconds" is processor time of this
+    process, for comparison when other work shares the CPU. "bytes" is the importance of the adapted matrices.
+    "whole_model_bytes" is EWC's importance as the paper counts it.
 
     Args:
         config: The settings.
         scale: Share of the paper's sequences to measure, for both methods.
         sequences: In place of `scale`, the number of EWC's sequences (scale = sequences / 20,000).
-        nu_samples: Sequences of ν in an epoch, before scaling.
+        nu_samples: Sequences of general text in an epoch, before scaling.
         command: The command that repeats the measurement.
 
     Returns:
         What cost.json holds.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or this is one of several processes.
         DataError: The general text is too short.
     """
     require_one_process("hlora cost", "Start it without torchrun.")
@@ -89,7 +89,7 @@ def measure_cost(
     tokens = length - 1  # predicted tokens in a sequence
 
     _fisher(job, ids[:EWC_BATCH])
-    _recording(job, ids[:EWC_BATCH], ENCODINGS[0], 1, EWC_BATCH)
+    _recording(job, ids[:EWC_BATCH], ENCODINGS[0], epochs=1, batch_size=EWC_BATCH)
     importance, spent = _fisher(job, ids[:ewc])
     rows: list[dict[str, Any]] = [
         {
@@ -113,7 +113,7 @@ def measure_cost(
         ("equal", ewc, 1, EWC_BATCH),
     ):
         for encoding in ENCODINGS:
-            importance, spent, beyond = _recording(job, ids[:samples], encoding, epochs, batch)
+            importance, spent, beyond = _recording(job, ids[:samples], encoding, epochs=epochs, batch_size=batch)
             rows.append(
                 {
                     "method": "HLoRA",
@@ -146,7 +146,7 @@ def measure_cost(
         "rows": rows,
         "ratios": _ratios(rows),
         "published": PUBLISHED,
-        "notes": _notes(scale, ewc, nu, nu_samples, length, whole_model_bytes(job.base)),
+        "notes": _notes(scale, ewc=ewc, nu=nu, nu_samples=nu_samples, length=length, whole=whole_model_bytes(job.base)),
     }
     return write_json(job.output / "cost.json", cost, indent=1)
 
@@ -190,11 +190,11 @@ def _fisher(job: Job, ids: Tensor) -> tuple[Importance, Elapsed]:
 
 
 def _recording(
-    job: Job, ids: Tensor, encoding: EncodingName, epochs: int, batch_size: int
+    job: Job, ids: Tensor, encoding: EncodingName, *, epochs: int, batch_size: int
 ) -> tuple[Importance, Elapsed, Elapsed]:
-    """HLoRA's importance, the time of training with recording, and the recorder's part of it.
+    """HLoRA's importance, the time of training with recording, and the time of recording alone.
 
-    The recorder is timed inside its calls, since the difference to a second, plain training is below its noise.
+    The recorder's calls are timed, since the difference to a training without it is below the noise.
     """
     config = job.config
     model = attach_lora(job.base, config.lora, config.seed)
@@ -240,7 +240,7 @@ def _sequence_length(job: Job) -> int:
 
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """EWC over HLoRA by counting and encoding."""
+    """Ratios of EWC to HLoRA, by counting and encoding."""
     ratios: dict[str, dict[str, dict[str, float]]] = {}
     for ewc in (row for row in rows if row["method"] == "EWC-LoRA"):
         ratios[ewc["counting"]] = {
@@ -257,8 +257,8 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]
     return ratios
 
 
-def _notes(scale: float, ewc: int, nu: int, nu_samples: int, length: int, whole: int) -> list[str]:
-    """What the numbers stand for, in sentences for terminal, figure and report."""
+def _notes(scale: float, *, ewc: int, nu: int, nu_samples: int, length: int, whole: int) -> list[str]:
+    """How the numbers were measured, in sentences for terminal, figure and report."""
     why = ""
     if nu_samples == NU_SAMPLES:
         why = f": {HLORA_EPOCHS} epochs of them are as many passes as EWC's, which favours neither"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -13,24 +12,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from hlora.comparison.cells import NOT_COMPUTED, Cell, cell_config, names_of
-from hlora.comparison.shared import Busy, shared_importance
+from hlora.comparison.run_cell import HeldOut, run_cell
+from hlora.comparison.shared import Busy
 from hlora.config.comparison import ArmConfig, CellConfig, CompareConfig
 from hlora.config.sections import GeneralConfig
 from hlora.data.domain import DomainRows, TokenLimits, domain_rows, hold_out
 from hlora.data.general import GeneralText, general_text, hold_out_documents, measured_text, without_lines_of
 from hlora.data.tasks import Example
-from hlora.evaluation.evaluate import evaluate
 from hlora.methods import METHODS
 from hlora.model.base import load_base, pick_device
 from hlora.run.data_check import check_data
-from hlora.run.drift import measure_with_drift
 from hlora.run.job import Job
 from hlora.run.lengths import fit_lengths
-from hlora.run.results import describe
 from hlora.run.trial import check_arguments, try_phases
 from hlora.system.digest import digest, without_empty
 from hlora.system.errors import CannotRun, ConfigError, DataError, HloraError, first_line
@@ -39,9 +35,6 @@ from hlora.system.locks import try_lock
 from hlora.system.redaction import redacted, without_secret_fields
 
 logger = logging.getLogger("hlora")
-
-_LOSSES = ("step", "loss", "regularisation_loss", "weighted_regularisation_loss", "total_loss")
-_BUDGET = ("phi", "probe_rise", "probe_stderr", "budget", "alpha")
 
 
 @dataclass
@@ -61,9 +54,15 @@ class Grid:
 
     @classmethod
     def open(cls, config: CompareConfig, dry_run: bool = False) -> Grid:
-        """Check what can be checked before hours of training, load the model, read the data.
+        """Load the model, read the data, and check what can be checked before hours of training.
 
-        dry_run: write nothing. Else make the output directory and keep the configuration in it.
+        Args:
+            config: The comparison.
+            dry_run: Write nothing. By default the output directory is made, with the configuration in it.
+
+        Raises:
+            ConfigError: A setting of the comparison, or of the arm that is named, is wrong.
+            DataError: Data cannot be read.
         """
         output = Path(config.output)
         if dry_run:
@@ -85,7 +84,11 @@ class Grid:
         return grid
 
     def try_phases(self, cells: Iterable[Cell]) -> None:
-        """Build the trainers of every arm on a few rows (see run.trial). Raises ConfigError that names the arm."""
+        """Build the trainers of every arm on a few rows (see run/trial.py).
+
+        Raises:
+            ConfigError: A trainer cannot be built; names the arm.
+        """
         tried = set()
         for cell in cells:
             settings = digest(cell.config.model_dump(include={"training", "lora", "importance"}))
@@ -135,7 +138,7 @@ class Grid:
         return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
 
     def general(self, config: CellConfig) -> GeneralText:
-        """General text of a cell, without the text that strengths are chosen on."""
+        """General text of a cell, without the text that its strength is chosen on."""
         key = digest(config.model_dump(include={"general", "evaluation", "seed"}))
         if key not in self._read:
             found = self._general_text(config.general, config.seed)
@@ -146,8 +149,10 @@ class Grid:
         return self._read[key]
 
     def held_out_texts(self, seed: int | None) -> dict[str, str]:
-        """What strengths of every arm are chosen on: the last tenth of the comparison's own general documents, and the
-        texts of `selection`."""
+        """Texts that strengths are chosen on, by name.
+
+        They are the last tenth of the comparison's own general documents, and the texts of `selection`.
+        """
         seed = self.config.seeds[0] if seed is None else seed
         key = f"held out, seed {seed}"
         if key not in self._read:
@@ -165,7 +170,7 @@ class Grid:
         return self._read[key]
 
     def domain(self, config: CellConfig) -> tuple[DomainRows, list[Example]]:
-        """Domain rows without the held-out ones, and the held-out ones, which strengths are chosen on."""
+        """Domain rows of a cell, and the rows held out of them to choose its strength on."""
         limits = TokenLimits.of(self.base, self.tokenizer, config.training.tune_arguments())
         rows = (config.domain.model_dump(), config.evaluation.max_rows, config.seed, config.held_out_rows)
         key = digest({"domain": rows, "limits": (limits.context, limits.kept, limits.keeps_end, limits.packed)})
@@ -175,11 +180,15 @@ class Grid:
         return self._read[key]
 
     def validates(self, seed: int | None) -> bool:
-        """Whether cells of this seed are also measured on the held-out data. None is the base's seed."""
+        """Whether cells of this seed are also measured on the held-out data. None is the base model's seed."""
         return seed is None or seed in self.config.seeds[: self.config.selection.seeds]
 
+    def _held_out(self, cell: Cell) -> HeldOut | None:
+        """Texts and rows that the cell's strength is chosen on, if cells of this seed are measured on them."""
+        return (self.held_out_texts(cell.seed), self.domain(cell.config)[1]) if self.validates(cell.seed) else None
+
     def to_compute(self, cells: Iterable[Cell], retry: bool) -> list[tuple[Cell, bool]]:
-        """The missing cells, each once, and with `retry` the failed ones; True marks a failed one."""
+        """The missing cells, each once, and with `retry` the failed ones, which are marked True."""
         found = {cell.key: (cell, self.read(cell)) for cell in cells}
         return [
             (cell, known is not None)
@@ -188,7 +197,12 @@ class Grid:
         ]
 
     def compute(self, cells: list[Cell], retry: bool = False) -> None:
-        """Compute the missing cells; those that another process has locked come last."""
+        """Compute the missing cells, last those that another process holds locked.
+
+        Args:
+            cells: Cells of this grid.
+            retry: Compute failed cells again.
+        """
         started = time.perf_counter()
         todo = self.to_compute(cells, retry)
         total, done = len(todo), 0
@@ -205,17 +219,17 @@ class Grid:
             todo = left
 
     def attempt(self, cell: Cell, again: bool) -> bool:
-        """Compute a cell; False while another process has locked the cell, or what the cell needs."""
+        """Compute a cell. Returns False while another process holds the lock of the cell, or of a part it needs."""
         path = self._path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         with try_lock(path.with_name(f"{path.name}.lock")) as mine:
             if not mine:
                 return False
             if path.exists() and not again:
-                return True  # another process made it meanwhile
+                return True  # another process has computed it
             logger.info("%s", cell.name)
             try:
-                result = self._measure(cell)
+                result = run_cell(self.job(cell), cell.strength, self._held_out(cell))
             except Busy:
                 return False
             except CannotRun as error:
@@ -228,55 +242,8 @@ class Grid:
             write_json(path, {**names_of(cell), **NOT_COMPUTED, **result})
             return True
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
-        job, method = self.job(cell), METHODS[cell.config.method]
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        importance, arguments = shared_importance(job), dict[str, Any]()
-        described = None
-        if importance is not None:
-            arguments["importance"] = importance
-            if method.needs == "importance":
-                described = describe(importance, cell.config)
-            elif method.needs == "fisher":
-                described = importance.describe()
-        if method.strength is not None:
-            arguments["strength"] = cell.strength
-        shared = time.perf_counter() - started
-        started = time.perf_counter()
-        model, history = method.function()(job, **arguments)
-        train = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        started = time.perf_counter()
-        start = importance if method.needs in ("importance", "general") and not method.reference else None
-        test = measure_with_drift(job, model, cell.config.evaluation, start, base_changed=method.alters_base)
-        test.pop("samples")
-        validation = None
-        if self.validates(cell.seed):
-            validation = self._validation(cell, model)
-        if model is not job.base:
-            model.unload()
-        del model
-        gc.collect()
-        return {
-            "status": "done",
-            "test": test,
-            "validation": validation,
-            "history": [{key: entry[key] for key in (*_LOSSES, *_BUDGET) if key in entry} for entry in history],
-            "importance": described,
-            "seconds": {"importance": shared, "train": train, "evaluate": time.perf_counter() - started},
-            "peak_memory_bytes": peak,
-        }
-
-    def _validation(self, cell: Cell, model: Any) -> dict[str, Any]:
-        held_out = DomainRows([], self.domain(cell.config)[1], [])
-        settings = cell.config.evaluation.model_copy(update={"accuracy": False, "generate": 0})
-        found = evaluate(model, self.tokenizer, self.held_out_texts(cell.seed), held_out, settings)
-        return {"texts": found["texts"], "domain": found["domain"]}
-
     def job(self, cell: Cell) -> Job:
-        """The cell's job. Its general phase records every kind of importance that an arm of the grid needs."""
+        """The job of a cell. Its general phase records every kind of importance that an arm of the grid needs."""
         if self.base_is_spoilt:
             self.base = None
             self.base, self.tokenizer = load_base(self.config.model)
@@ -300,7 +267,7 @@ class Grid:
         return self.output / "cells" / f"{cell.key}.json"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell, under the names that the configuration gives now; None if the cell is missing."""
+        """The result of a cell under its present names; None if the cell is missing."""
         try:
             kept = json.loads(self._path(cell).read_text(encoding="utf-8"))
         except FileNotFoundError:

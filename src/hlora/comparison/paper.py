@@ -1,8 +1,7 @@
-"""The methods of the paper, and HLoRA with uniform importance: each takes a job, and gives the tuned model and its
-losses.
+"""The paper's methods, and HLoRA with uniform importance. Each takes a job and returns the tuned model and its losses.
 
-All share budget, data order, seed and evaluation. Plain LoRA, from the base model or from θ^ν, is in run/phases.py, as
-a run trains it too; what people use besides is in rivals/. hlora/methods.py lists them all.
+All have the same number of steps, data order, seed and evaluation. Plain LoRA is in run/phases.py, since `hlora run`
+trains it too. Methods of others are in rivals/, and hlora/methods.py lists all of them.
 """
 
 from __future__ import annotations
@@ -35,29 +34,47 @@ def after_general(job: Job, *, importance: Importance) -> tuple[PeftModel, Histo
 
 
 def rslora(job: Job) -> tuple[PeftModel, History]:
-    """LoRA(μ) with the scale α/√r (Kalajdzievski 2023)."""
+    """LoRA on the domain with the scale α/√r. Source: Kalajdzievski 2023."""
     settings = job.config.lora.model_copy(update={"rslora": True})
     model = attach_lora(job.base, settings, job.config.seed)
     return model, train_on_domain(job, model, "rslora")
 
 
 def hlora(job: Job, *, importance: Importance, strength: float | None) -> tuple[PeftModel, History]:
-    """The paper's method: from θ^ν under φ Σ_l c_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eqs. 14–16). strength: φ.
+    """The paper's method: tune from the general adapter, under the penalty of Eqs. 14–16.
 
-    With penalty.anchor base from the base model, under the same sum over (θ_i − W₀_i)².
+    With `penalty.anchor: base`, tune from the base model, under the penalty of the distance to it.
+
+    Args:
+        job: The cell's settings, model and data.
+        importance: Recorded importance, with the general adapter.
+        strength: φ; None for `penalty.phi`.
+
+    Source: Eqs. 14–16.
     """
     return _protected(job, importance, strength, job.config.penalty.layer_weights, "hlora")
 
 
 def uniform(job: Job, *, importance: Importance, strength: float | None) -> tuple[PeftModel, History]:
-    """HLoRA with its mean importance everywhere: plain L2 towards the anchor. strength: φ, relative as HLoRA's."""
+    """HLoRA with the mean importance for every weight: plain L2 towards the anchor.
+
+    Args:
+        job: The cell's settings, model and data.
+        importance: Recorded importance, of which the mean is taken.
+        strength: φ, in the unit of HLoRA's; None for `penalty.phi`.
+    """
     return _protected(job, uniform_importance(importance), strength, "uniform", "uniform")
 
 
 def ewc(job: Job, *, importance: Importance, strength: float | None) -> tuple[PeftModel, History]:
-    """EWC-LoRA (Xiang et al. 2023): a fresh adapter on the domain under λ Σ F (sBA)².
+    """EWC-LoRA: a new adapter on the domain, under λ Σ F (sBA)².
 
-    importance: the Fisher information F. strength: λ, nats/token; 1 where it is None.
+    Args:
+        job: The cell's settings, model and data.
+        importance: The Fisher information F.
+        strength: λ, nats/token; None for 1.
+
+    Source: Xiang et al. 2023.
     """
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     weight = 1.0 if strength is None else strength
@@ -74,7 +91,7 @@ def _protected(
 
 
 def uniform_importance(importance: Importance) -> Importance:
-    """The mean importance everywhere; what undoing the general phase costs is recomputed."""
+    """The mean importance for every weight, with the cost of undoing the general phase recomputed."""
     kept = importance.matrices.values()
     mean = sum(float(encodings.total(m.omega)) for m in kept) / sum(math.prod(encodings.shape(m.omega)) for m in kept)
     matrices = {}

@@ -1,10 +1,10 @@
-"""What the cells of a comparison share: the general phase, run once a seed, with its recorded importance.
+"""What the cells of a comparison share: the general phase of each seed, with its recorded importance.
 
-recording.json           what it was made from, losses, seconds
+recording.json           settings and data that determine it, losses, seconds
 adapter.safetensors      the general adapter's factors of each matrix, with adapter.json
 <kind>.safetensors       state of one recorder: factored, float32 or squares; all record the same training
 
-Squared gradients at the base model, in place of a general phase, are kept in the same way as an Importance.
+Squared gradients and Fisher information at the base model need no general phase. They are kept as an Importance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Busy(Exception):
 
 
 def shared_part(config: CellConfig) -> Part:
-    """What a cell needs that is made once and kept for others too; empty for nothing."""
+    """The part that a cell needs and shares with other cells; empty for none."""
     needs = METHODS[config.method].needs
     if needs is None or needs == "fisher":
         return needs or ""
@@ -48,14 +48,18 @@ def shared_part(config: CellConfig) -> Part:
 
 
 def shared_importance(job: Job) -> Importance | None:
-    """What the job's method needs: recorded importance, Fisher information or nothing. Raises Busy."""
+    """What the job's method needs: recorded importance, Fisher information or nothing.
+
+    Raises:
+        Busy: Another process is making it. So do the functions below.
+    """
     assert isinstance(job.config, CellConfig)
     part = shared_part(job.config)
     return None if not part else fisher(job) if part == "fisher" else importance(job)
 
 
 def importance(job: Job) -> Importance:
-    """Ω of the job's general text in its encoding and, of a general phase, at its ξ (Eq. 13). Raises Busy."""
+    """The importance of the job's general text, by the job's method and encoding. Source: Eq. 13."""
     config = job.config
     if config.in_one_pass:
         return _squared_gradients(job)
@@ -74,7 +78,7 @@ def importance(job: Job) -> Importance:
 
 
 def general_phase(job: Job) -> Path:
-    """Directory of the job's general phase; trains the phase if it does not exist. Raises Busy."""
+    """The directory of the job's general phase, which is trained if the directory does not exist."""
     config = job.config
     kinds = sorted({_kind(each): each for each in (*job.recorded, config.importance)}.items())
 
@@ -107,11 +111,11 @@ def general_phase(job: Job) -> Path:
         "stop_at_move": config.importance.stop_at_move,
         "text": job.general.facts,
     }
-    return once(job, "general", made_from, record)
+    return cached_directory(job, "general", made_from, make=record)
 
 
 def _kind(options: ImportanceConfig) -> str:
-    """The name of a recorder's state, as `ImportanceRecorder.kind` has it."""
+    """The name of a recorder's state files, equal to `ImportanceRecorder.kind`."""
     return options.encoding if options.method == "path_integral" else "squares"
 
 
@@ -124,11 +128,11 @@ def _squared_gradients(job: Job) -> Importance:
         model.unload()
 
     made_from = {**config.model_dump(include={"model", "lora", "importance", "seed"}), "text": job.general.facts}
-    return Importance.load(once(job, "squares", made_from, record))
+    return Importance.load(cached_directory(job, "squares", made_from, make=record))
 
 
 def fisher(job: Job) -> Importance:
-    """The Fisher information of the job's base model on its general text. Raises Busy."""
+    """The Fisher information of the job's base model on its general text."""
     config = job.config
     assert isinstance(config, CellConfig)
     options = config.fisher
@@ -148,11 +152,18 @@ def fisher(job: Job) -> Importance:
         model.unload()
 
     made_from = {**config.model_dump(include={"model", "lora", "fisher", "seed"}), "text": job.general.facts}
-    return Importance.load(once(job, "fisher", made_from, measure))
+    return Importance.load(cached_directory(job, "fisher", made_from, make=measure))
 
 
-def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """The directory of what `made_from` determines; `make` fills it if it does not exist. Raises Busy."""
+def cached_directory(job: Job, name: str, made_from: Mapping[str, Any], *, make: Callable[[Path], None]) -> Path:
+    """A directory that is made once for each set of settings and data, and kept in the output directory.
+
+    Args:
+        job: Names the output directory.
+        name: The folder in it.
+        made_from: Everything that determines the content; its digest names the directory.
+        make: Fills the directory if it does not exist.
+    """
     directory = job.output / name / digest(made_from)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not directory.is_dir():
@@ -166,7 +177,7 @@ def once(job: Job, name: str, made_from: Mapping[str, Any], make: Callable[[Path
 
 
 def shared_key(config: CellConfig) -> str:
-    """A digest of the settings that the shared part is made from: equal for cells that share it."""
+    """A digest of the settings that determine the shared part; equal for cells that share it."""
     shared = shared_part(config)
     made_from = {"shared": shared, **config.model_dump(include={"seed", "model", "lora", "general", "evaluation"})}
     if shared == "general":
