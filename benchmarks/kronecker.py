@@ -37,7 +37,6 @@ from hlora.model.layer_gradients import layer_gradients
 from hlora.model.lora import attach_lora
 from hlora.numerics import squares
 
-Tensors = dict[str, dict[str, Tensor]]  # by matrix: A and B; or X, G, rows and columns of the squared gradients
 FORMS = ("rows × columns", "Kronecker, damping 0.1", "Kronecker, damping 0", "Kronecker, damping 1")
 
 data, output = Path(sys.argv[1]), Path(sys.argv[2])
@@ -45,7 +44,7 @@ torch.set_num_threads(1)
 base, tokenizer = load_base(ModelConfig(name="smollm2-135m", device="cpu", dtype="float32"))
 model = attach_lora(base, LoraSettings(), 0).eval()
 matrices = adapted_matrices(model)
-params = [p for m in matrices for p in (m.A, m.B)]
+factors = {f"{m.name}/{part}": getattr(m, part) for m in matrices for part in "AB"}
 
 
 def batches(rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
@@ -64,44 +63,42 @@ def batches(rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
 
 
 def train(steps: list[dict[str, Tensor]], rate: float, held: Callable[[], Tensor] | None = None) -> None:
-    optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(factors.values(), lr=rate, weight_decay=0.0)
     for n, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = rate * min((n + 1) / 5, (len(steps) - n) / (len(steps) - 5))
         loss = model(**step).loss
         (loss if held is None else loss + held()).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def recorded_while(run: Callable[[], Any]) -> Tensors:
-    sums: Tensors = {m.name: {} for m in matrices}
-
+def record(kind: str, run: Callable[[], Any]) -> None:
     def use(matrix: AdaptedMatrix, x: Tensor, g: Tensor) -> None:
         rows, columns = squares.exact_sums(x, g)
         X, G = (flat.T @ flat for flat in (x.flatten(0, 1), g.flatten(0, 1)))
-        for name, part in {"X": X, "G": G, "rows": rows, "columns": columns}.items():
-            sums[matrix.name][name] = sums[matrix.name].get(name, 0.0) + part
+        for part, value in {"X": X, "G": G, "rows": rows, "columns": columns}.items():
+            key = f"{kind}/{matrix.name}/{part}"
+            state[key] = state[key] + value if key in state else value
 
     with layer_gradients(matrices, use):
         run()
-    return sums
 
 
-def moments(sums: dict[str, Tensor], form: str) -> tuple[Tensor, Tensor]:
+def moments(text: str, matrix: str, form: str) -> tuple[Tensor, Tensor]:
+    X, G, rows, columns = (state[f"{text}/{matrix}/{part}"] for part in ("X", "G", "rows", "columns"))
     if form == FORMS[0]:
-        return torch.diag(sums["columns"] / sums["columns"].sum()), torch.diag(sums["rows"])
-    damping = float(form.split()[-1])
-    X, G = (sums[name] + damping * sums[name].diagonal().mean() * torch.eye(len(sums[name])) for name in "XG")
-    return X, G
+        return torch.diag(columns / columns.sum()), torch.diag(rows)
+    d = float(form.split()[-1])
+    return X + d * X.diagonal().mean() * torch.eye(len(X)), G + d * G.diagonal().mean() * torch.eye(len(G))
 
 
 def penalty(form: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
     """Σ tr(G δ X δᵀ), δ = s(BA − B₀A₀), from its 2r columns and rows."""
     total = torch.zeros(())
     for m in matrices:
-        (X, G), start = form[m.name], state["start"][m.name]
-        P, Q = torch.cat([m.B, -start["B"]], 1), m.scale * torch.cat([m.A, start["A"]])
+        (X, G), A, B = form[m.name], state[f"start/{m.name}/A"], state[f"start/{m.name}/B"]
+        P, Q = torch.cat([m.B, -B], 1), m.scale * torch.cat([m.A, A])
         total = total + ((P.T @ G @ P) * (Q @ X @ Q.T)).sum()
     return total
 
@@ -121,52 +118,47 @@ def measure(name: str) -> None:
     print(name, found[name], flush=True)
 
 
-@torch.no_grad()
-def to(factors: Tensors) -> None:
-    for m in matrices:
-        m.A.copy_(factors[m.name]["A"])
-        m.B.copy_(factors[m.name]["B"])
+def keep(kind: str) -> None:
+    state.update({f"{kind}/{key}": factor.detach().clone() for key, factor in factors.items()})
 
 
-def factors() -> Tensors:
-    return {m.name: {"A": m.A.detach().clone(), "B": m.B.detach().clone()} for m in matrices}
+def to(kind: str) -> None:
+    for key, factor in factors.items():
+        factor.data.copy_(state[f"{kind}/{key}"])
 
 
 windows = {t: pack(tokenizer, [(data / t / "test.txt").read_text()], 6, 512) for t in ("wikitext2", "shakespeare")}
 rows, tests = ([json.loads(line) for line in (data / f"qasc/{n}.jsonl").open()] for n in ("train", "test"))
 domain, test = batches(random.Random(0).sample(rows, 480)), batches(tests[:160])
 found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-state: dict[str, Tensors] = {}
 kept = output.with_suffix(".safetensors")
-if kept.exists():
-    for key, tensor in load_file(kept).items():
-        kind, matrix, part = key.split("/")
-        state.setdefault(kind, {}).setdefault(matrix, {})[part] = tensor
-else:
+state: dict[str, Tensor] = load_file(kept) if kept.exists() else {}  # kind/matrix/part
+if not state:
     wiki = pack(tokenizer, [(data / "wikitext2/valid.txt").read_text()], 240, 128).split(8)
     topics = pydoc_data.topics.topics
     python = pack(tokenizer, [topics[name] for name in sorted(topics)], 120, 128).split(8)
-    state["WikiText"] = recorded_while(lambda: train([{"input_ids": x, "labels": x} for x in wiki], 2e-4))
-    state["start"] = factors()
-    read = recorded_while(lambda: [model(input_ids=x, labels=x).loss.backward() for x in python])
+    record("WikiText", lambda: train([{"input_ids": x, "labels": x} for x in wiki], 2e-4))
+    keep("start")
+    record("half Python", lambda: [model(input_ids=x, labels=x).loss.backward() for x in python])
     model.zero_grad()
-    state["half Python"] = {n: {k: v + 2 * read[n][k] for k, v in s.items()} for n, s in state["WikiText"].items()}
+    for key in [key for key in state if key.startswith("half Python/")]:
+        state[key] = 2 * state[key] + state[key.replace("half Python", "WikiText")]
     train(domain, 8e-4)
-    state["end"] = factors()
-    save_file({f"{k}/{n}/{part}": x for k, v in state.items() for n, w in v.items() for part, x in w.items()}, kept)
-to(state["start"])
+    keep("end")
+    save_file(state, kept)
+to("start")
 after = {text: log_p(text) for text in windows}
 measure("after the general phase")
-to(state["end"])
+to("end")
 measure("no penalty")
 for strength in (10, 100, 1):
     for form_name in FORMS:
         for text in ("WikiText", "half Python"):
             name = f"{form_name}, {text}, ×{strength}"
             if name not in found:
-                form = {matrix: moments(each, form_name) for matrix, each in state[text].items()}
-                to(state["end"])
+                form = {m.name: moments(text, m.name, form_name) for m in matrices}
+                to("end")
                 phi = 0.5 * strength / float(penalty(form).detach())
-                to(state["start"])
+                to("start")
                 train(domain, 8e-4, lambda form=form, phi=phi: phi * penalty(form))
                 measure(name)
