@@ -92,6 +92,8 @@ def test_a_second_domain_is_killed_resumed_and_byte_equal_with_the_matrix_of_bot
     for file in (ADAPTER, AFTER):
         assert (tmp_path / "again" / "second" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     assert resumed["chain"] == chain and resumed["arms"] == whole["arms"]
+    again_measured = pipeline.evaluate_output(parse_config(again))
+    assert again_measured["chain"] == chain and again_measured["arms"] == whole["arms"]
 
 
 def test_a_strong_penalty_keeps_the_second_adapter_at_the_first(

@@ -126,7 +126,10 @@ def test_a_chain_killed_in_its_second_domain_resumes_to_the_same_bytes(
     path.write_text(yaml.safe_dump(chain), encoding="utf-8")
     status, out, err = hlora("check", path)
     assert status == 0 and "then minus: 24 training rows, 8 test rows" in out, err
+    path.write_text(yaml.safe_dump({**chain, "domains": chain["domains"][:1]}), encoding="utf-8")
     assert hlora("run", path)[0] == 0
+    path.write_text(yaml.safe_dump(chain), encoding="utf-8")
+    assert hlora("run", path)[0] == 0  # goes on with the domain that was added
     again = {**chain, "output": str(tmp_path / "again")}
     path.write_text(yaml.safe_dump(again), encoding="utf-8")
     killed = subprocess.run([sys.executable, "-c", KILLED, "run", str(path)], capture_output=True, text=True)

@@ -120,24 +120,29 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
     """Evaluate the base model and <output>/adapter, and write results.json and the report.
 
-    Curves and times of the phases are taken from an earlier results.json.
+    Curves and times of the phases are taken from an earlier results.json. A run after another is also measured before
+    its domain phase and on the earlier domains.
     """
     _check_single(config)
     adapter = Path(config.output) / "adapter"
     with _locked(config):
+        earlier = earlier_runs(config)
         job = _open(config, given_importance(config), resumable=False)
         _check_adapter(job, adapter)
         on_main(job.keep_config)
         results = on_main(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError):  # it may be missing or damaged; this one replaces it
-            earlier = read_results(job.output)
-            seconds = {k: v for k, v in earlier["seconds"].items() if not k.startswith("evaluate")}
-            results |= {"history": earlier["history"], "seconds": seconds}
+            kept = read_results(job.output)
+            seconds = {k: v for k, v in kept["seconds"].items() if not k.startswith("evaluate")}
+            results |= {"history": kept["history"], "seconds": seconds}
         measure_once(job, results, "base", lambda: job.base)
         importance = job.given
+        if importance is not None and earlier:
+            measure_once(job, results, BEFORE, partial(at_general_adapter, job, importance))
         if importance is None and (job.output / "importance").is_dir():
             importance = Importance.load(job.output / "importance")
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
+        measure_earlier(job, results, earlier)
         if importance is not None:
             results["importance"] = describe(importance, config)
         return on_main(lambda: finish(job, results))
