@@ -31,6 +31,7 @@ from variants import METHODS, OPTIMIZERS, VARIANTS, of_optimizer, of_variant
 
 from hlora import pipeline
 from hlora.config.reading import parse_config
+from hlora.config.run import RunConfig
 from hlora.system.errors import HloraError, first_line
 
 _OTHERS = ("peft", "trl", "transformers")
@@ -89,13 +90,18 @@ def of_run(name: str, directory: Path) -> list[str]:
     base = directory / name
     ARCHITECTURES[name].build().save_pretrained(base)
     made_tokenizer().save_pretrained(base)
-    (directory / "general.txt").write_text("The cat sat on the mat and looked at the rain. " * 60, encoding="utf-8")
-    rows = "".join(f'{{"prompt": "What is {n} plus one?", "completion": " {n + 1}"}}\n' for n in range(12))
-    (directory / "rows.jsonl").write_text(rows, encoding="utf-8")
+    (directory / "general.txt").write_text("The cat sat on the mat.\nIt looked at the rain.\n\n" * 40, encoding="utf-8")
+    for file, first in (("train", 0), ("test", 50)):
+        rows = [f'{{"prompt": "What is {n} plus one?", "completion": " {n + 1}"}}\n' for n in range(first, first + 6)]
+        (directory / f"{file}.jsonl").write_text("".join(rows), encoding="utf-8")
     fields = {
         "model": {"name": str(base), "device": "cpu"},
         "general": {"paths": [str(directory / "general.txt")]},
-        "domain": {"task": "rows", "train": str(directory / "rows.jsonl"), "validation_rows": 2},
+        "domain": {
+            "task": "rows",
+            "train": str(directory / "train.jsonl"),
+            "test": str(directory / "test.jsonl"),
+        },
         "training": {
             "common": {"per_device_train_batch_size": 2, "report_to": []},
             "record": {"max_steps": 1, "max_length": 16},
@@ -104,15 +110,16 @@ def of_run(name: str, directory: Path) -> list[str]:
         "evaluation": {"max_tokens": 32, "window": 16, "stride": 16, "accuracy": False, "generate": 0},
     }
 
-    def run(number: int, modules: Any) -> str:
-        lora = {"rank": RANK, "alpha": ALPHA, "target_modules": modules}
-        pipeline.run(parse_config({**fields, "output": str(directory / f"{name}-{number}"), "lora": lora}))
+    def run(config: RunConfig) -> str:
+        pipeline.run(config)
         return "ok"
 
-    return [
-        cell(lambda number=number, modules=modules: run(number, modules))  # type: ignore[misc]
-        for number, modules in enumerate((ARCHITECTURES[name].modules, "all-linear"))
-    ]
+    cells = []
+    for number, modules in enumerate((ARCHITECTURES[name].modules, "all-linear")):
+        lora = {"rank": RANK, "alpha": ALPHA, "target_modules": modules}
+        config = parse_config({**fields, "output": str(directory / f"{name}-{number}"), "lora": lora})
+        cells.append(cell(lambda config=config: run(config)))  # type: ignore[misc]
+    return cells
 
 
 def trained(name: str, directory: Path, wrapped: bool = True) -> str:
