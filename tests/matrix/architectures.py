@@ -38,6 +38,8 @@ class Architecture:
     """LoRA's targets, of which every architecture has its own names."""
     settings: dict[str, Any]
     auto: Any = AutoModelForCausalLM
+    parameters: tuple[str, ...] = ()
+    """Experts that all-linear does not take by itself."""
 
     def build(self) -> Any:
         """The model with random weights, the same at each call."""
@@ -132,7 +134,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture("olmo2", ATTENTION, _LLAMA),
     "smollm3": Architecture("smollm3", ATTENTION, _LLAMA),
     "gpt_oss": Architecture(
-        "gpt_oss", ATTENTION, {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+        "gpt_oss",
+        ATTENTION,
+        {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "mamba": Architecture("mamba", ["in_proj", "x_proj"], _MAMBA),
     "mamba2": Architecture(

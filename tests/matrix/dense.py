@@ -24,26 +24,55 @@ RANK, ALPHA, STEPS, LR, XI, PHI = 2, 4, 3, 0.02, 1e-3, 3.0
 
 @dataclass
 class Factors:
-    """A and B of one adapted matrix, and s·BA's scale."""
+    """A and B of one adapted matrix, its scale, and the layer of PEFT that has them."""
 
-    A: Tensor
-    B: Tensor
+    parameters: tuple[nn.Parameter, nn.Parameter]
     scale: float
+    layer: Any
+    expert: tuple[int, int] | None = None
+
+    def of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """This matrix's part of both, which are all of them but for experts (PEFT's `get_delta_weight`)."""
+        if self.expert is None:
+            return A, B
+        number, count = self.expert
+        return A.reshape(count, -1, A.shape[1])[number], B.reshape(B.shape[0], -1, count)[:, :, number]
 
     def copies(self) -> tuple[Tensor, Tensor]:
-        return self.A.detach().double().clone(), self.B.detach().double().clone()
+        A, B = self.of(*(parameter.detach() for parameter in self.parameters))
+        return A.double().clone(), B.double().clone()
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        A, B = self.of(*(torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters))
+        return A.double().clone(), B.double().clone()
+
+    def base_weight(self) -> Tensor:
+        weight = getattr(self.layer.get_base_layer(), self.weight_name).detach()
+        return weight if self.expert is None else weight[self.expert[0]]
+
+    @property
+    def weight_name(self) -> str:
+        return getattr(self.layer, "parameter_name", "weight")
 
 
 def adapted(model: nn.Module) -> dict[str, Factors]:
-    """Every pair of factors by the name of its module in the base model, read from `named_parameters`."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    """Every pair of factors by the name of its weight in the base model, read from `named_parameters`."""
+    parameters: Any = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for name, A in parameters.items():
-        if name.endswith(A_OF) and "base_layer" not in name:
-            place = name.removesuffix(A_OF)
-            config = model.get_submodule(place)
-            scale = float(config.scaling["default"])  # type: ignore[operator,index]
-            found[place.removeprefix("base_model.model.")] = Factors(A, parameters[place + B_OF], scale)
+        if not name.endswith(A_OF):
+            continue
+        place = name.removesuffix(A_OF)
+        layer: Any = model.get_submodule(place)
+        pair, scale = (A, parameters[place + B_OF]), float(layer.scaling["default"])
+        place = place.removeprefix("base_model.model.")
+        count = getattr(layer, "num_experts", None)
+        if count is None:
+            found[place] = Factors(pair, scale, layer)
+            continue
+        place = f"{place.replace('.base_layer', '')}.{layer.parameter_name}"
+        experts = {f"{place}[{e}]": Factors(pair, scale, layer, (e, count)) for e in range(count)}
+        found |= experts if count > 1 else {place: Factors(pair, scale, layer)}
     return found
 
 
@@ -60,9 +89,8 @@ class DensePath:
     def before(self, lr: float) -> None:
         self.kept = {}
         for name, f in self.factors.items():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in (f.A, f.B)]
             A, B = f.copies()
-            gradient = equations.effective_gradient(A, B, *(g.double() for g in grads), lr=lr, scale=f.scale)
+            gradient = equations.effective_gradient(A, B, *f.gradients(), lr=lr, scale=f.scale)
             self.kept[name] = (A, B, gradient)
 
     def after(self) -> None:
@@ -81,7 +109,7 @@ class DensePath:
 
 def error(got: dict[str, Any], expected: dict[str, Tensor]) -> float:
     """Largest error over all matrices; factored ones by their row and column sums."""
-    if list(got) != list(expected):
+    if set(got) != set(expected):
         return float("inf")
     worst = 0.0
     for name, other in expected.items():
@@ -113,15 +141,13 @@ def penalty_errors(model: nn.Module, importance: Importance, general: dict[str, 
         terms.append(equations.layer_penalty(omega[name], scale * B @ A, scale * B_nu @ A_nu))
     value = PHI * equations.regularisation(weights, torch.stack(terms))
     value.backward()
-    expected = {
-        f"{name}.{which}": leaf.grad for name, pair in leaves.items() for which, leaf in zip("AB", pair, strict=True)
-    }
-    parameters = {f"{name}.{which}": getattr(f, which) for name, f in factors.items() for which in "AB"}
+    expected = {f"{name}.{number}": leaf.grad for name, pair in leaves.items() for number, leaf in enumerate(pair)}
     errors = []
     for way in (lambda: penalty().backward(), penalty.add_gradients_):
         model.zero_grad(set_to_none=True)
         way()
-        errors.append(error({key: p.grad for key, p in parameters.items()}, expected))
+        got = [gradient for f in factors.values() for gradient in f.gradients()]
+        errors.append(error(dict(zip(expected, got, strict=True)), expected))
     errors.append(abs(float(penalty().detach()) / float(value.detach()) - 1))
     model.zero_grad(set_to_none=True)
     return errors
@@ -129,22 +155,24 @@ def penalty_errors(model: nn.Module, importance: Importance, general: dict[str, 
 
 def merge_error(model: Any) -> float:
     """Whether PEFT's own merge adds s·BA, in one orientation or the other, to each base weight."""
-    factors = {name: f.scale * f.copies()[1] @ f.copies()[0] for name, f in adapted(model).items()}
-    before = {name: _base_weight(model, name).double().clone() for name in factors}
-    shared = {id(model.get_submodule(f"base_model.model.{name}").get_base_layer().weight) for name in factors}
-    if len(shared) < len(factors):
+    factors = adapted(model)
+    weights = {id(getattr(f.layer.get_base_layer(), f.weight_name)) for f in factors.values()}
+    if len(weights) < len({id(f.layer) for f in factors.values()}):
         return 0.0  # Zamba2's layers share base weights, to which PEFT adds the product of each
-    merged = copy.deepcopy(model).merge_and_unload()
+    merged = copy.deepcopy(model)
+    into = adapted(merged)
+    before = {name: f.base_weight().double().clone() for name, f in factors.items()}
+    bases = {name: f.layer.get_base_layer() for name, f in into.items()}
+    merged.merge_and_unload()
     worst = 0.0
-    for name, delta in factors.items():
-        added = merged.get_submodule(name).weight.detach().double() - before[name]
+    for name, f in factors.items():
+        A, B = f.copies()
+        delta = f.scale * B @ A
+        weight = getattr(bases[name], f.weight_name).detach()
+        added = (weight if f.expert is None else weight[f.expert[0]]).double() - before[name]
         added = added if added.shape == delta.shape and torch.allclose(added, delta, atol=1e-4) else added.T
-        worst = max(worst, float((added - delta).abs().max() / delta.abs().max()))
+        worst = max(worst, float((added - delta).abs().max() / delta.abs().max().clamp(min=1e-6)))
     return worst
-
-
-def _base_weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_parameter(f"base_model.model.{name}.base_layer.weight").detach()
 
 
 def check(model: Any, token_ids: Tensor, loss: Any) -> str:
@@ -162,7 +190,7 @@ def check(model: Any, token_ids: Tensor, loss: Any) -> str:
     parameters = [p for p in model.parameters() if p.requires_grad]
     dense = DensePath(adapted(model))
     recorders = [ImportanceRecorder(model, "float32"), ImportanceRecorder(model, "factored")]
-    covered = {id(f) for each in dense.factors.values() for f in (each.A, each.B)}
+    covered = {id(parameter) for each in dense.factors.values() for parameter in each.parameters}
     if {id(p) for p in parameters} != covered:
         return "WRONG: a trained parameter is no factor of a matrix"
     optimizer = torch.optim.AdamW(parameters, lr=LR)
@@ -232,6 +260,6 @@ def check_squares(model: Any, token_ids: Tensor) -> str:
 def _without_effect(model: Any, rows: Tensor) -> set[str]:
     """Matrices whose layer the model goes round, as Jamba does with dt_proj: PEFT's LoRA changes nothing there."""
     model(input_ids=rows, labels=rows).loss.backward()
-    found = {name for name, f in adapted(model).items() if f.B.grad is None}
+    found = {name for name, f in adapted(model).items() if f.parameters[1].grad is None}
     model.zero_grad(set_to_none=True)
     return found

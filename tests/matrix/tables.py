@@ -61,7 +61,9 @@ def adapt(architecture: Architecture, modules: Any) -> Any:
     """The architecture with a fresh LoRA adapter on `modules`."""
     base = architecture.build()
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules))
+    parameters = list(architecture.parameters) if modules == "all-linear" else None
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, target_parameters=parameters)
+    model = get_peft_model(base, config)
     loss(model, token_ids()[:1])  # where this fails, PEFT's layers do not fit the model
     return model
 

@@ -129,7 +129,7 @@ def of_trainer(name: str, tokenizer: Any, rows: Tensor, output: Path, wrapped: b
     if not penalty.is_at_anchor():
         return "WRONG: starts elsewhere than the general adapter"
     factors = {n: f for n, f in adapted(trainer.model).items() if n in importance.matrices}
-    parameters = [factor for f in factors.values() for factor in (f.A, f.B)]
+    parameters = [parameter for f in factors.values() for parameter in f.parameters]
     general = {n: f.copies() for n, f in factors.items()}
     add, worst, calls = penalty.add_gradients_, [0.0], [0]
 

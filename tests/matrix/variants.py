@@ -112,10 +112,10 @@ def of_variant(name: str, rows: Tensor, loss: Any, cell: Any) -> list[str]:
         model = make(name, rows)
         penalty = ImportancePenalty(model, recorded(make(name, rows)), 1.0, anchor="base")
         for factors in adapted(model).values() if name == NOT_AT_BASE else ():
-            torch.nn.init.zeros_(factors.B)
+            torch.nn.init.zeros_(factors.parameters[1])
         there = float(penalty.regularisation_loss())
         for factors in adapted(model).values():
-            torch.nn.init.normal_(factors.B, std=0.1)
+            torch.nn.init.normal_(factors.parameters[1], std=0.1)
         away = float(penalty.regularisation_loss())
         return "right" if there < 1e-8 * away else f"WRONG: {there:.1e} at the base model"
 

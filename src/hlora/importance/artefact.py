@@ -27,6 +27,7 @@ from hlora.importance.artefact_files import (
     write_files,
 )
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
+from hlora.model.experts import from_peft, to_peft
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import distribute_like
@@ -53,6 +54,8 @@ class ImportanceMatrix:
     """Σ Ω Δ², what undoing the general phase costs in the penalty of Eq. 14."""
     base_sample: Tensor  # (≤ 16,)
     """A few values of W₀, by which the base model is recognised."""
+    layer: str = ""
+    """Name of PEFT's layer if it holds the factors of several experts."""
 
 
 @dataclass(repr=False)
@@ -264,12 +267,10 @@ class Importance:
 
     def _write(self, directory: Path) -> None:
         tensors: dict[str, Tensor] = {}
-        factors: dict[str, Tensor] = {}
         for name, matrix in self.matrices.items():
             tensors |= {f"{name}.{part}": t for part, t in encodings.parts(matrix.omega).items()}
             tensors[f"{name}.base_sample"] = matrix.base_sample
-            factors[f"base_model.model.{name}.lora_A.weight"] = matrix.A
-            factors[f"base_model.model.{name}.lora_B.weight"] = matrix.B
+        factors = to_peft((matrix.layer or name, matrix.A, matrix.B) for name, matrix in self.matrices.items())
         write_files(directory, self.document(), tensors, factors=factors, lora_config=self.lora_config)
 
     def push_to_hub(
@@ -317,7 +318,10 @@ class Importance:
         document = {
             "format": FORMAT,
             "encoding": self.encoding,
-            "matrices": {n: {"scale": m.scale, "undo_cost": m.undo_cost} for n, m in self.matrices.items()},
+            "matrices": {
+                name: {"scale": m.scale, "undo_cost": m.undo_cost, **({"layer": m.layer} if m.layer else {})}
+                for name, m in self.matrices.items()
+            },
             "lora_config": constructible(self.lora_config),
             "provenance": {
                 **self.provenance,
@@ -341,9 +345,11 @@ class Importance:
         try:
             document, tensors, factors = read_files(directory)
             matrices = {}
+            layers = {name: str(facts.get("layer") or name) for name, facts in document["matrices"].items()}
+            adapter = from_peft(factors, layers)
             for name, facts in document["matrices"].items():
                 own = {part: tensors[f"{name}.{part}"] for part in encodings.PARTS if f"{name}.{part}" in tensors}
-                A, B = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+                A, B = adapter[name]
                 encodings.check(own, document["encoding"], (B.shape[0], A.shape[1]), name=name)
                 _check_cost(float(facts["undo_cost"]), name)
                 matrices[name] = ImportanceMatrix(
@@ -353,6 +359,7 @@ class Importance:
                     scale=float(facts["scale"]),
                     undo_cost=float(facts["undo_cost"]),
                     base_sample=tensors[f"{name}.base_sample"],
+                    layer=str(facts.get("layer") or ""),
                 )
             return cls(matrices, document["encoding"], document["lora_config"], document["provenance"])
         except (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hlora.numerics.precision import wide_dtype
 
@@ -24,15 +24,19 @@ def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None
     return copies
 
 
-def gradient_copies(parameters: list[nn.Parameter], pieces: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+def gradient_copies(
+    factors: Sequence[Tensor], gradients: Sequence[Tensor | None], pieces: Callable[[Sequence[Tensor]], list[Tensor]]
+) -> list[Tensor]:
     """Copies of the gradients in float32 or wider; zeros for a frozen or unused factor.
 
     Args:
-        parameters: The factors.
+        factors: The factors.
+        gradients: Of each factor, or None.
         pieces: Maps sharded tensors to this process's pieces.
     """
-    wide = [wide_dtype(parameter) for parameter in parameters]
-    return copies_of(pieces([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]), wide)
+    wide = [wide_dtype(factor) for factor in factors]
+    there = [torch.zeros_like(f) if g is None else g for f, g in zip(factors, gradients, strict=True)]
+    return copies_of(pieces(there), wide)
 
 
 def on_device(device: torch.device, number: float | Tensor) -> float | Tensor:

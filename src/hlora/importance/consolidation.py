@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix
 from hlora.numerics.types import Consolidated
-from hlora.parallel.group import all_gather_text, world_size
+from hlora.parallel.group import all_gather_text, is_main, world_size
 from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError
 
@@ -50,6 +51,7 @@ def importance_of(
             scale=matrix.scale,
             undo_cost=mine.undo_cost,
             base_sample=matrix.base_sample(),
+            layer=matrix.layer,
         )
     if provenance["method"] == "path_integral":
         provenance["clamped_share"] = negative / elements
@@ -75,6 +77,17 @@ def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
                 f"process {number} has another adapter than this one, so their gradients were not averaged. Train the "
                 "model in DistributedDataParallel or with fully_shard, from the same adapter everywhere."
             )
+
+
+def warn_of_unreached(names: Sequence[str]) -> None:
+    """Warns of matrices without importance: experts that no token reached, a vision tower under text."""
+    if names and is_main():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{', '.join(names[:3])}{more}: the general phase gave no importance, as no token of it reached them or "
+            "nothing moved them. They stay unprotected. Record on more text, or leave them out of target_modules.",
+            stacklevel=3,
+        )
 
 
 def _lora_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:

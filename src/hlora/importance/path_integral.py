@@ -69,13 +69,15 @@ class PathIntegral:
         """Copy factors and gradients before the optimizer's step (see ImportanceRecorder.capture)."""
         pieces, here = self._shares.pieces, self._here()
         As, Bs = [m.A for m in here], [m.B for m in here]
-        gradients = gradient_copies(As, pieces), gradient_copies(Bs, pieces)
+        of_As, of_Bs = zip(*(m.gradients() for m in here), strict=True) if here else ((), ())
+        gradients = gradient_copies(As, of_As, pieces), gradient_copies(Bs, of_Bs, pieces)
         self._remote_norm = self._remote_gradient_norm()
         if isinstance(gradient_scale, Tensor) or gradient_scale != 1:
             for gradient in (*gradients[0], *gradients[1], *self._remote_norm):
                 gradient.mul_(on_device(gradient.device, gradient_scale))
         if isinstance(lr, Mapping):
-            rates = [(lr.get(id(A), 0.0) * lr.get(id(B), 0.0)) ** 0.5 for A, B in zip(As, Bs, strict=True)]
+            ids = [tuple(map(id, matrix.parameters)) for matrix in here]
+            rates = [(lr.get(A, 0.0) * lr.get(B, 0.0)) ** 0.5 for A, B in ids]
         else:
             rates = [lr] * len(As)
         self._captured = (copies_of(pieces(As)), copies_of(pieces(Bs)), *gradients, rates)
@@ -90,8 +92,8 @@ class PathIntegral:
         A step counts in every process or in none, so each checks all gradients before the optimizer does.
         """
         held = set(map(id, self._here()))
-        factors = [factor for m in self.matrices if id(m) not in held for factor in (m.A, m.B)]
-        gradients = [factor.grad for factor in factors if factor.grad is not None]
+        elsewhere = [m for m in self.matrices if id(m) not in held]
+        gradients = [gradient for m in elsewhere for gradient in m.gradients() if gradient is not None]
         return [torch.nn.utils.get_total_norm(list(map(widened, gradients)))] if gradients else []
 
     def discard(self) -> None:

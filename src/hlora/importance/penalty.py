@@ -180,12 +180,16 @@ class ImportancePenalty:
         rounded = [gradient.to(factor.dtype) for factor, gradient in zip(factors, scaled, strict=True)]
         self._check(self.phi * value, *map(local_tensor, rounded))
         here, added = [], []
-        for factor, gradient in zip(factors, rounded, strict=True):
-            if factor.requires_grad and factor.grad is not None:
-                here.append(local_tensor(factor.grad))
-                added.append(local_tensor(gradient))
-            elif factor.requires_grad:
-                factor.grad = gradient
+        for matrix, *pair in zip(self.matrices, rounded[::2], rounded[1::2], strict=True):
+            for parameter in matrix.parameters if matrix.expert else ():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)  # of all experts, to which each adds its own
+            for parameter, there, gradient in zip(matrix.parameters, matrix.gradients(), pair, strict=True):
+                if parameter.requires_grad and there is not None:
+                    here.append(local_tensor(there))
+                    added.append(local_tensor(gradient))
+                elif parameter.requires_grad:
+                    parameter.grad = gradient
         if here:
             torch._foreach_add_(here, added)
         return value

@@ -184,7 +184,7 @@ class RecordedSquares:
 
     def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
         """Take the norm of the adapter's gradients before the optimizer's step, which counts only if it is finite."""
-        gradients = [f.grad for m in self.matrices for f in (m.A, m.B) if f.grad is not None]
+        gradients = [f.grad for m in self.matrices for f in m.parameters if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
         if gradients:
             self._gradient_norm = torch.nn.utils.get_total_norm([widened(local_tensor(each)) for each in gradients])

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hlora.importance.artefact import Importance
 from hlora.importance.capture import copies_of
-from hlora.importance.consolidation import check_same_everywhere, importance_of
+from hlora.importance.consolidation import check_same_everywhere, importance_of, warn_of_unreached
 from hlora.importance.movement import Movement
 from hlora.importance.path_integral import PathIntegral
 from hlora.importance.recorded_squares import RecordedSquares
@@ -88,7 +88,7 @@ class ImportanceRecorder:
         self.encoding = encoding
         self.method = method
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
-        if not any(factor.requires_grad for matrix in self.matrices for factor in (matrix.A, matrix.B)):
+        if not any(factor.requires_grad for matrix in self.matrices for factor in matrix.parameters):
             adapter = self.matrices[0].adapter_name
             raise AdapterError(
                 f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
@@ -303,6 +303,7 @@ class ImportanceRecorder:
         )
         check_same_everywhere(As, Bs)
         found = self._recording.consolidated(As, Bs, self._movement.start, xi=xi)
+        warn_of_unreached([name for name, each in found.items() if each.norm == 0])
         provenance = {
             "method": self.method,
             **({"xi": xi} if self.method == "path_integral" else {"labels": "text", "gradient": "exact"}),

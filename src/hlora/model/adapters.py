@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from hlora.model.experts import Expert, part_of_A, part_of_B
 from hlora.model.initialisation import CHANGES_BASE, initialisation
 from hlora.numerics.precision import wide_dtype
 from hlora.parallel.dtensor import full_tensor
@@ -24,28 +25,48 @@ _BASE_SAMPLE = 16  # values kept of each base matrix, by which the base model is
 # Relative distance of a quantised base's values from the true ones, 16 values of each matrix of SmolLM2-135M: at most
 # 0.02 in 8 bits, 0.17 in nf4, 0.26 in fp4, 0.33 between nf4 and fp4. Values of another layer: at least 0.71.
 _ROUGHLY = 0.5
+_BASE_LAYERS = re.compile(r"(\.base_layer)+$")
 _WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # from torch.compile and checkpoint_wrapper
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedMatrix:
-    """θ = W₀ + scale·B·A of one linear layer. A and B are read from the module each time: PEFT may replace them."""
+    """θ = W₀ + scale·B·A of one linear layer, or of one expert of a mixture.
+
+    A and B are read from the module each time: PEFT may replace them.
+    """
 
     name: str
-    """Module name in the base model, such as model.layers.3.self_attn.q_proj."""
+    """Module name in the base model, such as model.layers.3.self_attn.q_proj; model.layers.3.mlp.experts.up_proj[5]."""
     module: Any
     """PEFT's LoRA layer."""
     adapter_name: str
     initialisation: str = ""
     """PEFT's `init_lora_weights` if it is not one of the usual ones (see initialisation.py)."""
+    layer: str = ""
+    """Name of PEFT's layer if it holds the factors of several experts."""
+    expert: Expert | None = None
 
     @property
-    def A(self) -> nn.Parameter:  # (r, d_in)
-        return self.module.lora_A[self.adapter_name].weight
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters that hold A and B; of an expert, those of all experts of its layer."""
+        return self.module.lora_A[self.adapter_name].weight, self.module.lora_B[self.adapter_name].weight
 
     @property
-    def B(self) -> nn.Parameter:  # (d_out, r)
-        return self.module.lora_B[self.adapter_name].weight
+    def A(self) -> Tensor:  # (r, d_in)
+        return part_of_A(self.parameters[0], self.expert)
+
+    @property
+    def B(self) -> Tensor:  # (d_out, r)
+        return part_of_B(self.parameters[1], self.expert)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """`.grad` of A and B, or views into those of all experts; None where there is none."""
+        of_A, of_B = (parameter.grad for parameter in self.parameters)
+        return (
+            None if of_A is None else part_of_A(of_A, self.expert),
+            None if of_B is None else part_of_B(of_B, self.expert),
+        )
 
     @property
     def scale(self) -> float:
@@ -100,6 +121,11 @@ class AdaptedMatrix:
     def _base_weight(self) -> tuple[Tensor | None, bool]:
         """W₀, or None if it is not in memory or cannot be dequantised; and whether it is quantised."""
         layer = self.module.get_base_layer()
+        if isinstance(self.module, ParamWrapper):
+            weight = self.module.get_param()
+            if weight.is_meta or not weight.is_floating_point() or isinstance(weight, DTensor):
+                return None, False
+            return (weight[self.expert[0]] if self.expert else weight), False
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             return None, False
@@ -153,9 +179,9 @@ def adapted_matrices(
             refused.append(f"{_base_name(name)} ({reason or beside})")
             covered |= {id(parameter) for parameter in module.parameters()}
         if not reason:
-            found.append(AdaptedMatrix(_base_name(name), module, adapter, begun))
+            found += _matrices_of(_base_name(name), module, adapter, begun)
             _check_gradients_pass(found[-1])
-            covered |= {id(found[-1].A), id(found[-1].B)}
+            covered |= set(map(id, found[-1].parameters))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in covered:
             refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix of adapter {adapter!r})")
@@ -212,6 +238,17 @@ def instead_of(name: str) -> str:
     )
 
 
+def _matrices_of(name: str, module: Any, adapter: str, begun: str) -> list[AdaptedMatrix]:
+    """The matrix of a linear layer, or one matrix for each expert of a parameter."""
+    if not isinstance(module, ParamWrapper):
+        return [AdaptedMatrix(name, module, adapter, begun)]
+    inside = f"{_BASE_LAYERS.sub('', name)}.{module.parameter_name}"  # PEFT nests the wrappers of one module
+    if module.num_experts == 1:
+        return [AdaptedMatrix(inside, module, adapter, begun, name)]
+    count = module.num_experts
+    return [AdaptedMatrix(f"{inside}[{e}]", module, adapter, begun, name, (e, count)) for e in range(count)]
+
+
 def _adapters_of(module: Any) -> set[str]:
     return set(module.lora_A) | set(module.lora_embedding_A)
 
@@ -228,14 +265,14 @@ def _active_adapter(layers: dict[str, Any]) -> str:
 def _why_not(module: Any, adapter: str) -> str | None:
     if adapter not in module.lora_A:
         return "LoRA on an embedding"
-    if isinstance(module, ParamWrapper):
-        return f"LoRA on the parameter {module.parameter_name}"
     A = module.lora_A[adapter]
     if not isinstance(A, nn.Linear):
         return f"LoRA on a {type(A).__name__}"
     variant = module.lora_variant.get(adapter)
     if variant is not None and adapter not in module.lora_magnitude_vector:
         return f"LoRA variant {type(variant).__name__}"
+    if isinstance(module, ParamWrapper):
+        return None
     base = module.get_base_layer()
     weight = getattr(base, "weight", None)  # quantised layers may have none
     other_shape = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() != 2

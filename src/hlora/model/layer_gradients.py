@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor
 
 from hlora.model.adapters import AdaptedMatrix
+from hlora.system.errors import AdapterError
 
 Use = Callable[[AdaptedMatrix, Tensor, Tensor], None]
 
@@ -31,7 +33,17 @@ def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool =
         use: Called with the matrix; the layer's input x (…, d_in), before LoRA's dropout, as W₀ reads it; and the
             gradient at the layer's output (…, d_out), in the unit of the loss. Both are in the model's precision.
         adapter: Watch forward passes with the adapter, or those without it.
+
+    Raises:
+        AdapterError: A matrix is not that of a linear layer, such as an expert of a mixture.
     """
+    for matrix in matrices:
+        if isinstance(matrix.module, ParamWrapper):
+            raise AdapterError(
+                f"{matrix.name}: squared gradients come from the input and output of a linear layer, and PEFT adapts "
+                "this parameter without one. Record by method path_integral, or name target_modules without it, such "
+                "as q_proj and v_proj."
+            )
     watch = torch.compiler.disable(_watch)  # a compiled graph would take in what it does in the backward pass
     handles = [m.module.register_forward_hook(partial(watch, m, use, adapter)) for m in matrices]
     try:

@@ -17,7 +17,7 @@ def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
     if type(optimizer).__name__ == "LayerWiseDummyOptimizer":
         raise AdapterError(steps_in_backward("a layer-wise optimizer"))
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(factor) in trained for matrix in matrices for factor in (matrix.A, matrix.B)):
+    if not any(id(factor) in trained for matrix in matrices for factor in matrix.parameters):
         raise AdapterError(
             f"this optimizer does not train {matrices[0].name} or any other matrix of adapter "
             f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "

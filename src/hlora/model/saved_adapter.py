@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from hlora.system.errors import ArtifactError, first_line
@@ -82,6 +83,8 @@ def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = Non
         if not name.endswith(_FACTORS):
             continue
         module_name, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        while module_name not in here and module_name.endswith(".base_layer"):  # PEFT nests wrappers of parameters
+            module_name = module_name.removesuffix(".base_layer")
         module = here.get(module_name)
         if module is None:
             raise ArtifactError(f"{directory}: adapts {module_name!r}, which {base.name_or_path} lacks. {remedy}")
@@ -92,7 +95,7 @@ def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = Non
                 f"{directory}: {module_name} of {base.name_or_path} has {features} {expected}, the adapter's "
                 f"{factor} is {' × '.join(map(str, shape))}. {remedy}"
             )
-        found_ranks.add(shape[1 - outer])
+        found_ranks.add(shape[1 - outer] // _experts(module))
     claimed = {config["r"], *config.get("rank_pattern", {}).values()}
     if not found_ranks or not found_ranks <= claimed or max(claimed) > max(found_ranks):
         raise ArtifactError(
@@ -106,6 +109,11 @@ def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = Non
     _check_other_weights(base, directory, shapes, remedy)
     if made_on and Path(made_on).name != Path(str(base.name_or_path)).name:  # a copy or a cache has another path
         logger.warning("%s was made on %s, and is loaded on %s", directory, made_on, base.name_or_path)
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts a module keeps in one parameter, whose factors PEFT keeps in one tensor; 1 for a layer."""
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 1)
 
 
 def _check_other_weights(base: PreTrainedModel, directory: Path, shapes: dict[str, list[int]], remedy: str) -> None:
