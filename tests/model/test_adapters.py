@@ -31,8 +31,6 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -321,51 +319,6 @@ def test_lora_on_a_convolution_is_refused_by_name() -> None:
     model = get_peft_model(Small(), LoraConfig(r=2, target_modules=["convolution", "linear"]))
     with pytest.raises(AdapterError, match=r"convolution \(LoRA on a Conv1d\)"):
         adapted_matrices(model)
-
-
-class Experts(nn.Module):
-    """As mixture-of-experts layers keep them: (experts, d_in, d_out) in one parameter, no linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 6, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bi,eio->bo", x, self.up)
-
-
-class Mixture(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(6, 6)
-        self.experts = Experts()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(self.gate(x))
-
-
-def test_lora_on_expert_parameters_is_refused_by_name() -> None:
-    config = LoraConfig(r=2, target_modules=["gate"], target_parameters=["experts.up"])
-    with pytest.raises(AdapterError, match=r"experts \(LoRA on the parameter up\)"):
-        adapted_matrices(get_peft_model(Mixture(), config))
-
-
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
-def test_all_linear_of_a_mixture_of_experts_is_refused_by_name_and_its_attention_is_not() -> None:
-    """PEFT takes its router and its experts, which are parameters, for linear layers too."""
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
-    config = Qwen3MoeConfig(vocab_size=384, **sizes, **experts)
-    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.experts \(LoRA on the parameter down_proj\)"):
-        adapted_matrices(get_peft_model(Qwen3MoeForCausalLM(config), LoraConfig(target_modules="all-linear")))
-    attention = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    assert len(adapted_matrices(get_peft_model(Qwen3MoeForCausalLM(config), attention))) == 4
 
 
 def test_two_active_adapters_are_refused_until_one_is_named_and_the_other_frozen(peft_model: PeftModel) -> None:

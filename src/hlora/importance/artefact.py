@@ -55,7 +55,7 @@ class ImportanceMatrix:
     base_sample: Tensor  # (≤ 16,)
     """A few values of W₀, by which the base model is recognised."""
     layer: str = ""
-    """Name of PEFT's layer if it holds the factors of several experts."""
+    """As AdaptedMatrix.layer."""
 
 
 @dataclass(repr=False)

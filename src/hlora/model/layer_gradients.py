@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor
 
 from hlora.model.adapters import AdaptedMatrix
@@ -38,7 +37,7 @@ def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool =
         AdapterError: A matrix is not that of a linear layer, such as an expert of a mixture.
     """
     for matrix in matrices:
-        if isinstance(matrix.module, ParamWrapper):
+        if matrix.layer:
             raise AdapterError(
                 f"{matrix.name}: squared gradients come from the input and output of a linear layer, and PEFT adapts "
                 "this parameter without one. Record by method path_integral, or name target_modules without it, such "
