@@ -16,14 +16,13 @@ from hlora.after.commands import chat, merge, push
 from hlora.before.commands import check, show_check
 from hlora.comparison.commands import compare, cost
 from hlora.config.command_line import ConfigPath, Overrides, load_named, typed_command
-from hlora.parallel.messages import errors_as_messages, is_main_process, set_up_logs
+from hlora.parallel.messages import errors_as_messages, is_main_process, resumable, set_up_logs
 from hlora.system.errors import culprit
 
 app = typer.Typer(
     help="Fine-tune LLMs without catastrophic forgetting. Start with `hlora demo`, or `hlora config > my.yaml`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
@@ -56,7 +55,11 @@ def run(
     settings = load_named(config, overrides, importance=importance, after=after)
     from hlora import pipeline
 
-    show_check(settings) if dry_run else _show(pipeline.run(settings, typed_command(), overwrite))
+    if dry_run:
+        show_check(settings)
+    else:
+        with resumable():
+            _show(pipeline.run(settings, typed_command(), overwrite))
 
 
 @app.command()
@@ -65,7 +68,8 @@ def record(config: ConfigPath, overwrite: Overwrite = False, overrides: Override
     settings = load_named(config, overrides)
     from hlora import pipeline
 
-    _print(f"importance: {pipeline.record(settings, overwrite)}")
+    with resumable():
+        _print(f"importance: {pipeline.record(settings, overwrite)}")
 
 
 @app.command()
@@ -76,7 +80,8 @@ def tune(
     settings = load_named(config, overrides, importance=importance)
     from hlora import pipeline
 
-    _print(f"adapter: {pipeline.tune(settings, overwrite)}")
+    with resumable():
+        _print(f"adapter: {pipeline.tune(settings, overwrite)}")
 
 
 @app.command()
@@ -146,7 +151,8 @@ def demo(
     from hlora.data import demo
 
     settings: Any = parse_config(demo.demo_config(output), "demo", overrides)
-    _show(pipeline.run(settings, typed_command(), overwrite))
+    with resumable():
+        _show(pipeline.run(settings, typed_command(), overwrite))
 
 
 @app.command("config")

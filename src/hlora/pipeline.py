@@ -26,6 +26,7 @@ from hlora.run.phases import (
     save_adapter,
     tune_phase,
 )
+from hlora.run.plan import plan_of
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results, timed
 from hlora.run.reuse import CONTINUED, given_importance, importance_here, is_finished
@@ -70,6 +71,7 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
         check_following(job, following, overwrite)
         here = _recorded_before(job, overwrite)
         results = resumed_results(job, command)
+        job.plan = plan_of(job, results, recorded=here is not None)
         measure_once(job, results, "base", lambda: job.base)
 
         importance = _recorded(job, results, here)

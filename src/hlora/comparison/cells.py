@@ -24,7 +24,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return ", ".join(str(part) for part in (self.arm, self.task, f"seed {self.seed}", self.strength))
+        seed = None if self.seed is None else f"seed {self.seed}"
+        return ", ".join(str(part) for part in (self.arm, self.task, seed, self.strength) if part is not None)
 
 
 def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, strength: float | None) -> CellConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 from hlora.config.command_line import ConfigPath, Overrides, load_named, typed_command
+from hlora.parallel.messages import resumable
 from hlora.system.errors import ConfigError
 
 ComparisonPath = Annotated[
@@ -64,11 +66,13 @@ def compare(
     if dry_run:
         Console().print(planning.plan_table(planning.plan(settings)))
         return
-    if engine is Engine.ray:
-        with ray_engine.engine(ray_address, gpus_per_cell, 1 if cpus_per_cell is None else cpus_per_cell) as compute:
-            found = compare(settings, typed_command(), retry=retry, compute=compute)
-    else:
-        found = compare(settings, typed_command(), retry=retry)
+    with ExitStack() as around:
+        around.enter_context(resumable())
+        compute = None
+        if engine is Engine.ray:
+            cpus = 1 if cpus_per_cell is None else cpus_per_cell
+            compute = around.enter_context(ray_engine.engine(ray_address, gpus_per_cell, cpus))
+        found = compare(settings, typed_command(), retry=retry, compute=compute)
     for line in summary(found):
         typer.echo(line)
     typer.echo(f"report: {Path(settings.output) / 'report.html'}")

@@ -7,7 +7,6 @@ import statistics
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from hlora.data.generation import written
 from hlora.data.rendering import Rendered, render
 from hlora.data.tasks import Example
 from hlora.evaluation.likelihood import checked_finite, token_losses
+from hlora.system.progress import counted
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
     rendered = [render(tokenizer, example) for example in examples]
     order = sorted(range(len(rendered)), key=lambda i: rendered[i].end)
     values = [0.0] * len(rendered)
-    for start in track(range(0, len(order), batch_size), description="answer likelihood", transient=True):
+    for start in counted(range(0, len(order), batch_size), "answer likelihood"):
         chosen = order[start : start + batch_size]
         sequences = [torch.tensor(rendered[i].ids[: rendered[i].end]) for i in chosen]
         losses = token_losses(model, sequences, [rendered[i].end - rendered[i].start for i in chosen])
@@ -46,7 +46,7 @@ def generate_answers(
     stops = sorted({row.ids[row.end] for row in rows if row.end < len(row.ids)} & special)  # such as <|im_end|>
     answers: list[str] = []
     batches = _batches(rows, settings.batch_size, limit, context)
-    for batch in track(batches, description="sample answers", transient=True):
+    for batch in counted(batches, "sample answers"):
         ids, mask = _padded_left([row.prompt_ids for row in batch], tokenizer.pad_token_id)
         room = limit if context is None else min(limit, context - ids.shape[1])
         found = written(model, tokenizer, ids, mask=mask, new_tokens=room, stops=stops)

@@ -16,7 +16,8 @@ from hlora.data.domain import DomainRows
 from hlora.data.rendering import render_text
 from hlora.data.tasks import write_harness_task
 from hlora.evaluation.answers import mean_with_stderr
-from hlora.system.quiet import quiet
+from hlora.system.progress import line
+from hlora.system.quiet import quiet, without_bars
 
 
 def harness_accuracy(
@@ -27,7 +28,8 @@ def harness_accuracy(
     And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`. Nothing in a
     process of a launch that is not its machine's first (LOCAL_RANK).
     """
-    with _harness_unnoticed(), tempfile.TemporaryDirectory() as scratch:
+    scored, choices = 0, sum(len(example.choices) for example in domain.test)
+    with _harness_unnoticed(), line("choice", choices) as shown, tempfile.TemporaryDirectory() as scratch:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -38,6 +40,13 @@ def harness_accuracy(
             def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
                 row = render_text(tokenizer, context, continuation)
                 return row.prompt_ids, row.ids[row.start : row.end]
+
+            def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+                found = super()._model_call(inps, *args, **kwargs)
+                nonlocal scored
+                scored = min(scored + len(inps), shown.total)
+                shown.update(scored)
+                return found
 
         join = domain.test[0].join
         task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch), join)
@@ -65,8 +74,12 @@ def harness_accuracy(
 
 @contextmanager
 def _harness_unnoticed() -> Iterator[None]:
-    """Without the step reports of lm-evaluation-harness and datasets, nor the random numbers that it names tasks by."""
+    """Without the step reports of lm-evaluation-harness and datasets, nor the random numbers that it names tasks by.
+
+    The harness asks git for the commit of the working directory. Outside a repository, git prints an error.
+    """
     import datasets
+    import lm_eval.evaluator
 
     state = random.getstate()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
@@ -75,10 +88,13 @@ def _harness_unnoticed() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    commit = lm_eval.evaluator.get_git_commit_hash
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
-        with quiet():
+        with quiet(), without_bars():
             yield
     finally:
+        lm_eval.evaluator.get_git_commit_hash = commit
         random.setstate(state)
         if bars:
             datasets.enable_progress_bars()

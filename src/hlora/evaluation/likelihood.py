@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +22,7 @@ from hlora.config.sections import EvaluationConfig
 from hlora.data.packing import first_tokens
 from hlora.data.tokens import text_start
 from hlora.system.errors import DataError, TrainingError
+from hlora.system.progress import counted
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models
 
@@ -175,7 +175,7 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:  # (n, vocabulary) twi
 def _batches(
     rows: Sequence[tuple[Tensor, int]], batch_size: int, what: str
 ) -> Iterator[tuple[tuple[Tensor, ...], tuple[int, ...]]]:
-    for start in track(range(0, len(rows), batch_size), description=what, transient=True):
+    for start in counted(range(0, len(rows), batch_size), what):
         sequences, counts = zip(*rows[start : start + batch_size], strict=True)
         yield sequences, counts
 

@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from hlora.data.packing import pack
@@ -29,6 +27,7 @@ from hlora.numerics.encodings import Encoded, Factored
 from hlora.numerics.precision import wide_dtype, widened
 from hlora.system.choices import EncodingName
 from hlora.system.errors import AdapterError
+from hlora.system.progress import counted
 
 
 def fisher_information(
@@ -126,7 +125,7 @@ def fisher_of_sequences(
         add_squares_(sums[name], x, output_gradient)
 
     batches = range(0, examples, batch_size)
-    steps = track(batches, description="squared gradients", transient=True, console=Console(stderr=True))
+    steps = counted(batches, "squared gradients")
     watched = layer_gradients(list(matrices.values()), add, adapter=False)
     with _at_pretrained_weights(model), watched, torch.enable_grad():
         for start in steps:

@@ -50,6 +50,18 @@ def errors_as_messages() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Turn Ctrl-C into a message that says where the command stopped and how it resumes; the exit status is 130."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if is_main_process():
+            where = f" in {stopped}" if stopped.args else ""
+            print(f"hlora: stopped{where}. The same command, given again, resumes from there.", file=sys.stderr)
+        sys.exit(130)
+
+
 def is_main_process() -> bool:
     """Whether this process is the only one, or the first of a launch by torchrun or accelerate."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0

@@ -26,6 +26,7 @@ from hlora.system.errors import ConfigError, DataError
 logger = logging.getLogger("hlora")
 
 BEFORE = "before this domain"
+EARLIER = "evaluate earlier domains"  # the phase
 """The arm of the adapter that a run goes on from."""
 
 
@@ -110,7 +111,7 @@ def measure_earlier(job: Job, results: dict[str, Any], earlier: list[Earlier]) -
         return
     sets = {each.name: _rows_again(job, each) for each in earlier}
     model = job.with_adapter(job.output / "adapter")
-    with timed(job, results, "evaluate earlier domains"):
+    with timed(job, results, EARLIER):
         if sharding():
             shard(model)
         measured = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from accelerate import Accelerator, DistributedType
@@ -32,6 +32,9 @@ from hlora.system.errors import ConfigError
 from hlora.system.files import make_directory, write_text
 from hlora.system.redaction import redacted
 
+if TYPE_CHECKING:
+    from hlora.run.plan import Plan
+
 
 @dataclass
 class Job:
@@ -49,6 +52,8 @@ class Job:
     """An importance recorded earlier, for the domain phase: the one that `importance.use` names, or the one on disk."""
     base_changed: bool = False
     """Whether an adapter on the base model has changed its weights."""
+    plan: Plan | None = None
+    """The phases of the run, for the progress line."""
 
     @classmethod
     def open(cls, config: RunConfig, resumable: bool = False, given: Importance | None = None) -> Job:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -33,10 +33,9 @@ UNFINISHED = "unfinished.json"  # what a run has finished so far; removed when t
 def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     """Time a phase. When it ends, write what is finished so far to disk."""
     started = time.perf_counter()
-    yield
-    before = results["seconds"].get(
-        phase, 0.0
-    )  # of an interrupted run that had trained this phase, but not measured it
+    with nullcontext() if job.plan is None else job.plan.during(phase):
+        yield
+    before = results["seconds"].get(phase, 0.0)  # of a run that was interrupted between training and measuring
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
         with raise_on_all():

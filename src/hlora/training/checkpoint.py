@@ -39,7 +39,7 @@ _EVERY = 300.0  # seconds between checkpoints
 
 
 class Checkpoints(TrainerCallback):
-    """Saves a checkpoint every five minutes, and restores one when Trainer resumes.
+    """Saves a checkpoint every five minutes and after an interrupt, and restores one when Trainer resumes.
 
     Must be the last callback, since it completes the checkpoint.
 
@@ -48,6 +48,7 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self.interrupted = False  # ends the training after the present step
         self._saved = 0.0
         self._epoch: dict[str, Any] = {}  # random numbers at the start of the epoch, which order its batches
         self._epoch_number = -1
@@ -89,8 +90,13 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ends = state.global_step >= state.max_steps or control.should_training_stop
-        if not ends and all_gather_text("due" if time.monotonic() - self._saved >= _EVERY else "")[0]:
-            control.should_save = True
+        if ends:
+            return
+        due = time.monotonic() - self._saved >= _EVERY
+        asked = all_gather_text("interrupted" if self.interrupted else "due" if due else "")
+        if "interrupted" in asked:  # of any process: each gets the signal in its own time
+            self.interrupted = control.should_training_stop = True
+        control.should_save = control.should_save or self.interrupted or asked[0] == "due"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scaler = getattr(kwargs["optimizer"], "scaler", None)

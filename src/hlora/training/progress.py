@@ -1,41 +1,43 @@
-"""One progress line for each training phase, with time left and losses, instead of Trainer's dictionaries."""
+"""The progress line of a training phase, instead of Trainer's dictionaries."""
 
 from __future__ import annotations
 
+import logging
+import time
+from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hlora.system.progress import Line, clock, current_phase, line
+
+logger = logging.getLogger("hlora")
 
 
 class ProgressLine(TrainerCallback):
-    """Shows steps done, time elapsed and left, and the latest losses. Without a terminal: one line at the end."""
+    """Shows steps, the latest losses and the time left while a phase trains, and one line in the log when it ends.
+
+    Args:
+        phase: Name of the phase, shown if the run has not named it.
+    """
 
     def __init__(self, phase: str) -> None:
         self.phase = phase
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
-        self._validation = ""
+        self._losses = self._validation = ""
+        self._shown = ExitStack()
+        self._line: Line | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._progress.start()
-            self._task = self._progress.add_task(self.phase, total=state.max_steps, losses="")
+            self._started = time.monotonic()
+            what = "step" if current_phase() else f"{self.phase}: step"
+            self._line = self._shown.enter_context(line(what, state.max_steps, state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        if self._line is not None:
+            self._line.update(state.global_step, self._losses + self._validation)
 
     def on_log(
         self,
@@ -45,21 +47,23 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._task is not None and logs and "eval_loss" in logs:
+        if logs and "eval_loss" in logs:
             self._validation = f", validation {float(logs['eval_loss']):.3f}"
-        if self._task is not None and logs and "loss" in logs:
-            losses = f"loss {float(logs['loss']):.3f}"
+        if logs and "loss" in logs:
+            self._losses = f"loss {float(logs['loss']):.3f}"
             if "weighted_regularisation_loss" in logs:
-                losses += f" + penalty {float(logs['weighted_regularisation_loss']):.3f}"
-            self._progress.update(self._task, losses=losses + self._validation)
+                self._losses += f" + penalty {float(logs['weighted_regularisation_loss']):.3f}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.stop()
+        if self._line is not None:
+            self.stop()
+            spent = clock(time.monotonic() - self._started)
+            losses = f", {self._losses}{self._validation}" if self._losses else ""
+            logger.info("%s: %s steps in %s%s", self.phase, f"{state.global_step:,}", spent, losses)
 
     def stop(self) -> None:
         """Release the terminal. Can be called more than once."""
-        if self._task is not None:
-            self._progress.stop()
-            self._task = None
+        self._shown.close()
+        self._line = None

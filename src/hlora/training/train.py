@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from hlora.parallel.group import is_main, on_main, world_size
 from hlora.system.errors import ConfigError, TrainingError
 from hlora.training.checkpoint import Checkpoints
 from hlora.training.checkpoint_files import latest_checkpoint
+from hlora.training.interrupt import first_interrupt
 from hlora.training.progress import ProgressLine
 from hlora.training.their_errors import their_errors
 from hlora.training.trackers import add_callback_first, run_of_its_own
@@ -96,6 +99,14 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
         raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from error
 
 
+def total_steps(output: Path, arguments: dict[str, Any], *, rows: float) -> int:
+    """Optimizer steps of a phase with so many rows, for the number of processes of this launch."""
+    args = sft_arguments(output, {"use_cpu": not torch.cuda.is_available(), **arguments, "report_to": []}, 0)
+    batches = math.ceil(rows / (args.per_device_train_batch_size * world_size()))
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+
 def build_trainer(
     model: Any,
     tokenizer: Any,
@@ -171,7 +182,7 @@ def train(
         callbacks: Added before the trackers, in reverse order.
         evaluation: Rows to evaluate on, when the arguments say.
         trainer_class: A subclass of trl.SFTTrainer, for another loss.
-        resumable: Write checkpoints to `output`, and resume from the last complete one there.
+        resumable: Write checkpoints to `output`, also at Ctrl-C, and resume from the last complete one there.
 
     Returns:
         Trainer's log entries, with the loss in nats per token by step, and eval_loss after an evaluation.
@@ -189,17 +200,24 @@ def train(
         resumable=resumable,
     )
     line = ProgressLine(output.name)
-    last = [Checkpoints()] if resumable else []
-    for callback in (*last, line, StopWhenDiverged(), *callbacks):
+    checkpoints = Checkpoints()
+    for callback in (*([checkpoints] if resumable else []), line, StopWhenDiverged(), *callbacks):
         add_callback_first(trainer, callback)
     found = on_main(lambda: _latest(output)) if resumable else None
     if found is not None:
         logger.info("resuming from %s", found)
     try:
-        with run_of_its_own(), their_errors(model):
+        with ExitStack() as around:
+            around.enter_context(run_of_its_own())
+            around.enter_context(their_errors(model))
+            if resumable:
+                around.enter_context(first_interrupt(partial(setattr, checkpoints, "interrupted", True)))
             trainer.train(resume_from_checkpoint=found)
     finally:
         line.stop()  # Trainer does not call on_train_end after an error
+    steps, total = trainer.state.global_step, trainer.state.max_steps
+    if checkpoints.interrupted and steps < total:
+        raise KeyboardInterrupt(f"{output.name}, after step {steps:,} of {total:,}, with a checkpoint")
     kept = ("loss", "probe_rise", "eval_loss")
     history = [entry for entry in trainer.state.log_history if any(name in entry for name in kept)]
     return [{name: value for name, value in entry.items() if name not in _UNEVEN} for entry in history]

@@ -20,7 +20,7 @@ from hlora.report.run.measures import (
     shown_drift,
     shown_value,
 )
-from hlora.report.run.verdict import improved, main_arm, verdict
+from hlora.report.run.verdict import improved, main_arm
 
 
 class Row(NamedTuple):
@@ -97,11 +97,11 @@ def _overall_forgetting(base: Mapping[str, Any], general: Mapping[str, Any], tun
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """The summary for the terminal: base, before, after, change; green and red only beyond noise."""
+    """The measures for the terminal: base, before, after, change; green and red only beyond noise."""
     rows = summary_rows(results)
     main = main_arm(results.get("arms") or {})
     general = any(row.before is not None for row in rows)
-    table = Table(title=Text(verdict(results).headline), title_justify="left")
+    table = Table()
     table.add_column("measure")
     for heading in ("base", *(["after general phase"] if general else []), f"after {label_of(main or '')}", "change"):
         table.add_column(Text(heading.strip()), justify="right")

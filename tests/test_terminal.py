@@ -1,0 +1,130 @@
+"""What a command prints while it runs: progress on a terminal and in a log, Ctrl-C, nothing of other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from transformers import TrainerState
+
+from hlora.evaluation.harness import harness_accuracy
+from hlora.report.run.verdict import verdict
+from hlora.system import progress
+from hlora.system.files import sha256
+from hlora.training.progress import ProgressLine
+
+
+@pytest.fixture
+def file(job_fields: dict[str, Any], tmp_path: Path) -> Path:
+    """A run of 6 steps a phase, with little to measure."""
+    job_fields["training"]["common"]["report_to"] = []
+    for phase in ("record", "tune"):
+        job_fields["training"][phase]["max_steps"] = 6
+    job_fields["evaluation"] = {"max_tokens": 64, "accuracy": False, "generate": 0}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_fields), encoding="utf-8")
+    return path
+
+
+def test_without_a_terminal_the_log_says_step_phase_loss_and_time_left_of_the_run(
+    hlora: Any,
+    file: Path,
+    job_fields: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_FIRST", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    caplog.set_level("INFO", "hlora")
+    status, out, _ = hlora("run", file)
+    lines = [record.getMessage() for record in caplog.records]
+    assert status == 0
+    (third,) = (line for line in lines if line.startswith("phase 4 of 5, tune: step 3 of 6, loss "))
+    assert " + penalty " in third and " left, run 0:" in third
+    assert any(line.startswith("phase 1 of 5, evaluate base: perplexity 1 of ") for line in lines)
+    assert any(line.startswith("phase 5 of 5, evaluate hlora: answer likelihood 1 of ") for line in lines)
+    (ended,) = (line for line in lines if line.startswith("tune: 6 steps in "))
+    assert "loss " in ended
+    headline = verdict(json.loads((Path(job_fields["output"]) / "results.json").read_text())).headline
+    assert " ".join(out.split()).count(headline) == 1
+
+
+def test_outside_a_git_repository_the_harness_prints_nothing_of_git_and_no_bars(
+    open_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = open_job()
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    assert "acc" in harness_accuracy(job.base, job.tokenizer, job.domain, 8)
+    printed = "".join(capfd.readouterr())
+    assert not any(text in printed for text in ("fatal", "it/s", "100%")), printed
+
+
+def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_to_the_same_bytes(
+    hlora: Any, file: Path, job_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert hlora("run", file, "--set", f"output={whole}")[0] == 0
+    shown = ProgressLine.on_step_end
+
+    def press(self: ProgressLine, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        shown(self, args, state, control, **kwargs)
+        if self.phase == "tune" and state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ProgressLine, "on_step_end", press)
+    status, _, error = hlora("run", file, "--set", f"output={stopped}")
+    assert status == 130
+    assert error.splitlines()[-1] == (
+        "hlora: stopped in tune, after step 3 of 6, with a checkpoint. "
+        "The same command, given again, resumes from there."
+    )
+    monkeypatch.setattr(ProgressLine, "on_step_end", shown)
+    assert hlora("run", file, "--set", f"output={stopped}")[0] == 0
+    steps = [entry["step"] for entry in json.loads((stopped / "results.json").read_text())["history"]["tune"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert sha256(stopped / "adapter/adapter_model.safetensors") == sha256(whole / "adapter/adapter_model.safetensors")
+
+
+def test_ctrl_c_in_an_evaluation_names_the_phase(hlora: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hlora.evaluation.evaluate.text_likelihood", press)
+    status, _, error = hlora("run", file)
+    assert status == 130
+    assert "hlora: stopped in phase 1 of 5, evaluate base. The same command" in error
+
+
+def test_on_a_terminal_no_line_stands_before_something_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    with progress.line("step", 4) as shown:
+        shown._console = Console(file=screen, force_terminal=True, width=80)
+        assert screen.getvalue() == ""
+        shown.update(1, "loss 3.000")
+        with progress.line("perplexity", 2) as inner:  # a budget's probe
+            inner._console = shown._console
+            inner.update(1)
+    assert "step 1 of 4, loss 3.000, 0:00 left" in screen.getvalue()
+    assert "perplexity" not in screen.getvalue()
+
+
+def test_times_are_minutes_and_seconds() -> None:
+    assert [progress.clock(seconds) for seconds in (0.4, 80, 3599.6, 11_100)] == ["0:00", "1:20", "1:00:00", "3:05:00"]
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    asked = {"_HLORA_COMPLETE": "complete_bash", "COMP_WORDS": "hlora re", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv[0] = 'hlora'; from hlora.cli import app; app(prog_name='hlora')"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert found.stdout.split() == ["record", "report"]
