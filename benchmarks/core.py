@@ -100,8 +100,8 @@ def recording(matrices: list[Matrix]) -> dict[str, Run]:
     factored = [matrix.factored for matrix in matrices]
     return {
         "as written": as_written,
-        "dense": partial(ops.accumulate_all_, dense, steps, scales, counted),
-        "factored": partial(ops.accumulate_all_, factored, steps, scales, counted),
+        "dense": partial(ops.accumulate_all_, dense, steps, scales, counted=counted),
+        "factored": partial(ops.accumulate_all_, factored, steps, scales, counted=counted),
     }
 
 
@@ -119,8 +119,8 @@ def penalising(matrices: list[Matrix]) -> dict[str, Run]:
     dense, factored = [matrix.dense for matrix in matrices], [matrix.factored for matrix in matrices]
     return {
         "as written": as_written,
-        "dense": partial(ops.penalties_with_gradients, dense, As, Bs, anchors, scales),
-        "factored": partial(ops.penalties_with_gradients, factored, As, Bs, anchors, scales),
+        "dense": partial(ops.penalties_with_gradients, dense, As, Bs, anchors=anchors, scales=scales),
+        "factored": partial(ops.penalties_with_gradients, factored, As, Bs, anchors=anchors, scales=scales),
     }
 
 
@@ -142,7 +142,7 @@ def beside_a_layer(d_out: int, d_in: int, rows: int, tokens: int, rank: int, dev
     gradient = torch.randn(rows, tokens, d_out, device=device)
     return {
         "products": products,
-        "path integral": partial(ops.accumulate_all_, [matrix.factored], [matrix.step], [SCALE], counted),
+        "path integral": partial(ops.accumulate_all_, [matrix.factored], [matrix.step], [SCALE], counted=counted),
         "sketch": sketch,
         "exact": partial(squares.exact_sums, x, gradient),
     }
