@@ -182,6 +182,15 @@ def made(name: str, hub: Path | None) -> dict[str, bytes]:
         ) from None
 
 
+def python_documentation(to: Path) -> None:
+    """Write python/topics.txt: the help topics that come with the Python that runs this, unlike the other texts."""
+    from pydoc_data.topics import topics
+
+    make_directory(to / "python")
+    write_text(to / "python" / "topics.txt", "\n\n".join(topics[name].strip() for name in sorted(topics)))
+    print(f"python: topics.txt of Python {sys.version.split()[0]}, which is its own; PSF licence")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("data"), help="directory to fill; default: data")
@@ -191,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for name in DATA:
             get(name, given.to, given.source, given.hub)
+        python_documentation(given.to)
     except (HloraError, OSError, UnicodeDecodeError) as error:
         print(f"get_data: {error}", file=sys.stderr)
         sys.exit(2)
