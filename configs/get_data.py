@@ -186,8 +186,10 @@ def python_documentation(to: Path) -> None:
     """Write python/topics.txt: the help topics that come with the Python that runs this, unlike the other texts."""
     from pydoc_data.topics import topics
 
-    make_directory(to / "python")
-    write_text(to / "python" / "topics.txt", "\n\n".join(topics[name].strip() for name in sorted(topics)))
+    text, file = "\n\n".join(topics[name].strip() for name in sorted(topics)), to / "python" / "topics.txt"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        make_directory(file.parent)
+        write_text(file, text)
     print(f"python: topics.txt of Python {sys.version.split()[0]}, which is its own; PSF licence")
 
 
