@@ -247,11 +247,11 @@ def test_the_drift_on_a_text_is_in_summary_and_page_and_has_no_column_where_nobo
     assert "drift from base, wiki" in text and "0.0346" in text and "0.0111 from the general phase" in text
 
 
-def test_each_measure_of_the_summary_stands_on_one_line_of_a_terminal_of_100_columns(full):
+def test_each_measure_of_the_summary_stands_on_one_line_of_a_terminal_of_80_columns(full):
     for arm in full["arms"].values():
         arm["texts"] = {"general (held out)": {**arm["texts"]["wiki"], "perplexity": 123456.7, "kl_from_base": 0.0123}}
         add_forgetting(arm, full["arms"]["base"])
-    console = Console(width=100)
+    console = Console(width=80)
     with console.capture() as capture:
         console.print(summary_table(full))
     lines = capture.get().splitlines()

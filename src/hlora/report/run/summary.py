@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -101,10 +102,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     rows = summary_rows(results)
     main = main_arm(results.get("arms") or {})
     general = any(row.before is not None for row in rows)
-    table = Table()
-    table.add_column("measure")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)  # without borders a measure is one line of 80 columns
+    table.add_column("measure", vertical="bottom")
     for heading in ("base", *(["after general phase"] if general else []), f"after {label_of(main or '')}", "change"):
-        table.add_column(Text(heading.strip()), justify="right")
+        table.add_column(Text(heading.strip().replace(" ", "\n")), justify="right", vertical="bottom")
     for row in rows:
         style = {True: "green", False: "red", None: "dim"}[row.better]
         middle = [row.before or "–"] if general else []
