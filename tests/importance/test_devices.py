@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hlora.importance.penalty import ImportancePenalty, _Regularisation
+from hlora.importance.recorder import ImportanceRecorder
 from hlora.numerics.encodings import ENCODINGS
 
 
@@ -44,3 +45,23 @@ def test_the_backward_pass_takes_its_gradient_to_each_gpu() -> None:
         _, *gradients = _Regularisation.backward(context, torch.empty((), device="cuda:0"))
     assert [str(each.device) for each in gradients] == ["cuda:0", "cuda:1"]
     assert [each.dtype for each in gradients] == [torch.bfloat16, torch.float32]
+
+
+def test_each_matrix_of_a_model_split_over_two_gpus_is_recorded_where_it_is(
+    peft_model: PeftModel,
+) -> None:
+    """Fake tensors refuse to meet one of another GPU. Consolidation slices, which needs a real one."""
+    with FakeTensorMode():
+        for number in (0, 1):
+            for module in peft_model.get_submodule(f"base_model.model.model.layers.{number}").modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    there = torch.empty(parameter.shape, device=f"cuda:{number}")
+                    setattr(module, name, torch.nn.Parameter(there, parameter.requires_grad))
+        recorder = ImportanceRecorder(peft_model)
+        for matrix in recorder.matrices:
+            for factor in matrix.parameters:
+                factor.grad = torch.zeros_like(factor)
+        recorder.capture(lr=0.1)
+        recorder.integrate()
+    for name, omega in recorder.omega.items():
+        assert {str(part.device) for part in omega} == {f"cuda:{int('layers.1' in name)}"}

@@ -237,7 +237,7 @@ class ImportanceRecorder:
             return
         finite = self._recording.integrate()
         self._integrated += 1
-        self._skipped += ~finite
+        self._skipped += finite.logical_not()
         if finite.is_cpu:
             self._warn()
 

@@ -278,7 +278,7 @@ def _stacked(tuples: Sequence[Any], chosen: Sequence[int]) -> tuple[Tensor, ...]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def _detached(factor: Tensor) -> Tensor:

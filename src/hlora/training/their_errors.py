@@ -36,9 +36,11 @@ def their_errors(model: Any) -> Iterator[None]:
             raise
         get = getattr(model, "get_base_model", None)
         kind = type(model if get is None else get()).__name__
+        remedy = "Name other lora.target_modules: PEFT does not fit one of these."
+        if library != "peft":
+            remedy = "In a script, use hlora.ImportanceRecorder and hlora.protect with transformers.Trainer."
         file = "/".join(parts[parts.index(library) :])
         raise TrainingError(
             f"SFTTrainer cannot train this {kind}: {library} {version(library)} fails in {file}, line {frame.lineno} "
-            f"({first_line(error)}). In a script, use hlora.ImportanceRecorder and hlora.protect with "
-            "transformers.Trainer, or name other lora.target_modules."
+            f"({first_line(error)}). {remedy}"
         ) from error
