@@ -67,7 +67,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 FREE = {
     "output", "name", "revision", "gguf_file", "target_modules", "exclude_modules", "use", "after", "paths", "dataset",
-    "subset", "split", "column", "train", "train_split", "test", "join", "texts",
+    "subset", "split", "column", "train", "train_split", "test", "validation", "join", "texts",
 }  # fmt: skip
 """Fields that any text but an empty one may stand in: names and paths."""
 
@@ -75,12 +75,12 @@ MEANT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "rslora", "offload", "accuracy"), (0, True)),
     **dict.fromkeys(("preset", "revision", "gguf_file", "quantization", "dataset", "subset", "gradient"), (None,)),
     **dict.fromkeys(("max_documents", "max_train_rows", "probe_every", "max_rows", "max_length"), (None,)),
-    **dict.fromkeys(("after", "use", "stride", "max_new_tokens"), (None,)),
+    **dict.fromkeys(("after", "use", "stride", "max_new_tokens", "validation", "patience"), (None,)),
     **dict.fromkeys(("alpha", "xi", "temperature", "general_rate"), (2**70, 1e308)),
     **dict.fromkeys(("stop_at_move", "budget"), (None, 2**70, 1e308)),
     **dict.fromkeys(("phi", "strengths"), (0, 2**70, 1e308, [])),
     **dict.fromkeys(("seed", "seeds", "dropout", "generate", "kept_learning", "max_unusable"), (0,)),
-    **dict.fromkeys(("mixture", "baselines"), ([],)),
+    **dict.fromkeys(("mixture", "baselines", "domains"), ([],)),
     **dict.fromkeys(("probe_texts", "texts", "tune"), ({},)),
     "exclude_modules": (None, []),
     "columns": ({},),

@@ -247,7 +247,7 @@ def test_a_run_in_two_processes_equals_one_and_speaks_once(configured: Any, run_
     (done,) = launches(f"2 -- run {configured(2)}")
     assert done["statuses"] == [0, 0], done["said"]
     assert_same_run(tmp_path / "out", run_alone)
-    for once in ("evaluating: base", "evaluating: hlora", "report: ", "tune ━"):
+    for once in ("evaluating: base", "evaluating: hlora", "report: ", "tune: 4 steps in "):
         assert done["said"].count(once) == 1
     assert not list((tmp_path / "out").glob("unfinished.json"))
 
