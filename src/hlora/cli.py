@@ -145,7 +145,7 @@ def demo(
     overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on a small model and data that need no download from the hub. 5 to 10 minutes on a CPU."""
+    """The whole job on a small model and data that need no download from the hub. 8 to 13 minutes on two CPU cores."""
     from hlora import pipeline
     from hlora.config.reading import parse_config
     from hlora.data import demo
