@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_outside_a_git_repository_the_harness_prints_nothing_of_git_and_no_bars(
     assert not any(text in printed for text in ("fatal", "it/s", "100%")), printed
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a job in the background of a shell ignores it, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_to_the_same_bytes(
     hlora: Any, file: Path, job_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ import pytest
 from tables import cell, loss, of_architecture, token_ids, trained
 from variants import of_optimizer, of_variant
 
+pytestmark = pytest.mark.slow
+
 
 def assert_right(cells: list[str]) -> None:
     assert [each for each in cells if not each.startswith("right")] == []

@@ -36,6 +36,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "importance"])
 def test_plain_peft_loads_and_merges_what_hlora_saved(
     peft_model: PeftModel, token_ids: Tensor, model_dir: str, tmp_path: Path, what: str
