@@ -108,34 +108,19 @@ def equal_domain_ratio(
     none. The second value is the share of the resamples in which `other` misses the target. Nothing bounds the ratio
     from below there, so that from 2.5 % on its bounds are NaN.
     """
-    value, draws, missed = ratio_draws(comparison, arm, other, task, text, target, quantity, seed, resamples)
-    found = _percentile(value, draws)
-    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
-
-
-def ratio_draws(
-    comparison: Mapping[str, Any],
-    arm: str,
-    other: str,
-    task: str,
-    text: str,
-    target: float,
-    quantity: Quantity,
-    seed: int,
-    resamples: int,
-) -> tuple[float, np.ndarray, float]:
-    """The ratio of `equal_domain_ratio`, that of each resample, and the share of these in which `other` misses."""
     one, two = (_losses(comparison, name, task, text, quantity) for name in (arm, other))
     shared = [each for each in one.seeds if each in two.seeds] if one and two else []
     if not (one and two and shared):
-        return math.nan, np.zeros(0), math.nan
+        return _NO_INTERVAL, math.nan
     value, draws = _draws(comparison, one.of(shared), task, target, seed, resamples)
     beside, others = _draws(comparison, two.of(shared), task, target, seed, resamples)
     missed = float(np.isinf(others).mean())
     with np.errstate(invalid="ignore"):  # both miss the target: ∞ − ∞ or ∞ / ∞, a resample that says nothing
         if quantity == "nll":
-            return float(_exp(value - beside)), _exp(draws - others), missed
-        return value / beside, draws / others, missed
+            found = _percentile(_exp(value - beside), _exp(draws - others))
+        else:
+            found = _percentile(value / beside, draws / others)
+    return found if missed < _TAIL else Interval(found.value, math.nan, math.nan), missed
 
 
 class _Losses(NamedTuple):
