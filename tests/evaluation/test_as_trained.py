@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hlora.data.tasks import Example
 from hlora.evaluation.answers import generate_answers
 from hlora.evaluation.evaluate import evaluate
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import losses_and_drift, sliding_window, text_likelihood, windows
+from hlora.evaluation.likelihood import losses_and_drift, scored_logits, sliding_window, text_likelihood, windows
 from hlora.system.errors import TrainingError
 from hlora.training.train import train
 
@@ -266,7 +266,7 @@ def test_the_mean_divergence_on_a_text_is_that_of_the_dense_distributions(tmp_pa
     other, _ = load(made_model(tmp_path / "other", tokenizer, seed=1))
     ids = torch.tensor(tokenizer(GENERAL_TEXT)["input_ids"][:70])
 
-    references = {"model": lambda: nullcontext(model), "itself": lambda: nullcontext(other)}
+    references = {"model": partial(scored_logits, model), "itself": partial(scored_logits, other)}
     expected = []
     with torch.no_grad():
         for window, new in windows(ids, 24, 12, before=[0]):

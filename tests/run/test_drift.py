@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hlora.config.sections import EvaluationConfig
+from hlora.data.domain import DomainRows
+from hlora.data.tasks import Example
 from hlora.evaluation.likelihood import text_likelihood
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
-from hlora.run.drift import references_of
+from hlora.run.drift import measure_with_drift, references_of
+from hlora.run.kept_predictions import KeptPredictions
 
 SETTINGS = EvaluationConfig(max_tokens=130, window=48, stride=24, batch_size=2)
 
@@ -72,8 +76,7 @@ def test_a_frozen_adapter_is_still_frozen_after_its_drift_was_measured(peft_mode
     model, importance = tuned(peft_model, token_ids)
     model.requires_grad_(False)
     for reference in references_of(model, importance, base_changed=False)[0].values():
-        with reference():
-            pass
+        reference([token_ids[0]], [1])
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -104,3 +107,22 @@ def test_what_cannot_be_measured_is_left_out_with_a_reason(peft_model: Any, toke
     references, left_out = references_of(other, importance, base_changed=False)
     assert [*references] == ["from_base"] and "up_proj" in left_out["from_general"]
     assert {matrix.name.rsplit(".", 1)[-1] for matrix in adapted_matrices(other)} == {"up_proj"}
+
+
+def test_a_job_that_keeps_predictions_measures_the_drift_from_each_general_phase(
+    peft_model: Any, token_ids: Tensor, model_dir: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = DomainRows([], [Example("a question", "an answer")], [])
+    general = SimpleNamespace(evaluation={"text": GENERAL_TEXT})
+    predictions = KeptPredictions()
+    for seed in (1, 3, 1):  # another general phase, and the first one again
+        move_adapter(peft_model, seed=seed)
+        importance = record(peft_model, token_ids)
+        move_adapter(peft_model, seed=seed + 1)
+        for _ in range(2):
+            job: Any = SimpleNamespace(tokenizer=tokenizer, general=general, domain=rows, predictions=predictions)
+            found = measure_with_drift(job, peft_model.eval(), SETTINGS, importance, base_changed=False)
+            references, _ = references_of(peft_model, importance, base_changed=False)
+            plain = text_likelihood(peft_model, tokenizer, GENERAL_TEXT, SETTINGS, references=references)
+            assert found["texts"]["text"] == plain

@@ -26,6 +26,7 @@ from hlora.methods import METHODS
 from hlora.model.base import load_base, pick_device
 from hlora.run.data_check import check_data
 from hlora.run.job import Job
+from hlora.run.kept_predictions import KeptPredictions
 from hlora.run.lengths import fit_lengths
 from hlora.run.trial import check_arguments, try_phases
 from hlora.system.digest import digest, without_empty
@@ -49,6 +50,8 @@ class Grid:
     """A method has changed the model's weights, or failed while it could change them."""
     dry_run: bool = False
     """Nothing is written."""
+    predictions: KeptPredictions = field(default_factory=KeptPredictions)
+    """Of the base model, and of the last general phase."""
     _read: dict[str, Any] = field(default_factory=dict)
     """Data and held-out parts by the digest of their settings."""
 
@@ -258,7 +261,9 @@ class Grid:
         config = cell.config.model_copy(deep=True)
         name = config.training.tune_arguments().get("run_name", self.output.name)
         config.training.tune["run_name"] = f"{name}/{cell.name}"  # in trackers
-        job = Job(config, self.base, self.tokenizer, self.output, tuple(recorded.values()))
+        job = Job(
+            config, self.base, self.tokenizer, self.output, tuple(recorded.values()), predictions=self.predictions
+        )
         job.general = self.general(cell.config)
         job.domain = self.domain(cell.config)[0]
         return job

@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +25,9 @@ from hlora.system.progress import counted
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models
 
-Reference = Callable[[], AbstractContextManager[Any]]
-"""Opens a context that gives the model to compare with, such as the measured one with its adapter switched off."""
+Reference = Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
+"""What another model predicts, such as the measured one with its adapter switched off. Takes sequences and counts, and
+returns logits, as `scored_logits` does."""
 
 
 @torch.no_grad()
@@ -108,11 +108,10 @@ def losses_and_drift(
     losses: list[Tensor] = []
     drift: dict[str, list[Tensor]] = {name: [] for name in references or {}}
     for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size, "perplexity"):
-        scored = _scored_logits(model, rows, new)
+        scored = scored_logits(model, rows, new)
         losses += _losses_of(scored, rows, new)
         for name, reference in (references or {}).items():
-            with reference() as other:
-                drift[name] += map(divergences, _scored_logits(other, rows, new), scored)
+            drift[name] += map(divergences, reference(rows, new), scored)
     return torch.cat(losses), {name: torch.cat(parts) for name, parts in drift.items()}
 
 
@@ -137,7 +136,7 @@ def token_losses(model: Any, sequences: Sequence[Tensor], counts: Sequence[int])
 
     Shorter sequences are padded on the right, where nothing is scored or attended to.
     """
-    return _losses_of(_scored_logits(model, sequences, counts), sequences, counts)
+    return _losses_of(scored_logits(model, sequences, counts), sequences, counts)
 
 
 def _losses_of(scored: Sequence[Tensor], sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -148,7 +147,7 @@ def _losses_of(scored: Sequence[Tensor], sequences: Sequence[Tensor], counts: Se
     return losses
 
 
-def _scored_logits(model: Any, sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def scored_logits(model: Any, sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """What predicts the last `counts[i]` tokens of each sequence i: (counts[i], vocabulary), from one forward pass."""
     ids = pad_sequence(list(sequences), batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences])

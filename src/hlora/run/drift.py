@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hlora.config.sections import EvaluationConfig
 from hlora.evaluation.evaluate import evaluate
-from hlora.evaluation.likelihood import Reference
+from hlora.evaluation.likelihood import Reference, scored_logits
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.parallel.fsdp import is_sharded
@@ -28,13 +29,15 @@ def measure_with_drift(
     """Every measure of one model (see evaluation.evaluate), and the drift of a tuned one on each text.
 
     Each text gets `kl_from_base`, and `kl_from_general` where the arm has a general phase. `drift_left_out` says why
-    one of the two is missing. Each costs one more pass over the texts.
+    one of the two is missing. Each costs one more pass over the texts, unless the job keeps its predictions.
 
     Args:
         importance: where the general phase ended; None for the base model and for arms without a general phase.
         base_changed: whether the weights under the adapter are no longer those of the base model.
     """
     references, left_out = references_of(model, importance, base_changed=base_changed)
+    models = {"from_base": "base", "from_general": "" if importance is None else _digest_of_factors(importance)}
+    references = {name: job.predictions.of(name, models[name], each) for name, each in references.items()}
     found = evaluate(model, job.tokenizer, job.general.evaluation, job.domain, settings, references=references)
     return {**found, "drift_left_out": left_out} if left_out else found
 
@@ -53,7 +56,7 @@ def references_of(
         return {}, {"from_base": "the model is sharded over several processes (FSDP2)"}
     if base_changed or not isinstance(model.base_model, LoraModel):
         return {}, {"from_base": "this method changes the base model's weights, which its adapter cannot take back"}
-    references: dict[str, Reference] = {"from_base": partial(_without_adapter, model)}
+    references: dict[str, Reference] = {"from_base": partial(_logits, partial(_without_adapter, model))}
     if importance is None or importance.without_move:  # recorded without training: its θ^ν is the base model
         return references, {}
     try:
@@ -61,7 +64,23 @@ def references_of(
         importance.check(matrices)
     except (AdapterError, ArtifactError) as error:
         return references, {"from_general": str(error)}
-    return {**references, "from_general": partial(_at_general_phase, model, matrices, importance)}, {}
+    at_general_phase = partial(_at_general_phase, model, matrices, importance)
+    return {**references, "from_general": partial(_logits, at_general_phase)}, {}
+
+
+def _digest_of_factors(importance: Importance) -> str:
+    found = hashlib.sha256()
+    for each in importance.matrices.values():
+        for factor in (each.A, each.B):
+            found.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _logits(
+    opened: Callable[[], AbstractContextManager[PeftModel]], sequences: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
+    with opened() as model:
+        return scored_logits(model, sequences, counts)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from hlora.parallel.fsdp import is_sharded
 from hlora.parallel.group import main_first, raise_on_all
 from hlora.parallel.launch import sharding
 from hlora.run.data_check import check_data
+from hlora.run.kept_predictions import KeptPredictions
 from hlora.run.lengths import fit_lengths
 from hlora.run.trial import check_arguments, try_phases
 from hlora.system.errors import ConfigError
@@ -54,6 +55,8 @@ class Job:
     """Whether an adapter on the base model has changed its weights."""
     plan: Plan | None = None
     """The phases of the run, for the progress line."""
+    predictions: KeptPredictions = field(default_factory=KeptPredictions)
+    """Of the models that tuned ones are compared with."""
 
     @classmethod
     def open(cls, config: RunConfig, resumable: bool = False, given: Importance | None = None) -> Job:
@@ -133,10 +136,10 @@ def check_sharding(config: RunConfig) -> None:
         "penalty.budget without penalty.probe_texts": config.penalty.budget is not None
         and not config.penalty.probe_texts,
     }
-    for field, is_set in unsupported.items():
+    for name, is_set in unsupported.items():
         if is_set:
             raise ConfigError(
-                f"{field} cannot be used with a sharded model (FSDP2). Launch with torchrun (DDP), or remove it "
+                f"{name} cannot be used with a sharded model (FSDP2). Launch with torchrun (DDP), or remove it "
                 "(docs/guides/distributed.md)."
             )
     on_cpu = pick_device(config.model.device).type == "cpu"
