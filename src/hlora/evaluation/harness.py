@@ -25,14 +25,13 @@ def harness_accuracy(
 ) -> dict[str, Any]:
     """acc and acc_norm, shares of 1 with standard errors, by lm-evaluation-harness on the test rows.
 
-    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`. Nothing in a
-    process of a launch that is not its machine's first (LOCAL_RANK).
+    And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`.
     """
     scored, choices = 0, sum(len(example.choices) for example in domain.test)
     with _harness_unnoticed(), line("choice", choices) as shown, tempfile.TemporaryDirectory() as scratch:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate  # simple_evaluate also runs git and `pip list`: 1.7 s of CPU for each model
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager, get_task_dict
 
         class AsTrained(HFLM):
             """Scores the tokens that are trained."""
@@ -50,18 +49,11 @@ def harness_accuracy(
 
         join = domain.test[0].join
         task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch), join)
-        outcome = simple_evaluate(
-            model=AsTrained(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[task],
-            task_manager=TaskManager(include_path=scratch, include_defaults=False),
+        outcome = evaluate(
+            lm=AsTrained(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            task_dict=get_task_dict([task], TaskManager(include_path=scratch, include_defaults=False)),
             bootstrap_iters=0,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            fewshot_random_seed=None,
         )
-    if outcome is None:  # in a launch the harness speaks in a machine's first process alone; all of them have run it
-        return {}
     samples = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
     pairs = zip(samples, domain.test, strict=True)
     answers = [-float(sample["filtered_resps"][e.choices.index(e.answer)][0]) for sample, e in pairs]
@@ -74,12 +66,8 @@ def harness_accuracy(
 
 @contextmanager
 def _harness_unnoticed() -> Iterator[None]:
-    """Without the step reports of lm-evaluation-harness and datasets, nor the random numbers that it names tasks by.
-
-    The harness asks git for the commit of the working directory. Outside a repository, git prints an error.
-    """
+    """Hide the progress reports of lm-evaluation-harness and datasets; restore the random state, which it uses."""
     import datasets
-    import lm_eval.evaluator
 
     state = random.getstate()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
@@ -88,13 +76,10 @@ def _harness_unnoticed() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    commit = lm_eval.evaluator.get_git_commit_hash
-    lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
         with quiet(), without_bars():
             yield
     finally:
-        lm_eval.evaluator.get_git_commit_hash = commit
         random.setstate(state)
         if bars:
             datasets.enable_progress_bars()
