@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import yaml
 from conftest import Invoke
@@ -79,6 +81,30 @@ def test_counts_rows_tokens_cut_answers_and_leaks_and_writes_nothing(
 
 def _example(row: dict[str, Any]) -> Example:
     return Example(f"Question: {row['question']}\nAnswer:", row["choices"][row["label"]], join=" ")
+
+
+def test_packed_files_are_read_as_in_a_run_and_validation_rows_are_counted(
+    hlora: Invoke, config: Path, tmp_path: Path, model_dir: str
+) -> None:
+    train = (tmp_path / "train.jsonl").read_bytes()
+    rows = train.splitlines(keepends=True)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(train))
+    with pyarrow.output_stream(tmp_path / "test.jsonl.zst", compression="zstd") as stream:
+        stream.write((tmp_path / "test.jsonl").read_bytes())
+    (tmp_path / "held-out.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[:5])))
+    named = {"train": "train.jsonl.gz", "validation": "held-out.jsonl.gz", "test": "test.jsonl.zst"}
+    fields = [part for name, file in named.items() for part in ("--set", f"domain.{name}={tmp_path / file}")]
+    status, out, err = hlora("check", config, *fields)
+    assert status == 0, err
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokens = sum(len(render(tokenizer, _example(json.loads(row))).training_row()["input_ids"]) for row in rows[:5])
+    assert re.search(
+        rf"domain: 19 rows to train on, .*; 5 validation rows, {tokens} tokens; 8 rows to evaluate on", out
+    )
+    assert "note: evaluations on the validation rows, while the domain phase trains, are not timed." in out
+
+    status, _, err = hlora("check", config, *fields[:2], "--set", "domain.validation=absent.jsonl.gz")
+    assert status == 2 and "domain.validation: absent.jsonl.gz: no such file" in err
 
 
 def test_the_marked_part_is_what_is_trained(config: Path, model_dir: str) -> None:

@@ -259,6 +259,32 @@ def test_an_arm_that_names_an_unknown_task_is_refused(comparison_file: Path) -> 
         load_comparison(comparison_file)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("domains", [{"train": "a.jsonl"}], r"domains: .* single domains\. Name each under tasks"),
+        ("domain", {"train": "a.jsonl"}, r"domain: a comparison names its domains under tasks"),
+        ("after", "runs/mine", r"after: .* from the base model\. Use `hlora run`"),
+        ("baselines", ["lora"], r"baselines: .* Add one of method lora"),
+        ("tasks.sums.validation", 0.1, r"tasks\.sums\.validation: .* selection\.rows training rows\. Leave it out"),
+        ("tasks.sums.patience", 2, r"tasks\.sums\.patience: .* Leave it out"),
+    ],
+)
+def test_a_field_of_a_run_is_refused_and_the_message_says_what_to_do_instead(
+    comparison_file: Path, path: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"compare\.yaml: {expected}"):
+        load_comparison(comparison_file, [f"{path}={json.dumps(value)}"])
+
+
+def test_validation_rows_in_the_settings_of_an_arm_are_refused_by_name(comparison_file: Path) -> None:
+    fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
+    fields["arms"]["HLoRA"]["settings"] = {"domain.validation": 0.1}
+    comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"arms.HLoRA: domain.validation: .* selection.rows training rows"):
+        Grid.open(load_comparison(comparison_file))
+
+
 def test_a_wrong_setting_of_an_arm_is_named_before_anything_is_computed(comparison_file: Path) -> None:
     fields = yaml.safe_load(comparison_file.read_text(encoding="utf-8"))
     fields["arms"]["HLoRA"]["settings"] = {"importance.encodin": 1}

@@ -50,6 +50,8 @@ class Check:
     """Of all training rows."""
     trained: int = 0
     """Those of them that are trained."""
+    validation_tokens: int = 0
+    """Of all validation rows."""
     general_tokens: int = 0
     general_rows: int = 0
     counted: bool = True
@@ -111,6 +113,8 @@ def _notes(config: RunConfig) -> list[str]:
         notes.append(f"the model writes general text itself: {_SAMPLES} samples here, which are counted but not timed.")
     if config.penalty.budget is not None:
         notes.append("the probes of the forgetting budget are not timed.")
+    if config.domain.validation is not None:
+        notes.append("evaluations on the validation rows, while the domain phase trains, are not timed.")
     return notes
 
 
@@ -125,9 +129,11 @@ def _few_samples(part: Any) -> Any:
 def _count(found: Check) -> tuple[Dataset, Dataset]:
     """Count tokens; returns the general and the domain rows that they were counted on."""
     job, arguments = found.job, found.job.config.training.tune_arguments()
-    examples = job.domain.train
+    examples, held_out = job.domain.train, job.domain.validation
     step = math.ceil(len(examples) / _ROWS)
     rows = [trained_row(job.tokenizer, example, arguments) for example in examples[::step]]
+    validated = [trained_row(job.tokenizer, example, arguments) for example in held_out[::step]]
+    found.validation_tokens = round(sum(len(row.ids) for row in validated) * len(held_out) / max(1, len(validated)))
     found.shown = [trained_row(job.tokenizer, example, arguments) for example in examples[:SHOWN]]
     scale = len(examples) / len(rows)
     found.tokens = round(scale * sum(len(row.ids) for row in rows))

@@ -48,8 +48,9 @@ def show_check(config: RunConfig) -> None:
 
 
 def _later(config: RunConfig, facts: dict[str, Any]) -> str:
-    rows = f"{_count(facts['train_rows'], 'training row')}, {_count(facts['test_rows'], 'test row')}"
-    return f"then {Path(config.output).name}: {rows}; its time is not in the estimate"
+    kinds = {"training": "train", "validation": "validation", "test": "test"}
+    rows = [_count(facts[f"{part}_rows"], f"{kind} row") for kind, part in kinds.items() if f"{part}_rows" in facts]
+    return f"then {Path(config.output).name}: {', '.join(rows)}; its time is not in the estimate"
 
 
 def _facts(found: Check) -> list[str]:
@@ -62,7 +63,10 @@ def _facts(found: Check) -> list[str]:
     template = "plain text, no chat template" if not chats else named
     if 0 < chats < len(job.domain.train):
         template = f"{named} for {chats} rows, plain text for the others"
-    base = job.base
+    base, validated = job.base, ""
+    if "validation_rows" in domain:
+        rows = _count(domain["validation_rows"], "validation row")
+        validated = f"{rows}, {about}{found.validation_tokens:,} tokens; "
     lines = [
         f"model: {job.config.model.name}, {three_digits(base.num_parameters() / 1e6)} million parameters, "
         f"{str(base.dtype).removeprefix('torch.')}, {base.device.type}",
@@ -71,7 +75,7 @@ def _facts(found: Check) -> list[str]:
         f"{_count(found.general_rows, 'row')}; left out as evaluation text: "
         f"{_count(general['characters_left_out_as_evaluation_text'], 'character')}",
         f"domain: {_count(domain['train_rows'], 'row')} to train on, {about}{found.tokens:,} tokens, "
-        f"{about}{found.trained:,} of them trained; {_count(domain['test_rows'], 'row')} to evaluate on",
+        f"{about}{found.trained:,} of them trained; {validated}{_count(domain['test_rows'], 'row')} to evaluate on",
         f"left out as test prompts: {_count(domain['train_rows_left_out_as_test_prompts'], 'row')}",
     ]
     for source, left in {**general.get("unusable", {}), **domain.get("unusable", {})}.items():

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hlora.config.comparison import CellConfig, CompareConfig
+from hlora.config.comparison import NOT_VALIDATED, CellConfig, CompareConfig
 from hlora.config.reading import parse_config
+from hlora.system.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ def cell_config(common: CompareConfig, arm: str, task: str, seed: int | None, st
         "held_out_rows": common.selection.rows,
     }
     changes = [f"{path}={json.dumps(value)}" for path, value in settings.settings.items()]
-    return parse_config(described, f"arms.{arm}", changes, CellConfig)
+    found = parse_config(described, f"arms.{arm}", changes, CellConfig)
+    if found.domain.validation is not None:
+        raise ConfigError(f"arms.{arm}: domain.validation: {NOT_VALIDATED}")
+    return found
 
 
 NOT_COMPUTED: dict[str, Any] = {

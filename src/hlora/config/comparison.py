@@ -28,6 +28,21 @@ else:
 
 Strength = Annotated[float, Field(ge=0)]
 
+NOT_VALIDATED = (
+    "a comparison measures before and after training, and chooses strengths on selection.rows training rows. Leave it "
+    "out, or tune this domain alone with `hlora run`"
+)
+_OF_A_RUN = {
+    "domain": "a comparison names its domains under tasks: {NAME: {task, train, test}}",
+    "domains": (
+        "a comparison tunes each method on single domains. Name each under tasks, or learn them one after another with "
+        "`hlora run`"
+    ),
+    "after": "a comparison tunes each method from the base model. Use `hlora run` to go on from a finished run",
+    "baselines": "a comparison has arms. Add one of method lora, or of lora_after_general",
+}
+"""Fields of a run that a comparison does not have, and what to do instead."""
+
 
 class FisherConfig(Section):
     examples: int = Field(default=128, ge=1)
@@ -99,6 +114,21 @@ class CompareConfig(Preset):
     """Arm that shows what can be learned without protection; by default the first of method lora."""
     ablation: list[str] = []
     """Arms of Table 2 (ablation); no such table when empty."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_a_run(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        for field, instead in _OF_A_RUN.items():
+            if field in fields:
+                raise ValueError(f"{field}: {instead}")
+        tasks = fields.get("tasks")
+        for name, task in tasks.items() if isinstance(tasks, dict) else ():
+            for field in ("validation", "patience"):
+                if isinstance(task, dict) and field in task:
+                    raise ValueError(f"tasks.{name}.{field}: {NOT_VALIDATED}")
+        return fields
 
     @model_validator(mode="after")
     def _records_its_own(self) -> CompareConfig:

@@ -9,8 +9,7 @@ from hlora.config.comparison import CompareConfig
 from hlora.config.run import RunConfig
 from hlora.config.sections import DomainConfig, GeneralSource
 from hlora.system.errors import DataError
-
-_ROWS = (".jsonl", ".json", ".parquet", ".csv")
+from hlora.system.files import ROW_FILES, kind_of_file
 
 
 def check_files(config: RunConfig | CompareConfig) -> None:
@@ -47,7 +46,7 @@ def named_files(config: RunConfig | CompareConfig) -> Iterator[tuple[str, str]]:
     for field, task in tasks.items():
         for part in ("train", "test", "validation"):
             rows = getattr(task, part, None)  # a share of rows is no file
-            if isinstance(rows, str) and (Path(rows).suffix in _ROWS or _is_path(rows)):
+            if isinstance(rows, str) and (kind_of_file(rows) in ROW_FILES or _is_path(rows)):
                 yield f"{field}.{part}", rows
 
 

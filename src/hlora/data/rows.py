@@ -22,13 +22,12 @@ import pyarrow.parquet
 
 from hlora.config.units import allowed
 from hlora.system.errors import DataError, first_line
+from hlora.system.files import PACKINGS, ROW_FILES, kind_of_file
 
 logger = logging.getLogger("hlora")
 
 _LISTED = 20  # skipped rows that are listed one by one
 _DOCUMENT = 10_000  # characters in a document cut from a .txt file at paragraph ends
-_ROWS = (".jsonl", ".json", ".parquet", ".csv")
-_PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -101,7 +100,7 @@ def read_documents(path: str, column: str = "text") -> Rows[str]:
     Raises:
         DataError: The file cannot be read.
     """
-    if _kind(path) == ".txt":
+    if kind_of_file(path) == ".txt":
         return Rows(path, dict(enumerate(_paragraph_groups(_read_text(path)), 1)))
     return read_rows(path).read(lambda row: text_of(row, column))
 
@@ -121,12 +120,12 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
     Raises:
         DataError: The file cannot be read.
     """
-    kind = _kind(path)
+    kind = kind_of_file(path)
     if kind == ".parquet":
         return _parquet_rows(path)
     if kind == ".csv":
         return _csv_rows(path)
-    if kind not in _ROWS:
+    if kind not in ROW_FILES:
         raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}")
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if content[:100].lstrip()[:1] == b"[":
@@ -140,18 +139,12 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
 
 def is_rows_file(source: str) -> bool:
     """Whether a source is a file, by its suffix or since it exists. Otherwise it names a hub data set or split."""
-    if _kind(source) in _ROWS:
+    if kind_of_file(source) in ROW_FILES:
         return True
     try:
         return Path(source).is_file()
     except OSError as error:  # the name is too long, or the directory may not be searched
         raise DataError(f"{source:.200}: cannot be read ({error.strerror})") from None
-
-
-def _kind(path: str) -> str:
-    """The file's suffix, before .gz or .zst."""
-    name = Path(path)
-    return name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
 
 
 def _object(row: Any) -> dict[str, Any]:
@@ -261,7 +254,7 @@ def _read_text(path: str) -> str:
 
 def _read_bytes(path: str) -> bytes:
     file = _existing(path)
-    packing = _PACKED.get(file.suffix)
+    packing = PACKINGS.get(file.suffix)
     try:
         if packing is None:
             return file.read_bytes()

@@ -26,8 +26,9 @@ from hlora.system.errors import ConfigError, DataError
 logger = logging.getLogger("hlora")
 
 BEFORE = "before this domain"
-EARLIER = "evaluate earlier domains"  # the phase
-"""The arm of the adapter that a run goes on from."""
+"""The arm of the adapter that a run starts from."""
+EARLIER = "evaluate earlier domains"
+"""The phase that scores the tuned model on the domains before this one."""
 
 
 def steps_of(config: RunConfig) -> list[RunConfig]:

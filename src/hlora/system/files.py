@@ -21,8 +21,17 @@ from safetensors import SafetensorError
 from hlora.system.errors import ConfigError
 from hlora.system.redaction import redacted
 
+ROW_FILES = (".jsonl", ".json", ".parquet", ".csv")
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+"""How a file with one of these suffixes is compressed."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of files that PyTorch and others unpickle."""
+
+
+def kind_of_file(path: str) -> str:
+    """The file's suffix, before .gz or .zst."""
+    name = Path(path)
+    return name.with_suffix("").suffix if name.suffix in PACKINGS else name.suffix
 
 
 def make_directory(directory: Path) -> None:
