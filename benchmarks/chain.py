@@ -85,7 +85,7 @@ def online_ewc(jobs: list[Job]) -> Models:
         penalty = None
         if squares is not None:
             penalty = ImportancePenalty(model, squares, job.config.penalty.phi, layer_weights="sum")
-        recorder = ImportanceRecorder(model, "factored", method="squared_gradients", seed=job.config.seed)
+        recorder = ImportanceRecorder(model, seed=job.config.seed)
         train_on_domain(job, model, "online_ewc", penalty, recorder=recorder)
         recorded = recorder.consolidate(data=job.domain.facts)
         squares = recorded if squares is None else squares + recorded

@@ -196,7 +196,7 @@ def process(number: int, processes: int, kind: str, port: int, options: argparse
             found["losses"].append(float(total) / processes)
         found[name] = {what: statistics.median(each[what] for each in of_steps[1:]) for what in of_steps[0]}
 
-    recorder = ImportanceRecorder(running, "float32")
+    recorder = ImportanceRecorder(running, "float32", method="path_integral")
     phase("record", tokens[: options.steps], recorder, None)
     found["recorded"] = sum(map(encodings.nbytes, recorder.omega.values()))
     omega = {f"ω.{name}": t for name, t in recorder.state_dict()["tensors"].items() if ".omega." in name}

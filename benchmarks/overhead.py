@@ -96,8 +96,8 @@ def backward(model: PeftModel, tokens: Tensor) -> None:
 def recorder_of(model: PeftModel, name: str) -> ImportanceRecorder:
     """The recorder of that name; one of squared gradients that does not watch yet."""
     if name != "squares":
-        return ImportanceRecorder(model, name)
-    recorder = ImportanceRecorder(model, method="squared_gradients")
+        return ImportanceRecorder(model, name, method="path_integral")
+    recorder = ImportanceRecorder(model)
     squares: Any = recorder._recording
     squares.listening.close()
     squares._add = Timed(squares._add)

@@ -228,7 +228,7 @@ def record(
 ) -> Importance:
     """Importance after some AdamW steps on `rows`, four a step."""
     torch.manual_seed(0)
-    recorder = ImportanceRecorder(model, encoding, unprotected=unprotected)
+    recorder = ImportanceRecorder(model, encoding, unprotected=unprotected, method="path_integral")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     recorder.attach(optimizer)
     for step in range(steps):

@@ -265,7 +265,7 @@ def not_finite(kind: str, directory: str) -> dict[str, Tensor]:
     model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
     rows = torch.randint(3, 384, (24, 12), generator=torch.Generator().manual_seed(2))
     running = trained_by(kind, model)
-    recorder = ImportanceRecorder(running, "float32")
+    recorder = ImportanceRecorder(running, "float32", method="path_integral")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     for step in range(3):
         mine = rows[8 * step : 8 * step + 8]
@@ -289,7 +289,7 @@ def changed_meanwhile(kind: str, directory: str) -> dict[str, Tensor]:
     """What the penalty says when a factor changed between `begin` and the step, and of an adapter that is θ^ν."""
     model = adapted(directory, torch.float64, ["q_proj", "v_proj"])
     running = trained_by(kind, model, in_blocks=False)
-    recorder = ImportanceRecorder(running, "float32")
+    recorder = ImportanceRecorder(running, "float32", method="path_integral")
     move(recorder, 0.01)
     with recorder.step(LR):
         move(recorder, 0.02)
@@ -311,7 +311,7 @@ def mixed_precision(kind: str, directory: str) -> dict[str, Tensor]:
     model = adapted(directory, torch.float32, ["q_proj", "v_proj"])
     rows = torch.randint(3, 384, (24, 12), generator=torch.Generator().manual_seed(2))
     running = trained_by(kind, model, mixed=True)
-    recorder = ImportanceRecorder(running, "float32")
+    recorder = ImportanceRecorder(running, "float32", method="path_integral")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     expected = {m.name: torch.zeros(m.B.shape[0], m.A.shape[1], dtype=torch.float64) for m in recorder.matrices}
     start = {name: factor.clone() for name, factor in factors(recorder).items()}

@@ -125,10 +125,7 @@ def test_a_chain_that_does_not_hold_is_refused_by_name(
         (("--after", tuned_run, "--set", "penalty.anchor=base"), "set penalty.anchor to general"),
         (("--after", tuned_run, "--importance", "ann/x"), "importance.use: after brings the importance"),
         (("--after", tuned_run, "--set", "importance.encoding=float32"), "float32, but"),
-        (
-            ("--after", tuned_run, "--set", "importance.method=squared_gradients"),
-            "importance.method: squared_gradients",
-        ),
+        (("--after", tuned_run, "--set", "importance.method=path_integral"), "importance.method: path_integral"),
         (("--after", tuned_run, "--set", "lora.rank=2"), "importance was recorded with A (4, 32)"),
     ):
         status, _, err = hlora("run", path, *arguments)

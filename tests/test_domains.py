@@ -53,7 +53,9 @@ def chain(job_fields: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 def test_each_domain_is_a_run_after_the_one_before(chain: dict[str, Any]) -> None:
     out = chain["output"]
-    first, second = steps_of(parse_config({**chain, "importance": {"encoding": "float32", "xi": 1e-4}}))
+    first, second = steps_of(
+        parse_config({**chain, "importance": {"method": "path_integral", "encoding": "float32", "xi": 1e-4}})
+    )
     assert (first.output, first.after) == (f"{out}/plus", None)
     assert (second.output, second.after) == (f"{out}/minus", f"{out}/plus")
     assert [step.domain.task for step in (first, second)] == ["multiple_choice", "rows"]

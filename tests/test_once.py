@@ -105,11 +105,15 @@ def test_an_importance_of_other_settings_is_not_recorded_over_unasked(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = files_of(importance)
     for verb in ("run", "record"):
-        status, _, err = hlora(verb, settings, "--set", "importance.xi=1e-5")
-        assert status == 2 and "importance.xi (there 0.001, here 1e-05)" in err and "--importance" in err
+        status, _, err = hlora(verb, settings, "--set", "importance.method=path_integral")
+        assert status == 2 and "importance.method (there 'squared_gradients', here 'path_integral')" in err
+        assert "--importance" in err
     assert files_of(importance) == before
     assert hlora("record", settings)[0] == 0 and files_of(importance) == before
-    assert hlora("record", settings, "--set", "importance.xi=1e-5", "--overwrite")[0] == 0
+    assert hlora("record", settings, "--set", "importance.xi=1e-5")[0] == 0  # of a path integral: no effect here
+    assert files_of(importance) == before
+    path = ("--set", "importance.method=path_integral", "--set", "importance.xi=1e-5")
+    assert hlora("record", settings, *path, "--overwrite")[0] == 0
     assert Importance.load(importance).provenance["xi"] == 1e-5
 
 

@@ -179,7 +179,7 @@ def test_inspect_prints_norms_and_draws_the_heat_map_only_where_it_is_asked_to(
 
 
 def test_dense_importance_goes_through_the_whole_job(hlora: Invoke, config: Path, tmp_path: Path) -> None:
-    settings = ["importance.encoding=float32"]
+    settings = ["importance.method=path_integral", "importance.encoding=float32"]
     chosen = [part for setting in settings for part in ("--set", setting)]
     assert hlora("record", config, *chosen)[0] == 0
     assert hlora("tune", config, *chosen)[0] == 0
@@ -193,10 +193,10 @@ def test_dense_importance_goes_through_the_whole_job(hlora: Invoke, config: Path
 
 
 def test_the_recorder_is_the_configured_one(peft_model: PeftModel) -> None:
-    plain = recorder_for(peft_model, ImportanceConfig(), 0)
-    assert plain.encoding == "factored"
-    kept = recorder_for(peft_model, ImportanceConfig(encoding="float32"), 0)
-    assert kept.encoding == "float32"
+    usual = recorder_for(peft_model, ImportanceConfig(), 0)
+    assert (usual.method, usual.kind) == ("squared_gradients", "squares")
+    paper = recorder_for(peft_model, ImportanceConfig(method="path_integral", encoding="float32"), 0)
+    assert (paper.method, paper.kind) == ("path_integral", "float32")
 
 
 @pytest.mark.slow

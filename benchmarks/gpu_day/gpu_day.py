@@ -207,7 +207,7 @@ def steps() -> None:
     kinds: dict[str, Callable[[], None]] = {"plain": step, "plain again": step}
     ours: dict[str, Callable[[], Any]] = {}
     for encoding in encodings.ENCODINGS:
-        recorder = ImportanceRecorder(model, encoding)
+        recorder = ImportanceRecorder(model, encoding, method="path_integral")
         for _ in range(2):
             step(recorder=recorder)
         penalty = ImportancePenalty(model, recorder.consolidate(), 1.0)

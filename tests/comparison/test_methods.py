@@ -28,7 +28,7 @@ def job(job_fields: dict[str, Any]) -> Job:
         **job_fields,
         "method": "hlora",
         "fisher": {"examples": 4, "max_length": 16},
-        "importance": {"encoding": "float32"},
+        "importance": {"method": "path_integral", "encoding": "float32"},
     }
     config = parse_config(fields, kind=CellConfig)
     return Job(config, *load_base(config.model), Path(config.output))
@@ -137,7 +137,7 @@ def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) ->
 
 
 def test_one_general_phase_records_every_encoding_that_the_arms_ask_for(job: Job) -> None:
-    factored = ImportanceConfig(encoding="factored")
+    factored = ImportanceConfig(method="path_integral", encoding="factored")
     job.recorded = (job.config.importance, factored)
     directory = shared.general_phase(job)
     assert {path.stem for path in directory.glob("*.safetensors")} == {"adapter", "factored", "float32"}

@@ -172,11 +172,11 @@ def test_a_wrong_field_is_one_line_with_path_expectation_and_nearest_name(overri
 
 
 def test_the_exact_gradient_is_for_squared_gradients() -> None:
-    (line,) = errors(minimal(), "importance.gradient=exact")
+    (line,) = errors(minimal(), "importance.method=path_integral", "importance.gradient=exact")
     assert line == (
         "my.yaml: importance: gradient: a path integral takes the effective one; exact is for squared_gradients"
     )
-    squares = ("importance.method=squared_gradients", "penalty.anchor=base")
+    squares = ("penalty.anchor=base",)
     for gradient in ("exact", "effective"):
         assert (
             parse_config(minimal(), "my.yaml", [*squares, f"importance.gradient={gradient}"]).importance.gradient

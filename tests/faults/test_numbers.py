@@ -77,13 +77,13 @@ def with_value(omega: Any, value: float) -> Any:
 def test_a_recording_state_that_is_not_finite_is_refused_and_changes_nothing(
     peft_model: PeftModel, token_ids: Tensor, encoding: str, tally: Tally
 ) -> None:
-    recorder = ImportanceRecorder(peft_model, encoding)
+    recorder = ImportanceRecorder(peft_model, encoding, method="path_integral")
     optimizer = torch.optim.AdamW(trained(peft_model), lr=LR)
     recorder.attach(optimizer)
     peft_model(input_ids=token_ids[:4], labels=token_ids[:4]).loss.backward()
     optimizer.step()
     state = recorder.state_dict()
-    other = ImportanceRecorder(peft_model, encoding)
+    other = ImportanceRecorder(peft_model, encoding, method="path_integral")
     refused = 0
     for key in state["tensors"]:
         for value in (NAN, INF, -INF):
@@ -104,7 +104,7 @@ def test_a_sum_that_overflows_is_neither_saved_in_a_checkpoint_nor_in_an_importa
     peft_model: PeftModel, token_ids: Tensor, encoding: str, tmp_path: Path
 ) -> None:
     """Gradient and movement are finite, and so are their norms; their product is not."""
-    recorder = ImportanceRecorder(peft_model, encoding)
+    recorder = ImportanceRecorder(peft_model, encoding, method="path_integral")
     peft_model(input_ids=token_ids[:4], labels=token_ids[:4]).loss.backward()
     with torch.no_grad():
         for matrix in recorder.matrices:
@@ -159,7 +159,7 @@ def test_what_is_lost_between_two_logs_or_in_the_last_step_is_not_saved(
 ) -> None:  # fmt: skip
     """Logged once, at the end; a checkpoint after each step."""
     monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     callbacks = [Poison(what, step, recorder), recorder.callback()]
     settings = {"max_steps": 4, "max_length": 16, "logging_steps": 100, "report_to": [], "max_grad_norm": 0}
     tokenizer, output = AutoTokenizer.from_pretrained(model_dir), tmp_path / "phase"
@@ -333,7 +333,7 @@ def test_under_a_scaler_that_grows_and_backs_off_omega_and_weights_are_those_wit
     for scaled in (False, True):
         model = copy.deepcopy(peft_model)
         penalty = ImportancePenalty(model, importance, 3.0)
-        recorder, reference = ImportanceRecorder(model, "float32"), ReferenceOmega(model)
+        recorder, reference = ImportanceRecorder(model, "float32", method="path_integral"), ReferenceOmega(model)
         optimizer = torch.optim.AdamW(trained(model), lr=LR, fused=fused)
         grad_scaler = scaler(init_scale=2.0**8, growth_interval=1, enabled=scaled)
         scales = []
@@ -400,7 +400,7 @@ def test_in_trainer_omega_penalty_and_clip_are_those_without_a_scaler(
     ends = []
     for scaled in (False, True):
         model = copy.deepcopy(peft_model)
-        recorder = ImportanceRecorder(model, "float32")
+        recorder = ImportanceRecorder(model, "float32", method="path_integral")
         penalty = ImportancePenalty(model, importance, 3.0)
         overflow = Overflow({3})
         arguments = TrainingArguments(
@@ -435,7 +435,7 @@ def test_importance_and_penalty_of_a_float16_adapter_do_not_overflow(
 ) -> None:
     """The norm of A, 9e4, and Ω(Δθ)² are beyond float16, which ends at 65,504."""
     model = peft_model.half()
-    recorder = ImportanceRecorder(model, encoding)
+    recorder = ImportanceRecorder(model, encoding, method="path_integral")
     A = recorder.matrices[0].A
     with torch.no_grad():
         A.fill_(8000.0)
@@ -492,7 +492,7 @@ def test_a_layer_that_no_token_reaches_has_no_importance_and_does_not_disturb_th
 ) -> None:
     torch.manual_seed(0)
     model = get_peft_model(Forked(), LoraConfig(r=2, lora_alpha=4, target_modules=["used", "unused"]))
-    recorder = ImportanceRecorder(model, encoding)
+    recorder = ImportanceRecorder(model, encoding, method="path_integral")
     optimizer = torch.optim.AdamW(trained(model), lr=LR, weight_decay=0.0)
     recorder.attach(optimizer)
     for _ in range(3):
@@ -524,7 +524,7 @@ def test_a_layer_that_no_token_reaches_has_no_importance_and_does_not_disturb_th
 def test_at_a_learning_rate_of_zero_nothing_is_recorded_and_the_penalty_says_so(
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     peft_model(input_ids=token_ids[:4], labels=token_ids[:4]).loss.backward()
     optimizer = torch.optim.AdamW(trained(peft_model), lr=0.0)
     with recorder.step(0.0):

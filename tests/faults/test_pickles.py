@@ -172,7 +172,7 @@ def test_trainers_own_resume_runs_nothing_from_a_pickle(
         common = {"max_steps": 4, "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
         arguments = TrainingArguments(str(tmp_path / "trained"), per_device_train_batch_size=4, **common)
         made = Trainer(peft_model, arguments, train_dataset=rows)
-        made.add_callback(ImportanceRecorder(peft_model).callback())
+        made.add_callback(ImportanceRecorder(peft_model, method="path_integral").callback())
         return made
 
     trainer().train()

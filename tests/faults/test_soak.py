@@ -68,10 +68,10 @@ def soak(model_dir: str, output: str) -> dict[int, int]:
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks)).train()
 
-    recorder = ImportanceRecorder(model)
+    recorder = ImportanceRecorder(model, method="path_integral")
     train(10, recorder.callback())
     penalty = ImportancePenalty(model, recorder.consolidate(), 1.0)
-    train(STEPS, ImportanceRecorder(model).callback(), penalty.callback(), Weigh())
+    train(STEPS, ImportanceRecorder(model, method="path_integral").callback(), penalty.callback(), Weigh())
     return sizes
 
 

@@ -53,7 +53,7 @@ def test_consolidation_is_equation_13_of_the_recorded_omega_and_the_whole_moveme
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
     move_adapter(peft_model)
-    recorder = ImportanceRecorder(peft_model, "float32")
+    recorder = ImportanceRecorder(peft_model, "float32", method="path_integral")
     start = {m.name: (m.scale * m.B @ m.A).detach().double() for m in recorder.matrices}
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.02)
     recorder.attach(optimizer)

@@ -130,7 +130,7 @@ def importance(peft_model: PeftModel, token_ids: Tensor) -> Importance:
     """Recorded on the reversed rows; the model goes back to where it was before."""
     start = copy.deepcopy(peft_model.state_dict())
     move_adapter(peft_model, seed=3)
-    recorder = ImportanceRecorder(peft_model, "float32")
+    recorder = ImportanceRecorder(peft_model, "float32", method="path_integral")
     plain_loop(peft_model, token_ids.flip(0), recorder)
     result = recorder.consolidate(1e-3, {"source": "test"})
     peft_model.load_state_dict(start)
@@ -147,7 +147,7 @@ def test_callback_records_what_a_plain_loop_records_from_unclipped_gradients(
 ) -> None:
     move_adapter(peft_model)
     other = copy.deepcopy(peft_model)
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(other)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(other)
     callbacks = [recorder.callback()]
     if which == "Trainer":
         trainer = make_trainer(peft_model, token_ids, tmp_path, callbacks, max_grad_norm=max_norm)
@@ -163,7 +163,7 @@ def test_callback_records_what_a_plain_loop_records_from_unclipped_gradients(
 @pytest.mark.parametrize("encoding", ["float32", "factored"])
 def test_the_three_ways_in_agree(peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, encoding: str) -> None:
     """step, attach and callback on the same run of Trainer itself give the same numbers, bit for bit."""
-    recorders = [ImportanceRecorder(peft_model, encoding) for _ in range(3)]
+    recorders = [ImportanceRecorder(peft_model, encoding, method="path_integral") for _ in range(3)]
 
     class Stepping(TrainerCallback):
         """`with recorder.step(lr)` around the trainer's own optimizer.step()."""
@@ -193,7 +193,7 @@ def test_recording_changes_neither_training_nor_its_log_nor_the_arguments(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, max_norm: float
 ) -> None:
     other = copy.deepcopy(peft_model)
-    callbacks = [ImportanceRecorder(peft_model).callback()]
+    callbacks = [ImportanceRecorder(peft_model, method="path_integral").callback()]
     recorded = make_trainer(peft_model, token_ids, tmp_path, callbacks, max_grad_norm=max_norm)
     plain = make_trainer(other, token_ids, tmp_path, max_grad_norm=max_norm)
     recorded.train()
@@ -208,7 +208,7 @@ def test_recording_changes_neither_training_nor_its_log_nor_the_arguments(
 def test_training_twice_records_both_runs_and_leaves_no_hook_behind(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     trainer = make_trainer(peft_model, token_ids, tmp_path, [recorder.callback()])
     trainer.train()
     trainer.train()
@@ -227,7 +227,7 @@ def test_training_goes_on_with_its_clip_after_an_error(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-    recorder, interrupt = ImportanceRecorder(peft_model), Interrupt()
+    recorder, interrupt = ImportanceRecorder(peft_model, method="path_integral"), Interrupt()
     callbacks = [recorder.callback(), interrupt]
     trainer = make_trainer(peft_model, token_ids, tmp_path, callbacks, max_grad_norm=TIGHT, optim="sgd")
     with pytest.raises(KeyboardInterrupt):
@@ -251,7 +251,7 @@ def test_accumulation_of_4_by_2_records_what_1_by_8_records(
 ) -> None:
     results = []
     for model, batch, accumulation in ((peft_model, 8, 1), (copy.deepcopy(peft_model), 2, 4)):
-        recorder = ImportanceRecorder(model, "float32")
+        recorder = ImportanceRecorder(model, "float32", method="path_integral")
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         if which == "Trainer":
             trainer = make_trainer(model, token_ids, tmp_path, [recorder.callback()], **sizes)
@@ -268,7 +268,7 @@ def test_accumulation_of_4_by_2_records_what_1_by_8_records(
 def test_a_recorder_of_another_model_is_refused_at_the_start_of_training(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:
-    recorder = ImportanceRecorder(copy.deepcopy(peft_model))
+    recorder = ImportanceRecorder(copy.deepcopy(peft_model), method="path_integral")
     with pytest.raises(AdapterError, match="this optimizer does not train"):
         make_trainer(peft_model, token_ids, tmp_path, [recorder.callback()]).train()
 
@@ -379,7 +379,7 @@ def test_recording_under_a_penalty_sees_the_task_gradient_alone(
     peft_model: PeftModel, token_ids: Tensor, importance: Importance, tmp_path: Path, order: str, max_norm: float
 ) -> None:
     other = copy.deepcopy(peft_model)
-    recorder = ImportanceRecorder(peft_model, "float32")
+    recorder = ImportanceRecorder(peft_model, "float32", method="path_integral")
     penalty = ImportancePenalty(peft_model, importance, phi=50.0)
     callbacks = [recorder.callback(), penalty.callback()]
     if order == "penalty first":
@@ -459,7 +459,7 @@ def test_protect_at_the_base_leaves_an_untouched_adapter_where_it_is(
 def test_recording_ends_the_training_once_it_has_moved_far_enough(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     trainer = make_trainer(peft_model, token_ids, tmp_path, [recorder.callback(stop_at_move=1e-9)])
     trainer.train()
     assert trainer.state.global_step == recorder.steps == 1
@@ -572,7 +572,7 @@ def test_factored_recording_through_train_can_protect_the_next(
 ) -> None:
     """The whole way: record on text, consolidate, tune under the penalty."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    recorder = ImportanceRecorder(peft_model, "factored")
+    recorder = ImportanceRecorder(peft_model, "factored", method="path_integral")
     text = Dataset.from_dict({"text": ["The assert statement is a debugging aid. " * 4] * 8})
     train(
         peft_model,
@@ -667,7 +667,7 @@ def test_a_users_trainer_keeps_the_recording_in_its_checkpoints(
         torch.manual_seed(1)
         settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
         model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), settings)
-        recorder = ImportanceRecorder(model, "float32")
+        recorder = ImportanceRecorder(model, "float32", method="path_integral")
         schedule = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": steps}
         callbacks = [recorder.callback(), *([] if steps == 4 or resume else [StopAfter(steps)])]
         make_trainer(model, token_ids, output, callbacks, **schedule).train(resume_from_checkpoint=resume or None)

@@ -78,7 +78,7 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 
 def recorded(model: Any, rows: Tensor) -> ImportanceRecorder:
     """The recorder of two SGD steps."""
-    recorder = ImportanceRecorder(model, "float32")
+    recorder = ImportanceRecorder(model, "float32", method="path_integral")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     for part in rows[:8].chunk(2):
         model(input_ids=part, labels=part).loss.backward()
@@ -233,7 +233,7 @@ def test_trainer_with_torch_compile_and_checkpointing_records_and_protects_the_s
     ends = []
     for compile_it in (False, True):
         trained = copy.deepcopy(model)
-        recorder = ImportanceRecorder(trained, "float32")
+        recorder = ImportanceRecorder(trained, "float32", method="path_integral")
         penalty = ImportancePenalty(trained, importance, phi=3.0)
         arguments = TrainingArguments(
             str(tmp_path),

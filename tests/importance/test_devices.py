@@ -57,7 +57,7 @@ def test_each_matrix_of_a_model_split_over_two_gpus_is_recorded_where_it_is(
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     there = torch.empty(parameter.shape, device=f"cuda:{number}")
                     setattr(module, name, torch.nn.Parameter(there, parameter.requires_grad))
-        recorder = ImportanceRecorder(peft_model)
+        recorder = ImportanceRecorder(peft_model, method="path_integral")
         for matrix in recorder.matrices:
             for factor in matrix.parameters:
                 factor.grad = torch.zeros_like(factor)

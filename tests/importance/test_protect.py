@@ -109,7 +109,7 @@ def test_a_step_that_no_hook_saw_is_an_error_at_the_first_one(
         model=peft_model, args=arguments(tmp_path), train_dataset=rows(token_ids), optimizers=(optimizer, None)
     )
     if what == "record":
-        trainer.add_callback(ImportanceRecorder(peft_model).callback())
+        trainer.add_callback(ImportanceRecorder(peft_model, method="path_integral").callback())
     else:
         hlora.protect(trainer, importance, phi=9.0)
     with pytest.raises(AdapterError, match=r"InBackward steps inside the backward pass.*adamw_torch"):
@@ -174,9 +174,11 @@ def test_the_record_callback_saves_what_a_recorder_records(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
 ) -> None:
     other = copy.deepcopy(peft_model)
-    callback = hlora.RecordCallback(tmp_path / "importance", 1e-2, encoding="float32", data={"source": "test"})
+    callback = hlora.RecordCallback(
+        tmp_path / "importance", 1e-2, encoding="float32", data={"source": "test"}, method="path_integral"
+    )
     make_trainer(peft_model, token_ids, tmp_path / "logs", [callback]).train()
-    recorder = ImportanceRecorder(other, "float32")
+    recorder = ImportanceRecorder(other, "float32", method="path_integral")
     make_trainer(other, token_ids, tmp_path / "logs", [recorder.callback()]).train()
     expected = recorder.consolidate(1e-2)
     found = Importance.load(tmp_path / "importance")
@@ -191,7 +193,9 @@ def test_the_record_callback_refuses_a_directory_of_other_files_before_training(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
-    trainer = make_trainer(peft_model, token_ids, tmp_path / "logs", [hlora.RecordCallback(tmp_path / "mine")])
+    trainer = make_trainer(
+        peft_model, token_ids, tmp_path / "logs", [hlora.RecordCallback(tmp_path / "mine", method="path_integral")]
+    )
     with pytest.raises(ArtifactError, match=r"holds thesis\.txt"):
         trainer.train()
     assert trainer.state.global_step == 0 and not any(m.B.any() for m in adapted_matrices(peft_model))
@@ -215,7 +219,7 @@ def test_callbacks_work_where_the_trainer_makes_the_adapter(model_dir: str, toke
         trainer.train()
         return trainer
 
-    train(hlora.RecordCallback(tmp_path / "importance"))
+    train(hlora.RecordCallback(tmp_path / "importance", method="path_integral"))
     distances = {}
     for phi in (0.0, 500.0):
         callback = hlora.ProtectCallback(tmp_path / "importance", phi)

@@ -52,7 +52,7 @@ def train(model: PeftModel, rows: Tensor, optimizer: Optimizer, around: Callable
 def recorded(
     model: PeftModel, rows: Tensor, optimizer: Optimizer, encoding: str = "float32", steps: int = 4, **options: Any
 ) -> tuple[ImportanceRecorder, ReferenceOmega]:
-    recorder, reference = ImportanceRecorder(model, encoding, **options), ReferenceOmega(model)
+    recorder, reference = ImportanceRecorder(model, encoding, **options, method="path_integral"), ReferenceOmega(model)
 
     def step() -> None:
         lr = optimizer.param_groups[0]["lr"]
@@ -104,7 +104,7 @@ def test_omega_of_bfloat16_factors_is_integrated_in_float32(model_dir: str, toke
 def test_step_and_attach_agree_exactly(peft_model: PeftModel, token_ids: Tensor, encoding: str) -> None:
     other = copy.deepcopy(peft_model)
     stepped, _ = recorded(peft_model, token_ids, adamw(peft_model), encoding)
-    attached, optimizer = ImportanceRecorder(other, encoding), adamw(other)
+    attached, optimizer = ImportanceRecorder(other, encoding, method="path_integral"), adamw(other)
     attached.attach(optimizer)
     train(other, token_ids, optimizer, optimizer.step)
     assert attached.steps == stepped.steps
@@ -119,7 +119,7 @@ def assert_same_omega(first: ImportanceRecorder, second: ImportanceRecorder) -> 
 
 
 def test_detaching_ends_the_recording(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder, optimizer = ImportanceRecorder(peft_model), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, method="path_integral"), sgd(peft_model)
     detach = recorder.attach(optimizer)
     train(peft_model, token_ids, optimizer, optimizer.step, steps=2)
     detach()
@@ -128,7 +128,7 @@ def test_detaching_ends_the_recording(peft_model: PeftModel, token_ids: Tensor) 
 
 
 def test_attach_with_recorder_step_around_it_counts_each_step_once(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder, optimizer = ImportanceRecorder(peft_model), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
 
     def step() -> None:
@@ -141,7 +141,7 @@ def test_attach_with_recorder_step_around_it_counts_each_step_once(peft_model: P
 
 def test_clipping_inside_the_step_leaves_omega_the_unclipped_gradient(peft_model: PeftModel, token_ids: Tensor) -> None:
     optimizer = sgd(peft_model)
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(peft_model)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(peft_model)
 
     def step() -> None:
         reference.before(LR)
@@ -158,7 +158,7 @@ def test_clipping_inside_the_step_leaves_omega_the_unclipped_gradient(peft_model
 def test_attach_takes_the_learning_rate_of_each_group(peft_model: PeftModel, token_ids: Tensor) -> None:
     """Each matrix in its own group, changed by a scheduler: under SGD ω = Σ η_l g̃², so a wrong rate shows at once."""
     peft_model.double()
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(peft_model)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(peft_model)
     rates = {m.name: 0.02 * (number + 1) for number, m in enumerate(recorder.matrices)}
     groups = [{"params": [m.A, m.B], "lr": rates[m.name]} for m in recorder.matrices]
     optimizer = torch.optim.SGD(groups)
@@ -184,7 +184,7 @@ def test_two_learning_rates_of_one_matrix_make_the_second_order_term_exact(
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
     """LoRA+: with η = √(η_A η_B), η²g^B g^A is the true second-order part of the SGD movement."""
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(peft_model)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(peft_model)
     move_adapter(peft_model)
     recorder.reset()
     rate_A, rate_B = 0.2, 3.2
@@ -206,7 +206,7 @@ def test_two_learning_rates_of_one_matrix_make_the_second_order_term_exact(
 
 
 def test_a_closure_is_refused_since_its_gradients_come_too_late(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder, optimizer = ImportanceRecorder(peft_model), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
     with pytest.raises(ValueError, match=r"optimizer\.step\(closure\)"):
         optimizer.step(lambda: float(backward(peft_model, token_ids[:4])))
@@ -215,20 +215,20 @@ def test_a_closure_is_refused_since_its_gradients_come_too_late(peft_model: Peft
 def test_an_optimizer_of_another_model_is_refused(model_dir: str, peft_model: PeftModel) -> None:
     other = copy.deepcopy(peft_model)
     with pytest.raises(AdapterError, match="this optimizer does not train"):
-        ImportanceRecorder(peft_model).attach(sgd(other))
+        ImportanceRecorder(peft_model, method="path_integral").attach(sgd(other))
 
 
 def test_a_frozen_adapter_is_refused_with_what_to_do(peft_model: PeftModel) -> None:
     peft_model.requires_grad_(False)
     with pytest.raises(AdapterError, match=r"adapter 'default' is frozen.*is_trainable=True"):
-        ImportanceRecorder(peft_model)
+        ImportanceRecorder(peft_model, method="path_integral")
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_gradient_scaler_skips_are_not_counted(
     peft_model: PeftModel, token_ids: Tensor, fused: bool
 ) -> None:
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(peft_model)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(peft_model)
     optimizer = torch.optim.AdamW(adapter_parameters(peft_model), lr=0.01, fused=fused)
     recorder.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -256,7 +256,7 @@ def test_steps_that_a_gradient_scaler_skips_are_not_counted(
 def test_a_gradient_that_is_not_finite_skips_the_step_counts_it_and_warns_once(
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
-    recorder, reference = ImportanceRecorder(peft_model, "float32"), ReferenceOmega(peft_model)
+    recorder, reference = ImportanceRecorder(peft_model, "float32", method="path_integral"), ReferenceOmega(peft_model)
     optimizer = sgd(peft_model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_counts_it_and_warns_once(
 
 
 def test_weights_that_become_not_finite_leave_omega_finite(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder, optimizer = ImportanceRecorder(peft_model, "factored"), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, "factored", method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
     train(peft_model, token_ids, optimizer, optimizer.step, steps=2)
     backward(peft_model, token_ids[:4])
@@ -296,7 +296,7 @@ def test_weights_that_become_not_finite_leave_omega_finite(peft_model: PeftModel
 
 
 def test_an_error_in_the_step_records_nothing(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     backward(peft_model, token_ids[:4])
     with pytest.raises(RuntimeError, match="out of memory"), recorder.step(LR):
         raise RuntimeError("out of memory")
@@ -308,7 +308,7 @@ def test_accumulated_gradients_give_the_omega_of_one_batch(peft_model: PeftModel
     other = copy.deepcopy(peft_model)
     recorders = []
     for model, parts in ((peft_model, 1), (other, 4)):
-        recorder, optimizer = ImportanceRecorder(model, "float32"), sgd(model)
+        recorder, optimizer = ImportanceRecorder(model, "float32", method="path_integral"), sgd(model)
         for _ in range(3):
             for rows in token_ids[:8].chunk(parts):
                 (model(input_ids=rows, labels=rows).loss / parts).backward()
@@ -326,14 +326,14 @@ def test_going_on_from_a_saved_state_equals_not_stopping(
     peft_model: PeftModel, token_ids: Tensor, encoding: str, tmp_path: Path
 ) -> None:
     move_adapter(peft_model)
-    recorder, optimizer = ImportanceRecorder(peft_model, encoding), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, encoding, method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
     train(peft_model, token_ids, optimizer, optimizer.step, steps=2)
     torch.save(recorder.state_dict(), tmp_path / "recorder.pt")
 
     resumed_model = copy.deepcopy(peft_model)
     resumed_model.zero_grad()
-    resumed, resumed_optimizer = ImportanceRecorder(resumed_model, encoding), sgd(resumed_model)
+    resumed, resumed_optimizer = ImportanceRecorder(resumed_model, encoding, method="path_integral"), sgd(resumed_model)
     resumed.load_state_dict(torch.load(tmp_path / "recorder.pt", weights_only=True))
     resumed.attach(resumed_optimizer)
 
@@ -347,7 +347,7 @@ def test_going_on_from_a_saved_state_equals_not_stopping(
 
 
 def test_a_saved_state_does_not_change_with_the_recording(peft_model: PeftModel, token_ids: Tensor) -> None:
-    recorder, optimizer = ImportanceRecorder(peft_model), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
     train(peft_model, token_ids, optimizer, optimizer.step, steps=1)
     state = recorder.state_dict()
@@ -372,7 +372,7 @@ def test_recording_never_waits_for_the_device(peft_model: PeftModel, token_ids: 
     """On a device whose numbers cannot be read: whatever asks for one, as a branch on it does, is an error there."""
     peft_model.to("meta")
     optimizer = torch.optim.SGD(adapter_parameters(peft_model), lr=LR)
-    recorder = ImportanceRecorder(peft_model, encoding)
+    recorder = ImportanceRecorder(peft_model, encoding, method="path_integral")
     recorder.attach(optimizer)
     for _ in range(3):
         for parameter in adapter_parameters(peft_model):
@@ -387,23 +387,23 @@ def test_recording_never_waits_for_the_device(peft_model: PeftModel, token_ids: 
 
 
 def test_a_state_of_another_encoding_or_rank_is_refused(model_dir: str, peft_model: PeftModel) -> None:
-    state = ImportanceRecorder(peft_model, "factored").state_dict()
+    state = ImportanceRecorder(peft_model, "factored", method="path_integral").state_dict()
     with pytest.raises(ArtifactError, match="recording state is factored, this recorder is float32"):
-        ImportanceRecorder(peft_model, "float32").load_state_dict(state)
+        ImportanceRecorder(peft_model, "float32", method="path_integral").load_state_dict(state)
     base = LlamaForCausalLM.from_pretrained(model_dir)
     wider = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(ArtifactError, match=r"q_proj\.start_A of shape \(8, 32\), got \(4, 32\)"):
-        ImportanceRecorder(wider, "factored").load_state_dict(state)
+        ImportanceRecorder(wider, "factored", method="path_integral").load_state_dict(state)
 
 
 def test_an_unknown_encoding_is_refused(peft_model: PeftModel) -> None:
     with pytest.raises(ValueError, match="float32, factored, got 'int3'"):
-        ImportanceRecorder(peft_model, "int3")
+        ImportanceRecorder(peft_model, "int3", method="path_integral")
 
 
 def test_consolidating_without_a_step_says_that_nothing_was_recorded(peft_model: PeftModel) -> None:
     with pytest.raises(ArtifactError, match=r"nothing recorded: 0 steps integrated, 0 skipped.*recorder\.callback"):
-        ImportanceRecorder(peft_model).consolidate()
+        ImportanceRecorder(peft_model, method="path_integral").consolidate()
 
 
 def test_recording_does_not_change_what_training_does(peft_model: PeftModel, token_ids: Tensor) -> None:
@@ -420,7 +420,7 @@ def test_recorder_goes_on_from_zero_after_consolidation(
     peft_model: PeftModel, token_ids: Tensor, encoding: str
 ) -> None:
     """The second importance is that of a recorder made at the end of the first phase; the first is left alone."""
-    recorder, optimizer = ImportanceRecorder(peft_model, encoding), sgd(peft_model)
+    recorder, optimizer = ImportanceRecorder(peft_model, encoding, method="path_integral"), sgd(peft_model)
     recorder.attach(optimizer)
     train(peft_model, token_ids, optimizer, optimizer.step, steps=2)
     first = recorder.consolidate()
@@ -429,7 +429,7 @@ def test_recorder_goes_on_from_zero_after_consolidation(
     assert all(float(encodings.norm(omega)) == 0 for omega in recorder.omega.values())
 
     other = copy.deepcopy(peft_model)
-    fresh, fresh_optimizer = ImportanceRecorder(other, encoding), sgd(other)
+    fresh, fresh_optimizer = ImportanceRecorder(other, encoding, method="path_integral"), sgd(other)
     fresh.attach(fresh_optimizer)
     for model, which in ((peft_model, optimizer), (other, fresh_optimizer)):
         torch.manual_seed(0)
@@ -448,7 +448,7 @@ def test_unprotected_parts_are_warned_of_once_not_at_each_consolidation(model_di
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
     with pytest.warns(UserWarning, match="lm_head"):
-        recorder = ImportanceRecorder(model, unprotected="warn")
+        recorder = ImportanceRecorder(model, unprotected="warn", method="path_integral")
     optimizer = sgd(model)
     recorder.attach(optimizer)
     train(model, token_ids, optimizer, optimizer.step, steps=1)
@@ -474,7 +474,7 @@ def test_move_is_the_share_of_the_base_norm_that_the_adapter_has_moved_since_the
     peft_model: PeftModel, token_ids: Tensor
 ) -> None:
     move_adapter(peft_model)
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     assert recorder.move() == pytest.approx(0, abs=1e-6)
     start = {m.name: (m.scale * m.B @ m.A).detach().double() for m in recorder.matrices}
     optimizer = adamw(peft_model)
@@ -492,7 +492,7 @@ def test_recording_follows_a_model_that_is_moved_after_the_recorder_was_made(
     peft_model: PeftModel, token_ids: Tensor, encoding: str
 ) -> None:
     """As Trainer moves one to its GPU. The meta device stands in for it: it refuses a CPU tensor in a computation."""
-    recorder = ImportanceRecorder(peft_model, encoding)
+    recorder = ImportanceRecorder(peft_model, encoding, method="path_integral")
     train(peft_model, token_ids, adamw(peft_model), lambda: None, steps=1)
     recorder.capture(LR)
     recorder.integrate()

@@ -189,7 +189,10 @@ def check(model: Any, token_ids: Tensor, loss: Any) -> str:
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     dense = DensePath(adapted(model))
-    recorders = [ImportanceRecorder(model, "float32"), ImportanceRecorder(model, "factored")]
+    recorders = [
+        ImportanceRecorder(model, "float32", method="path_integral"),
+        ImportanceRecorder(model, "factored", method="path_integral"),
+    ]
     covered = {id(parameter) for each in dense.factors.values() for parameter in each.parameters}
     if {id(p) for p in parameters} != covered:
         return "WRONG: a trained parameter is no factor of a matrix"

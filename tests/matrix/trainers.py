@@ -72,7 +72,7 @@ TRAINERS: dict[str, tuple[type, type, Dataset | None, dict[str, Any]]] = {
 
 def importance_of(model: Any, rows: Tensor) -> Importance:
     """Dense importance after two steps."""
-    recorder = hlora.ImportanceRecorder(model, "float32")
+    recorder = hlora.ImportanceRecorder(model, "float32", method="path_integral")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     recorder.attach(optimizer)
     for part in rows.split(4)[:2]:

@@ -93,7 +93,7 @@ def of_variant(name: str, rows: Tensor, loss: Any, cell: Any) -> list[str]:
     """Recorder and penalty; where `protect` starts; whether the anchor "base" costs nothing at the base model."""
 
     def recorded(model: Any) -> Any:
-        recorder = ImportanceRecorder(model)
+        recorder = ImportanceRecorder(model, method="path_integral")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
         end = recorder.attach(optimizer)
         loss(model, rows[:4]).backward()
@@ -164,7 +164,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters], Any]] = {
 def of_optimizer(name: str, rows: Tensor, loss: Any) -> str:
     """ω after three steps of a plain loop, recorded by `attach`."""
     model = make("plain", rows)
-    dense, recorder = DensePath(adapted(model)), ImportanceRecorder(model, "float32")
+    dense, recorder = DensePath(adapted(model)), ImportanceRecorder(model, "float32", method="path_integral")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "A frozen":
         for factor in parameters[0::2]:

@@ -419,7 +419,7 @@ def test_an_optimizer_of_another_model_is_refused(model_dir: str, peft_model: Pe
 def test_an_optimizer_that_chooses_its_own_step_is_refused_when_recording(
     peft_model: PeftModel, token_ids: torch.Tensor
 ) -> None:
-    recorder = ImportanceRecorder(peft_model)
+    recorder = ImportanceRecorder(peft_model, method="path_integral")
     optimizer = Adafactor([p for p in peft_model.parameters() if p.requires_grad])
     recorder.attach(optimizer)
     peft_model(input_ids=token_ids, labels=token_ids).loss.backward()

@@ -85,7 +85,7 @@ def other_model(model_dir: str, directory: Path, seed: int) -> str:
 def omega_of(model: PeftModel, rows: Tensor) -> dict[str, Any]:
     move_adapter(model)
     model.train()
-    recorder = ImportanceRecorder(model, "float32")
+    recorder = ImportanceRecorder(model, "float32", method="path_integral")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for part in rows[:8].chunk(2):
         model(input_ids=part, labels=part).loss.backward()
@@ -219,7 +219,7 @@ def test_the_move_of_a_quantised_base_is_a_share_of_its_dequantised_norm(
     plain = plain_of(base, wide_dir)
     moves = []
     for model in (adapted(base), adapted(plain)):
-        recorder = ImportanceRecorder(model)
+        recorder = ImportanceRecorder(model, method="path_integral")
         move_adapter(model)
         moves.append(recorder.move())
     assert moves[0] == pytest.approx(moves[1], rel=1e-6)

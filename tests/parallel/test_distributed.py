@@ -188,7 +188,7 @@ def configured(tmp_path: Path, job_fields: dict[str, Any]) -> Callable[[int], Pa
             **job_fields,
             "baselines": [],
             "evaluation": {"max_tokens": 200, "window": 64, "stride": 48, "generate": 0},
-            "importance": {"encoding": "float32"},
+            "importance": {"method": "path_integral", "encoding": "float32"},
             "penalty": {"phi": 2.0},
             "training": {**training, "common": common},
             **changes,

@@ -70,7 +70,7 @@ def train_once(model_dir: str) -> Callable[..., Trained]:
 
     def run(output: Path, until: int | None = None, encoding: str = "factored", **arguments: Any) -> Trained:
         model = model_of(model_dir)
-        recorder = ImportanceRecorder(model, encoding)
+        recorder = ImportanceRecorder(model, encoding, method="path_integral")
         callbacks = [recorder.callback(), *([] if until is None else [Interruption(until)])]
         history: list[dict[str, Any]] = []
         try:

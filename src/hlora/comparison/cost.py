@@ -198,7 +198,7 @@ def _recording(
     """
     config = job.config
     model = attach_lora(job.base, config.lora, config.seed)
-    recorder = ImportanceRecorder(model, encoding)  # by the paper's effective gradient
+    recorder = ImportanceRecorder(model, encoding, method="path_integral")  # the paper's
     clock = Clock()
     for name in ("capture_from", "integrate", "consolidate"):
         setattr(recorder, name, clock.inside(getattr(recorder, name)))

@@ -208,7 +208,7 @@ class Grid:
         """
         started = time.perf_counter()
         todo = self.to_compute(cells, retry)
-        total, done = len(todo), 0
+        total, done, pause = len(todo), 0, 1
         while todo:
             left = []
             for cell, again in todo:
@@ -217,8 +217,10 @@ class Grid:
                     continue
                 done += 1
                 log_progress(done, total, started)
-            if len(left) == len(todo):
-                time.sleep(2)
+            # Every cell waits for another process. Asking takes a second of CPU a cell, which that process needs.
+            pause = min(2 * pause, 32) if len(left) == len(todo) else 1
+            if pause > 1:
+                time.sleep(pause)
             todo = left
 
     def attempt(self, cell: Cell, again: bool) -> bool:

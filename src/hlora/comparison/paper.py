@@ -83,7 +83,7 @@ def ewc(job: Job, *, importance: Importance, strength: float | None) -> tuple[Pe
 
 
 def _protected(
-    job: Job, importance: Importance, strength: float | None, layer_weights: LayerWeights, name: str
+    job: Job, importance: Importance, strength: float | None, layer_weights: LayerWeights | None, name: str
 ) -> tuple[PeftModel, History]:
     phi = job.config.penalty.phi if strength is None else strength
     model, penalty = protected(job, importance, phi, layer_weights)

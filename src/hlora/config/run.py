@@ -145,7 +145,7 @@ class RunConfig(Preset):
             if self.importance.encoding != "factored":
                 raise ValueError(
                     "importance.encoding: squared gradients along a general phase are kept as row and column sums; "
-                    "set importance.encoding to factored"
+                    "set importance.encoding to factored, or importance.method to path_integral"
                 )
             if self.importance.gradient == "effective":
                 raise ValueError(

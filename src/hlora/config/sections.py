@@ -216,13 +216,13 @@ class ImportanceConfig(Section):
     use: str | None = None
     """An importance recorded before, a directory or a hub repository, to use in place of recording one. The other
     fields of this section then have no effect. `importance: NAME` is short for it."""
-    method: Literal["path_integral", "squared_gradients"] = "path_integral"
-    """path_integral: gradient times movement, summed along the general phase (Eq. 12, as in the paper).
-    squared_gradients: the squared gradient of each sequence, also summed along the general phase. With penalty.anchor
-    base it is taken in one pass over a few hundred sequences at the base model, with nothing trained."""
+    method: Literal["path_integral", "squared_gradients"] = "squared_gradients"
+    """squared_gradients: the squared gradient of each sequence, summed along the general phase. With penalty.anchor
+    base it is taken in one pass over a few hundred sequences at the base model, with nothing trained.
+    path_integral: gradient times movement, summed along the general phase (Eq. 12, as in the paper)."""
     encoding: EncodingName = "factored"
-    """How importance is stored. float32: 4 bytes for each weight, as in the paper. factored: row sums and column sums,
-    some 200 times smaller."""
+    """How importance is stored. factored: row sums and column sums, some 200 times smaller than the weights.
+    float32, for a path integral or at the base model: 4 bytes for each weight, as in the paper."""
     xi: float = Field(default=1e-3, gt=0)
     """path_integral: damping constant of Eq. 13, in weight squared. The paper gives no value."""
     gradient: Literal["effective", "exact"] | None = None
@@ -252,10 +252,11 @@ class PenaltyConfig(Section):
     phi_scale: PhiScale = "relative"
     """relative: importance is divided by the penalty for undoing the general phase, so that a phi transfers between
     models. paper: importance as recorded (Eq. 16)."""
-    layer_weights: LayerWeights = "softmax"
-    """Weight of each layer in the penalty. softmax: of the norms of importance (Eq. 15). norm_share: proportional to
-    these norms, whatever the scale of the importance. uniform: the same for all, adding up to 1. sum: 1 for all, as in
-    EWC."""
+    layer_weights: LayerWeights | None = None
+    """Weight of each layer in the penalty. sum: 1 for all, as in EWC; the default for squared gradients, which differ
+    in scale from layer to layer by themselves. softmax: of the norms of importance (Eq. 15); the default for a path
+    integral. norm_share: proportional to these norms, whatever the scale of the importance. uniform: the same for all,
+    adding up to 1."""
     group: Group = "matrix"
     """What has a layer weight of its own: each adapted matrix, or each transformer block."""
     anchor: Anchor = "general"

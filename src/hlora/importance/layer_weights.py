@@ -16,13 +16,14 @@ from hlora.system.errors import ArtifactError
 
 
 def layer_coefficients(
-    importance: Importance, layer_weights: LayerWeights = "softmax", group: Group = "matrix"
+    importance: Importance, layer_weights: LayerWeights | None = None, group: Group = "matrix"
 ) -> dict[str, float]:
     """The coefficient c_l of each matrix. Warns if one exceeds 0.9.
 
     Args:
         importance: The importance whose norms ‖Ω_l‖₂ decide.
-        layer_weights: "softmax" (Eq. 15), "norm_share", "uniform" or "sum" (all ones).
+        layer_weights: "softmax" (Eq. 15), "norm_share", "uniform" or "sum" (all ones). By default "sum" for squared
+            gradients and "softmax" for a path integral.
         group: One coefficient for each "matrix", or for each transformer "block".
 
     Returns:
@@ -35,6 +36,8 @@ def layer_coefficients(
     """
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
+    if layer_weights is None:
+        layer_weights = "sum" if importance.provenance.get("method") == "squared_gradients" else "softmax"
     groups = {name: name if group == "matrix" else _block(name) for name in importance.matrices}
     squares: dict[str, float] = {}
     for name, norm in importance.norms().items():

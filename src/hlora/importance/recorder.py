@@ -50,7 +50,8 @@ class ImportanceRecorder:
         encoding: "factored", d_out + d_in numbers for each matrix; or "float32", dense, for a path integral only.
         adapter_name: The adapter to record; by default the active one.
         unprotected: "refuse" or "warn" of trained parts that importance cannot cover, such as embeddings.
-        method: "path_integral", gradient times movement (Eqs. 7-12, the paper's); or "squared_gradients".
+        method: "squared_gradients", of each sequence; or "path_integral", gradient times movement (Eqs. 7-12, the
+            paper's).
         seed: Seed of the random signs by which squared gradients are summed, and of the choice of rows.
         share: Share of each batch's rows whose squared gradients are taken, at least one row. By default as many as
             take about 1 % of a training step: all rows for a model of 3 billion weights, a third for 135 million.
@@ -73,7 +74,7 @@ class ImportanceRecorder:
         adapter_name: str | None = None,
         *,
         unprotected: Literal["refuse", "warn"] = "refuse",
-        method: Method = "path_integral",
+        method: Method = "squared_gradients",
         seed: int = 0,
         share: float | None = None,
     ) -> None:

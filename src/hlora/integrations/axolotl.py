@@ -22,7 +22,7 @@ class HloraSettings(BaseModel):
 
     importance: str | None = None
     phi: float | None = None
-    layer_weights: LayerWeights = "softmax"
+    layer_weights: LayerWeights | None = None
     phi_scale: PhiScale = "relative"
     group: Group = "matrix"
     anchor: Anchor = "general"

@@ -75,7 +75,8 @@ def importance_card(document: Mapping[str, Any], results: Mapping[str, Any] | No
     general = {"r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"), "target_modules": lora.get("target_modules")}
     how = [f"Recorded by {method} {_general(_part(provenance, 'data'))}."]
     if "steps" in provenance:
-        how.append(f"{provenance['steps']} optimizer steps, ξ = {provenance.get('xi', 'not kept')}.")
+        damping = f", ξ = {provenance['xi']}" if "xi" in provenance else ""  # of a path integral
+        how.append(f"{provenance['steps']} optimizer steps{damping}.")
     sections = {
         "What this is": [
             f"How important each weight of {base} is for general text, by matrix ({document.get('encoding')}), and "

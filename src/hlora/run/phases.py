@@ -144,7 +144,7 @@ def _with_domain(job: Job, importance: Importance, recorder: ImportanceRecorder)
 
 
 def protected(
-    job: Job, importance: Importance, phi: float, layer_weights: LayerWeights
+    job: Job, importance: Importance, phi: float, layer_weights: LayerWeights | None
 ) -> tuple[PeftModel, ImportancePenalty]:
     """The model where its domain phase starts, at θ^ν or the base model (`penalty.anchor`), and the penalty."""
     options = job.config.penalty
