@@ -544,3 +544,14 @@ def test_recording_never_waits_for_the_device(peft_model: PeftModel) -> None:
     assert all(part.is_meta for omega in recorder.omega.values() for part in encodings.parts(omega).values())
     with pytest.raises(RuntimeError, match="meta"):
         recorder.steps  # noqa: B018  # the measure sees what reads a number
+
+
+def test_a_step_whose_backward_pass_no_layer_saw_is_refused_at_once(model: PeftModel, token_ids: Tensor) -> None:
+    rows = token_ids[:4, :SHORT]
+    model(input_ids=rows, labels=rows).loss.backward()  # before there is a recorder, as a fused kernel would
+    recorder = recorder_of(model)
+    with pytest.raises(AdapterError, match="record by method path_integral"), recorder.step(LR):
+        pass
+    stepped(model, recorder, lambda: model(input_ids=rows, labels=rows).loss.backward())
+    with pytest.raises(AdapterError, match="none went through them since the last step"), recorder.step(LR):
+        pass

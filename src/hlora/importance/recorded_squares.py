@@ -183,7 +183,17 @@ class RecordedSquares:
         return self._gradient_norm is not None
 
     def capture(self, lr: float | Mapping[int, float], gradient_scale: float | Tensor) -> None:
-        """Take the norm of the adapter's gradients before the optimizer's step, which counts only if it is finite."""
+        """Take the norm of the adapter's gradients before the optimizer's step, which counts only if it is finite.
+
+        Raises:
+            AdapterError: No backward pass went through the adapted layers since the step before.
+        """
+        if self._passes == 0:
+            raise AdapterError(
+                "squared gradients are read from the layers' backward pass, and none went through them since the last "
+                "step. Fused kernels (Unsloth, Axolotl's lora_*_kernel options) go round the layers: switch them off, "
+                "or record by method path_integral. In a loop of your own, make the recorder before the backward pass."
+            )
         gradients = [f.grad for m in self.matrices for f in m.parameters if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
         if gradients:

@@ -6,7 +6,7 @@ hlora: {importance: runs/general/importance, phi: 1.0}
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -27,6 +27,7 @@ class HloraSettings(BaseModel):
     group: Group = "matrix"
     anchor: Anchor = "general"
     record: str | None = None
+    method: Literal["squared_gradients", "path_integral"] = "squared_gradients"
     xi: float = 1e-3
     stop_at_move: float | None = None
 
@@ -52,7 +53,9 @@ class HloraPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         settings = HloraSettings(**dict(cfg.hlora))
         if settings.record is not None:
-            record = hlora.RecordCallback(settings.record, settings.xi, stop_at_move=settings.stop_at_move)
+            record = hlora.RecordCallback(
+                settings.record, settings.xi, stop_at_move=settings.stop_at_move, method=settings.method
+            )
             trainer.add_callback(record)
         if settings.importance is not None and settings.phi is not None:
             options = settings.model_dump(include={"layer_weights", "phi_scale", "group", "anchor"})
