@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from transformers import TrainerState
 
+from hlora import __version__
 from hlora.evaluation.harness import harness_accuracy
 from hlora.report.run.verdict import verdict
 from hlora.system import progress
@@ -51,7 +52,8 @@ def test_without_a_terminal_the_log_says_step_phase_loss_and_time_left_of_the_ru
     assert status == 0
     (third,) = (line for line in lines if line.startswith("phase 4 of 5, tune: step 3 of 6, loss "))
     assert " + penalty " in third and " left, run 0:" in third
-    assert any(line.startswith("phase 1 of 5, evaluate base: perplexity 1 of ") for line in lines)
+    scored = [line.split("perplexity, token ")[1] for line in lines if "evaluate hlora: perplexity, token " in line]
+    assert [line.split(",")[0] for line in scored] == ["21 of 63", "42 of 63", "63 of 63"]  # one batch, three models
     assert any(line.startswith("phase 5 of 5, evaluate hlora: answer likelihood 1 of ") for line in lines)
     (ended,) = (line for line in lines if line.startswith("tune: 6 steps in "))
     assert "loss " in ended
@@ -104,6 +106,17 @@ def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_t
     assert steps == [1, 2, 3, 4, 5, 6]
     assert sha256(stopped / "adapter/adapter_model.safetensors") == sha256(whole / "adapter/adapter_model.safetensors")
 
+    def press_in_evaluation(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    kept = sha256(stopped / "results.json")
+    monkeypatch.setattr("hlora.evaluation.evaluate.text_likelihood", press_in_evaluation)
+    status, _, error = hlora("evaluate", file, "--set", f"output={stopped}")
+    assert status == 130 and sha256(stopped / "results.json") == kept
+    assert error.splitlines()[-1] == (
+        "hlora: stopped. Adapter and earlier results are kept; the same command, given again, measures from the start."
+    )
+
 
 def test_ctrl_c_in_an_evaluation_names_the_phase(hlora: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def press(*arguments: Any, **options: Any) -> Any:
@@ -113,6 +126,19 @@ def test_ctrl_c_in_an_evaluation_names_the_phase(hlora: Any, file: Path, monkeyp
     status, _, error = hlora("run", file)
     assert status == 130
     assert "hlora: stopped in phase 1 of 5, evaluate base. The same command" in error
+
+
+def test_a_command_says_that_it_has_begun_before_it_loads_pytorch_also_into_a_pipe(file: Path) -> None:
+    program = """
+import sys
+from hlora.parallel.messages import set_up_logs
+from hlora.config.command_line import load_named
+set_up_logs()
+load_named(sys.argv[1], None)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    assert done.stderr == f"hlora {__version__}, {file}: loading PyTorch and Transformers\n"
 
 
 def test_on_a_terminal_no_line_stands_before_something_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hlora import __version__
 from hlora.after.commands import chat, merge, push
 from hlora.before.commands import check, show_check
 from hlora.comparison.commands import compare, cost
-from hlora.config.command_line import ConfigPath, Overrides, load_named, typed_command
+from hlora.config.command_line import ConfigPath, Overrides, load_named, say_loading, typed_command
 from hlora.parallel.messages import errors_as_messages, is_main_process, resumable, set_up_logs
 from hlora.system.errors import culprit
 
@@ -90,7 +90,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = load_named(config, overrides)
     from hlora import pipeline
 
-    _show(pipeline.evaluate_output(settings, typed_command()))
+    with resumable("Adapter and earlier results are kept; the same command, given again, measures from the start."):
+        _show(pipeline.evaluate_output(settings, typed_command()))
 
 
 @app.command()
@@ -146,6 +147,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole job on a small model and data that need no download from the hub. 8 to 13 minutes on two CPU cores."""
+    say_loading("demo")
     from hlora import pipeline
     from hlora.config.reading import parse_config
     from hlora.data import demo

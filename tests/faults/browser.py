@@ -36,7 +36,7 @@ class Visit(NamedTuple):
 
 
 def visit(page: Path, scratch: Path) -> Visit:
-    """Open a file, let it do what it does for three seconds of its own time, and tell."""
+    """Open a file, let it run for three seconds of its own time, and report."""
     with _proxy() as (port, seen):
         ended = _chromium(scratch, f"--proxy-server=127.0.0.1:{port}", "--dump-dom", page.as_uri())
     return Visit(ended.stdout, _CONSOLE.findall(ended.stderr), [each for each in seen if not _OWN.match(each)])

@@ -48,11 +48,11 @@ REFRESH = f'<meta http-equiv=refresh content="0;url={SITE}/refresh">'
 HOSTILE = " ".join([*PAYLOADS.values(), REFRESH])
 ASKED = {f"{SITE}/{name}" for name in PAYLOADS if name not in ("base", "braces")}
 
-TAGS = """html head meta title style body div section h1 h2 p b strong small ul li dl dt dd table caption colgroup thead
-tbody tfoot tr th td u figure figcaption details summary pre code span br svg g path defs clippath rect use image
+TAGS = """html head meta title style body main div section h1 h2 p b strong small ul li dl dt dd table caption colgroup
+thead tbody tfoot tr th td u figure figcaption details summary pre code span br svg g path defs clippath rect use image
 pattern"""
-ATTRIBUTES = """lang charset http-equiv content name class id style role scope colspan rowspan dir aria-label open width
-height viewbox version preserveaspectratio transform d x y href clip-path type fill patternunits"""
+ATTRIBUTES = """lang charset http-equiv content name class id style role scope colspan rowspan dir aria-label tabindex
+open width height viewbox version preserveaspectratio transform d x y href clip-path type fill patternunits"""
 
 
 class Elements(HTMLParser):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hlora.config.command_line import ConfigPath, Overrides, load_named, typed_command
+from hlora.config.command_line import ConfigPath, Overrides, load_named, say_loading, typed_command
 from hlora.parallel.messages import resumable
 from hlora.system.errors import ConfigError
 
@@ -60,6 +60,7 @@ def compare(
     if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
         raise ConfigError("--gpus-per-cell, --cpus-per-cell and --ray-address need --engine ray. Add it, or drop them.")
     check_files(settings)
+    say_loading(config)
     from hlora.comparison import planning, ray_engine
     from hlora.comparison.compare import compare, summary
 

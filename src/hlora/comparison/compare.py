@@ -117,15 +117,16 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
     from hlora.report.comparison.page import write_comparison_report
     from hlora.report.comparison.table_formats import write_tables
     from hlora.report.comparison.tables import all_tables
-    from hlora.report.style import svg, svg_file
+    from hlora.report.drawing import draw
+    from hlora.report.style import svg_file
 
     kept = output / "cost" / "cost.json"  # of `hlora cost`
     cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     comparison = redacted(comparison)
     tables, figures = all_tables(comparison), all_figures(comparison, cost)
-    drawings = {name: svg(figure) for name, figure in figures.items()}  # once: the page and the files show the same
+    drawings = {name: draw(figure) for name, figure in figures.items()}  # once: the page and the files show the same
     with atomic_directory(output / "tables") as fresh_tables, atomic_directory(output / "figures") as fresh_figures:
         write_tables(tables, fresh_tables)
         for name, drawing in drawings.items():
-            write_text(fresh_figures / f"{name}.svg", svg_file(drawing))
+            write_text(fresh_figures / f"{name}.svg", svg_file(drawing.whole))
         write_comparison_report(comparison, tables, drawings, output / "report.html", cost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hlora import __version__
 from hlora.system.redaction import redact_argument
 
 if TYPE_CHECKING:
@@ -47,7 +49,13 @@ def load_named(
     named = [f"{field}={json.dumps(value)}" for field, value in used.items() if value is not None]
     config = load_config(path, [*(overrides or []), *named])
     check_files(config)
+    say_loading(path)
     return config
+
+
+def say_loading(what: object) -> None:
+    """Say that a command has begun: the libraries that it imports next take 5 to 20 seconds."""
+    logging.getLogger("hlora").info("hlora %s, %s: loading PyTorch and Transformers", __version__, what)
 
 
 def typed_command() -> str:

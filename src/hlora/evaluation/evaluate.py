@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.domain import DomainRows
+from hlora.data.packing import first_tokens
 from hlora.data.rendering import Rendered, render
 from hlora.evaluation.answers import answer_limit, answer_nll, generate_answers, mean_with_stderr
 from hlora.evaluation.harness import harness_accuracy
 from hlora.evaluation.likelihood import Reference, text_likelihood
+from hlora.system.progress import line
 
 logger = logging.getLogger("hlora")
 
@@ -43,8 +45,12 @@ def evaluate(
     training = model.training
     model.eval()
     result: dict[str, Any] = {"texts": {}, "domain": {"rows": len(domain.test)}, "samples": []}
-    for name, text in texts.items():
-        result["texts"][name] = text_likelihood(model, tokenizer, text, settings, references=references)
+    tokens = sum(len(first_tokens(tokenizer, text, settings.max_tokens)[0]) - 1 for text in texts.values())
+    with line("perplexity, token", tokens) as shown:  # of all texts: a short one is a single batch
+        for name, text in texts.items():
+            result["texts"][name] = text_likelihood(
+                model, tokenizer, text, settings, references=references, on_scored=shown.add
+            )
     if settings.accuracy and domain.test[0].choices:
         result["domain"] |= harness_accuracy(model, tokenizer, domain, settings.batch_size)
     else:

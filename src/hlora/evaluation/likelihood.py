@@ -21,7 +21,6 @@ from hlora.config.sections import EvaluationConfig
 from hlora.data.packing import first_tokens
 from hlora.data.tokens import text_start
 from hlora.system.errors import DataError, TrainingError
-from hlora.system.progress import counted
 
 PAIRED_BLOCK = 64  # tokens of one paired difference between two models
 
@@ -38,6 +37,7 @@ def text_likelihood(
     settings: EvaluationConfig,
     *,
     references: Mapping[str, Reference] | None = None,
+    on_scored: Callable[[float], None] = lambda tokens: None,
 ) -> dict[str, Any]:
     """Perplexity (per token) and bits per byte of a text's first `max_tokens` tokens, by sliding window.
 
@@ -46,6 +46,9 @@ def text_likelihood(
     with its standard error; nll_each: its mean over each 64 tokens, to compare two models on the same text by paired
     differences. kl_<name>, with the same two beside it, is the mean of KL(reference ‖ model) over the same tokens, in
     nats a token over the whole vocabulary: how far the model's predictions have drifted from that reference.
+
+    on_scored: called after each forward pass with the tokens that it finished; with references, each pass counts for
+    its share of them.
     """
     tokens, scored_bytes = first_tokens(tokenizer, text, settings.max_tokens)
     if len(tokens) < 2:
@@ -58,6 +61,7 @@ def text_likelihood(
         batch_size=settings.batch_size,
         before=text_start(tokenizer),
         references=references or {},
+        on_scored=on_scored,
     )
     nll = checked_finite(float(losses.mean()), "a text's mean token loss")
     return {
@@ -99,19 +103,23 @@ def losses_and_drift(
     batch_size: int,
     before: Sequence[int] = (),
     references: Mapping[str, Reference] | None = None,
+    on_scored: Callable[[float], None] = lambda tokens: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−log p of each token but the first, and KL(reference ‖ model) there by the reference's name: (n − 1,), float64.
 
     A batch goes through the model once, and once through each reference. No logits outlive their batch: those of a
-    whole text would fill gigabytes. Other arguments as `sliding_window`'s.
+    whole text would fill gigabytes. Other arguments as `sliding_window`'s and `text_likelihood`'s.
     """
     losses: list[Tensor] = []
     drift: dict[str, list[Tensor]] = {name: [] for name in references or {}}
-    for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size, "perplexity"):
+    for rows, new in _batches(windows(tokens, window, stride, before=before), batch_size):
+        each = sum(new) / (1 + len(drift))
         scored = scored_logits(model, rows, new)
         losses += _losses_of(scored, rows, new)
+        on_scored(each)
         for name, reference in (references or {}).items():
             drift[name] += map(divergences, reference(rows, new), scored)
+            on_scored(each)
     return torch.cat(losses), {name: torch.cat(parts) for name, parts in drift.items()}
 
 
@@ -172,9 +180,9 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:  # (n, vocabulary) twi
 
 
 def _batches(
-    rows: Sequence[tuple[Tensor, int]], batch_size: int, what: str
+    rows: Sequence[tuple[Tensor, int]], batch_size: int
 ) -> Iterator[tuple[tuple[Tensor, ...], tuple[int, ...]]]:
-    for start in counted(range(0, len(rows), batch_size), what):
+    for start in range(0, len(rows), batch_size):
         sequences, counts = zip(*rows[start : start + batch_size], strict=True)
         yield sequences, counts
 

@@ -51,14 +51,14 @@ def errors_as_messages() -> Iterator[None]:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Turn Ctrl-C into a message that says where the command stopped and how it resumes; the exit status is 130."""
+def resumable(kept: str = "The same command, given again, resumes from there.") -> Iterator[None]:
+    """Turn Ctrl-C into a message that says where the command stopped and what is kept; the exit status is 130."""
     try:
         yield
     except KeyboardInterrupt as stopped:
         if is_main_process():
             where = f" in {stopped}" if stopped.args else ""
-            print(f"hlora: stopped{where}. The same command, given again, resumes from there.", file=sys.stderr)
+            print(f"hlora: stopped{where}. {kept}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -38,7 +38,7 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
             marks.append((column, row, "0" if value == 0 else "!"))
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.9 + 0.36 * len(kinds)), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(5.6, 1.9 + 0.3 * len(kinds)), layout="constrained", facecolor="white")
         if not kinds:
             return nothing(figure, "no importance recorded")
         axes = figure.add_subplot()
@@ -50,7 +50,7 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
         mesh = axes.pcolormesh(*edges, cells, norm=scale, cmap="cividis", edgecolors="white", linewidth=0.8)
         for column, row, mark in marks:
             axes.text(column, row, mark, ha="center", va="center", color=VERMILION, weight="bold")
-        every = max(1, math.ceil(len(columns) / 32))
+        every = max(1, math.ceil(len(columns) / 20))
         ticks = [i for i, layer in enumerate(columns) if layer is None or i % every == 0]
         axes.set_xticks(ticks, ["other" if columns[i] is None else str(columns[i]) for i in ticks])
         axes.set_yticks(range(len(kinds)), [printable(label) for label in _kind_labels(kinds)])

@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl import SFTConfig
+
+from hlora.data.rendering import render
 from hlora.run.chain import BEFORE, EARLIER
 from hlora.run.job import Job
 from hlora.system import progress
 from hlora.training.train import total_steps
+
+_SAMPLE = 64  # rows: a few milliseconds
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Plan:
     """Of finished phases; the run adds to it."""
     steps: dict[str, int] = field(default_factory=dict)
     """Of the training phases that are known."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """Of a step of each training phase, its padding too; empty where they are not known."""
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -38,8 +45,8 @@ class Plan:
     def left(self, phase: str, spent: float, here: float | None, parts: int) -> float | None:
         """Seconds that the run will still take, or None while a later phase cannot be estimated.
 
-        An evaluation takes as long as the latest one. A training takes its steps times the latest time of a step. Steps
-        of the general and of the domain phase differ in length, so this is rough until the domain phase has begun.
+        An evaluation takes as long as the latest one. A training takes its steps times the latest time of a step, by
+        the tokens of a step where both are known.
 
         Args:
             phase: The present phase.
@@ -63,8 +70,12 @@ class Plan:
         if _is_evaluation(phase):
             evaluations = [value for each, value in seconds.items() if _is_evaluation(each)]
             return evaluations[-1] if evaluations else None
-        speeds = [seconds[each] / steps for each, steps in self.steps.items() if each in seconds and steps]
-        return speeds[-1] * self.steps[phase] if speeds and phase in self.steps else None
+        measured = [each for each, steps in self.steps.items() if each in seconds and steps]
+        if not measured or phase not in self.steps:
+            return None
+        latest = measured[-1]
+        longer = self.tokens[phase] / self.tokens[latest] if {phase, latest} <= self.tokens.keys() else 1.0
+        return seconds[latest] / self.steps[latest] * self.steps[phase] * longer
 
 
 def plan_of(job: Job, results: Mapping[str, Any], *, recorded: bool) -> Plan:
@@ -88,7 +99,25 @@ def plan_of(job: Job, results: Mapping[str, Any], *, recorded: bool) -> Plan:
         *([EARLIER] if config.after is not None else []),
         *(phase for arm in config.baselines for phase in (arm, f"evaluate {arm}")),
     ]
-    return Plan(phases, results["seconds"], steps)
+    return Plan(phases, results["seconds"], steps, _tokens_of_steps(job))
+
+
+def _tokens_of_steps(job: Job) -> dict[str, float]:
+    """By phase, from a sample of the domain's rows; the general phase trains on rows of full length."""
+    general, domain = job.config.training.record_arguments(), job.config.training.tune_arguments()
+    if job.config.in_one_pass or not general.get("packing"):
+        return {}
+
+    def rows(arguments: dict[str, Any]) -> int:
+        return int(arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1))
+
+    usual = SFTConfig.max_length or 1024
+    full, longest = general.get("max_length") or usual, domain.get("max_length") or usual
+    lengths = [len(render(job.tokenizer, row).ids) for row in job.domain.train[: 4 * rows(domain)][:_SAMPLE]]
+    batches = [lengths[start : start + rows(domain)] for start in range(0, len(lengths), rows(domain))]
+    padded = sum(len(batch) * max(batch) for batch in batches) / len(lengths)
+    tokens = rows(domain) * (full if domain.get("packing") else min(padded, longest))
+    return {"record": rows(general) * full} | dict.fromkeys(("tune", *job.config.baselines), tokens)
 
 
 def _is_evaluation(phase: str) -> bool:

@@ -36,7 +36,7 @@ class Line:
     """Progress of one piece of work.
 
     Args:
-        what: The work, such as "step" or "perplexity".
+        what: The work and what is counted, such as "step" or "perplexity, token".
         total: How many parts it has.
         done: How many were finished before, as by an interrupted run.
     """
@@ -44,6 +44,7 @@ class Line:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total = what, total
         self._from, self._started = done, time.monotonic()
+        self._added = float(done)
         self._next = self._started + _FIRST
         self._live: Live | None = None
         self._console = Console(file=sys.stderr)
@@ -61,6 +62,11 @@ class Line:
         elif now >= self._next:
             self._next = now + _EVERY
             logger.info("%s", self._text(done, note, now))
+
+    def add(self, parts: float) -> None:
+        """Show that many more parts as finished."""
+        self._added += parts
+        self.update(round(self._added))
 
     def close(self) -> None:
         """Take the line off the terminal."""

@@ -16,17 +16,17 @@ from hlora.report.comparison.figures import all_figures
 from hlora.report.comparison.page import write_comparison_report
 from hlora.report.comparison.tables import all_tables
 from hlora.report.comparison.verdict import comparison_verdict, outcomes
-from hlora.report.style import svg
+from hlora.report.drawing import Drawing, draw
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without drawing, which takes most of the time."""
-    monkeypatch.setattr(f"{__name__}.svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(f"{__name__}.draw", lambda figure: Drawing("<svg></svg>"))
 
 
 def write(comparison: dict[str, Any], directory: Path, cost: dict[str, Any] | None = None) -> Page:
-    drawings = {name: svg(figure) for name, figure in all_figures(comparison, cost).items()}
+    drawings = {name: draw(figure) for name, figure in all_figures(comparison, cost).items()}
     write_comparison_report(comparison, all_tables(comparison), drawings, directory / "report.html", cost)
     return Page(directory / "report.html")
 
@@ -166,7 +166,7 @@ def test_verdict_falls_back_to_the_unprotected_arm_where_the_rival_cannot_run(sm
 def test_report_is_one_safe_file_with_tables_figures_and_unique_ids(small_comparison, tmp_path):
     page = write(small_comparison, tmp_path, COST)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert page.tags.count("svg") == 6
+    assert page.attributes.count(("role", "img")) == 6
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     for name, value in page.attributes:
         assert not name.startswith("on")

@@ -19,6 +19,7 @@ from hlora.report.comparison.cells import measure
 from hlora.report.comparison.measures import measures
 from hlora.report.comparison.table_formats import Table
 from hlora.report.comparison.verdict import comparison_verdict, name_of, outcomes
+from hlora.report.drawing import Drawing
 from hlora.report.format import decimals
 from hlora.report.page import about, render, write_page
 
@@ -57,7 +58,7 @@ _CAPTIONS = {
 def write_comparison_report(
     comparison: Mapping[str, Any],
     tables: Sequence[Table],
-    drawings: Mapping[str, str],
+    drawings: Mapping[str, Drawing],
     path: Path,
     cost: Mapping[str, Any] | None = None,
 ) -> None:
@@ -65,14 +66,14 @@ def write_comparison_report(
 
     Args:
         tables: those of tables.all_tables.
-        drawings: file name → SVG element of each of figures.all_figures.
+        drawings: file name → drawing of each of figures.all_figures.
         cost: what cost.json holds.
     """
     write_page(render(__package__, _page(comparison, tables, drawings, cost or {})), path)
 
 
 def _page(
-    comparison: Mapping[str, Any], tables: Sequence[Table], drawings: Mapping[str, str], cost: Mapping[str, Any]
+    comparison: Mapping[str, Any], tables: Sequence[Table], drawings: Mapping[str, Drawing], cost: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the template shows, as plain values."""
     cells = comparison["cells"]
@@ -89,10 +90,10 @@ def _page(
         "against": _against_all(comparison),
         "tables": [
             # A reason may take several lines, a number may not.
-            (table.labels, Markup(table.html().replace("<td>cannot run", '<td class="reason">cannot run')))
+            (table.title, table.labels, Markup(table.html().replace("<td>cannot run", '<td class="reason">cannot run')))
             for table in tables
         ],
-        "figures": [(*_CAPTIONS[name], Markup(drawing)) for name, drawing in drawings.items()],
+        "figures": [(*_CAPTIONS[name], drawing.html) for name, drawing in drawings.items()],
         "cost": cost,
         "texts": comparison["texts"],
         "undone": [_cell(comparison, cell) for cell in cells if cell["status"] != "done"],

@@ -117,10 +117,12 @@ class Table:
                 above += headings.replace("<th ", '<th rowspan="2" ')
             else:
                 below += headings
-        notes = "".join(f'<tr><td colspan="{len(self.columns)}">{_html(note)}</td></tr>' for note in self.notes)
+        notes = "".join(
+            f'<tr><td colspan="{len(self.columns)}"><span>{_html(note)}</span></td></tr>' for note in self.notes
+        )
         return "\n".join(
             [
-                f"<table><caption>{_html(self.title)}</caption>",
+                f"<table><caption><span>{_html(self.title)}</span></caption>",
                 f"<thead>{f'<tr>{above}</tr>' if grouped else ''}<tr>{below}</tr></thead>",
                 "<tbody>",
                 *(row(cells) for cells in self.rows),

@@ -150,8 +150,8 @@ def strength_sweep(comparison: Mapping[str, Any]) -> Figure:
                 axes.set_title(f"{printable(task, 14)} · {printable(each.label, 22)}", fontsize=9)
                 axes.grid(alpha=0.25)
                 axes.yaxis.set_major_locator(MaxNLocator(5))
-                if task == tasks[-1]:
-                    axes.set_xlabel("strength, in each method's own unit")
+                axes.tick_params(labelbottom=True)  # a panel is shown by itself on a phone
+                axes.set_xlabel("strength, in each method's own unit", fontsize=8.5)
         handles = [_handle(arm, styles[arm]) for arm in arms]
         handles += [
             Line2D([], [], color=styles[arm][0], linestyle=styles[arm][2], label=printable(arm, 30)) for arm in level

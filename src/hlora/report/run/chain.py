@@ -120,7 +120,7 @@ def chain_picture(chain: Mapping[str, Any]) -> Figure:
             learned.plot(steps, share, "o-", color=colour, label=printable(name), markersize=4)
             learned.plot(number_of + 1, share[number_of + 1], "o", color=colour, markersize=9)
         learned.set(title="Answer NLL, share of the base model's", xlabel="after step")
-        learned.legend(frameon=False)
+        figure.legend(*learned.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
         rises = [0.0, *(number(chain["forgetting"][name].get("mean")) for name in domains)]
         worst = [0.0, *(number(chain["forgetting"][name].get("worst")) for name in domains)]
         forgotten.plot(steps, rises, "o-", color=BLACK, label="mean of texts", markersize=4)

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from hlora.methods import label_of
 from hlora.report.format import change, number, percent
@@ -102,6 +103,8 @@ def budget_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
         if phi:
             right.plot(*zip(*phi, strict=True), color=VERMILION, linewidth=1.6)
             right.set_yscale("log")
+            for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+                axis(FuncFormatter(lambda value, _: f"{value:g}"))  # Matplotlib's own labels are TeX
         right.set(title="penalty weight φ", xlabel="optimizer step")
         for axes in (left, right):
             axes.grid(alpha=0.25)

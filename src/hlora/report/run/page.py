@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from markupsafe import Markup
 
 from hlora.methods import label_of
+from hlora.report.drawing import draw
 from hlora.report.format import change, duration, number, percent, size, three_digits
 from hlora.report.heatmap import importance_heatmap
 from hlora.report.page import about, render, write_page
@@ -45,7 +45,7 @@ from hlora.report.run.measures import (
 )
 from hlora.report.run.verdict import improved, main_arm, verdict
 from hlora.report.run.while_training import evaluations, learning_and_forgetting
-from hlora.report.style import phase_label, svg
+from hlora.report.style import phase_label
 from hlora.system.redaction import redacted
 
 
@@ -72,17 +72,17 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "title": title,
         "facts": facts,
         "verdict": verdict(results),
-        "forgetting": Markup(svg(forgetting_picture(arms))) if len(arms) > 1 else None,
+        "forgetting": draw(forgetting_picture(arms)).html if len(arms) > 1 else None,
         "chain": chain_tables(results["chain"]) if "chain" in results else [],
-        "chain_picture": Markup(svg(chain_picture(results["chain"]))) if "chain" in results else None,
+        "chain_picture": draw(chain_picture(results["chain"])).html if "chain" in results else None,
         "chain_forgetting": general_forgetting(results["chain"]) if "chain" in results else "",
         "heading": heading,
         "numbers": numbers,
         "costs": _costs(results),
-        "while_training": Markup(svg(learning_and_forgetting(watched))) if watched else None,
-        "curves": Markup(svg(loss_curves(losses))) if history else None,
-        "budget": Markup(svg(budget_curves(steered))) if steered else None,
-        "heatmap": Markup(svg(importance_heatmap(norms))) if norms else None,
+        "while_training": draw(learning_and_forgetting(watched)).html if watched else None,
+        "curves": draw(loss_curves(losses)).html if history else None,
+        "budget": draw(budget_curves(steered)).html if steered else None,
+        "heatmap": draw(importance_heatmap(norms)).html if norms else None,
         "weights": _weights(importance),
         "sample_arms": [label_of(arm) for arm in arms if arms[arm].get("samples")],
         "samples": _samples(arms),

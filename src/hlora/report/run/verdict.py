@@ -217,6 +217,8 @@ def _budget(results: Mapping[str, Any]) -> tuple[Budget, str, str]:
     rise, allowed = number(probes[-1]["probe_rise"]), number(probes[-1].get("budget"))
     held = rise <= allowed
     shown, limit = percent(math.expm1(rise)), percent(math.expm1(allowed))
+    if shown == limit and not held:
+        shown = f"{limit} and a little more"
     sentence = f"The budget allowed {limit} on its probe; the probe measured {shown}."
     headline = f"The budget of {limit.lstrip('+')} {'held' if held else 'was exceeded'}."
     return "held" if held else "exceeded", headline, sentence

@@ -26,7 +26,7 @@ def learning_and_forgetting(entries: Sequence[Mapping[str, Any]]) -> Figure:
     """
     found = evaluations(entries)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 3), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained", facecolor="white")
         if not found:
             return nothing(figure, "no evaluation logged")
         learned = figure.subplots()
