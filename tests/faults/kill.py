@@ -1,10 +1,10 @@
-"""Kills hlora at seeded points of its writing, or fails the disk there; goes on, and compares the end with that of a
+"""Kills hlora at seeded points of its writing, or fails the disk there; resumes, and compares the end with that of a
 run to which nothing happened.
 
-    OMP_NUM_THREADS=1 python tests/faults/kill.py FIELDS.json SCENARIO POINTS [--seed 0]
+    OMP_NUM_THREADS=1 python tests/faults/kill.py FIELDS.json COMMAND SCENARIO=POINTS … [--seed 0]
 
-FIELDS.json: {"run": fields of a run, "compare": fields of a comparison}, of a tiny model. A point is the k-th time that
-the process opens a file of the output directory to write, renames, makes or removes one. What happens there:
+FIELDS.json: fields of a run or of a comparison (COMMAND), of a tiny model. A point is the k-th time that the process
+opens a file of the output directory to write, renames, makes or removes one. What happens there:
 
     killed         SIGKILL, just before it
     disk fails     from there on every such call fails, as on a disk that is full (ENOSPC), broken (EIO) or has become
@@ -13,7 +13,7 @@ the process opens a file of the output directory to write, renames, makes or rem
     vanishes       the output directory is moved away, as a mount that is lost
 
 In all but the first the command has to end with status 2 and one message. Each process is a fork of this one, which has
-imported everything and computed nothing. Prints what it found as JSON.
+imported everything and computed nothing. Prints what it found of each scenario as JSON.
 """
 
 from __future__ import annotations
@@ -53,38 +53,49 @@ from hlora.training import checkpoint
 torch.set_num_threads(1)
 _WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 _DISK = ("ENOSPC", "EIO", "EROFS", "EACCES")
-SCENARIOS = {  # name: command, what happens at its points, in turn
-    "run, killed": ("run", ("SIGKILL",)),
-    "compare, killed": ("compare", ("SIGKILL",)),
-    "run, disk fails": ("run", _DISK),
-    "run, short writes": ("run", ("short",)),
-    "run, output vanishes": ("run", ("gone",)),
+SCENARIOS = {  # name: what happens at its points, in turn
+    "killed": ("SIGKILL",),
+    "disk fails": _DISK,
+    "short writes": ("short",),
+    "vanishes": ("gone",),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("fields", type=Path)
-    parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("points", type=int)
+    parser.add_argument("command", choices=("run", "compare"))
+    parser.add_argument("scenarios", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    command, ends = SCENARIOS[options.scenario]
-    fields = json.loads(options.fields.read_text(encoding="utf-8"))[command]
+    points = {name: int(count) for name, count in (each.split("=") for each in options.scenarios)}
+    fields = json.loads(options.fields.read_text(encoding="utf-8"))
     checkpoint._EVERY = 0.0  # after each step
     gc.freeze()  # or each fork goes through all that was imported whenever Accelerate collects: 0.7 s a phase
-    print(json.dumps(harness(command, fields, options.points, ends, options.seed)))
+    print(json.dumps(harness(options.command, fields, points, options.seed)))
 
 
-def harness(command: str, fields: dict[str, Any], points: int, ends: Sequence[str], seed: int) -> dict[str, Any]:
-    started = time.perf_counter()
+def harness(command: str, fields: dict[str, Any], points: dict[str, int], seed: int) -> dict[str, Any]:
+    """What each scenario found, of so many points; all are compared with one run that nothing happened to."""
     with tempfile.TemporaryDirectory() as directory:
         whole = Path(directory) / "whole"
         status, events, said = in_a_fork(command, {**fields, "output": str(whole)})
         if status != 0:
             raise RuntimeError(f"{command}: the run that nothing happens to ended with {status}\n{said}")
         expected = result(command, whole)
-        chosen = sorted(random.Random(seed).sample(range(1, events + 1), min(points, events)))
+        found = {}
+        for name, count in points.items():
+            chosen = sorted(random.Random(seed).sample(range(1, events + 1), min(count, events)))
+            found[name] = {"of": events, **scenario(command, fields, chosen, SCENARIOS[name], expected)}
+    return found
+
+
+def scenario(
+    command: str, fields: dict[str, Any], chosen: Sequence[int], ends: Sequence[str], expected: dict[str, Any]
+) -> dict[str, Any]:
+    """What came of each point: the command ended there as it should, and resumed to what is expected."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
         as_expected, resumed, differences = 0, 0, []
         for number, point in enumerate(chosen):
             output, end = Path(directory) / f"at-{point}", ends[number % len(ends)]
@@ -106,7 +117,6 @@ def harness(command: str, fields: dict[str, Any], points: int, ends: Sequence[st
             shutil.rmtree(output)
     return {
         "points": len(chosen),
-        "of": events,
         "as_expected": as_expected,
         "resumed": resumed,
         "differences": differences,

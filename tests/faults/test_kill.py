@@ -17,23 +17,21 @@ import yaml
 HARNESS = Path(__file__).with_name("kill.py")
 POINTS = int(os.environ.get("HLORA_KILL_POINTS", "9"))  # of run, with its evaluation, and compare
 FAILURES = max(3, POINTS // 4)
+SCENARIOS = {
+    "run": {
+        "killed": math.ceil(POINTS * 2 / 3),
+        "disk fails": FAILURES,
+        "short writes": math.ceil(FAILURES * 2 / 3),
+        "vanishes": math.ceil(FAILURES / 3),
+    },
+    "compare": {"killed": math.ceil(POINTS / 3)},
+}
 
 
-# The longest first. Each is a process of its own, so that pytest-xdist can divide them.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scenario", "points"),
-    [
-        ("compare, killed", math.ceil(POINTS / 3)),
-        ("run, killed", math.ceil(POINTS * 2 / 3)),
-        ("run, disk fails", FAILURES),
-        ("run, short writes", math.ceil(FAILURES * 2 / 3)),
-        ("run, output vanishes", math.ceil(FAILURES / 3)),
-    ],
-)
+@pytest.mark.parametrize("command", SCENARIOS)
 def test_whatever_happens_to_its_writing_the_same_command_ends_afterwards_without_a_difference(
-    scenario: str,
-    points: int,
+    command: str,
     tmp_path: Path,
     job_fields: dict[str, Any],
     comparison_file: Path,
@@ -63,11 +61,16 @@ def test_whatever_happens_to_its_writing_the_same_command_ends_afterwards_withou
             "arms": {"Base": {"method": "base"}, "HLoRA": {"method": "hlora", "strengths": [1]}},
         },
     }  # fmt: skip
-    (tmp_path / "fields.json").write_text(json.dumps(fields), encoding="utf-8")
-    command = [sys.executable, str(HARNESS), str(tmp_path / "fields.json"), scenario, str(points)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file, wanted = tmp_path / "fields.json", SCENARIOS[command]
+    file.write_text(json.dumps(fields[command]), encoding="utf-8")
+    line = [sys.executable, str(HARNESS), str(file), command, *(f"{name}={points}" for name, points in wanted.items())]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    tally(f"{scenario}, and resumed", cases=found["points"], good=found["as_expected"], bad=len(found["differences"]))
-    assert found["differences"] == []
-    assert found["points"] == found["as_expected"] == found["resumed"] == min(points, found["of"])
+    each = json.loads(done.stdout)
+    assert each.keys() == wanted.keys()
+    for name, found in each.items():
+        what = f"{command}, {name}, and resumed"
+        tally(what, cases=found["points"], good=found["as_expected"], bad=len(found["differences"]))
+    for name, found in each.items():
+        assert found["differences"] == [], name
+        assert found["points"] == found["as_expected"] == found["resumed"] == min(wanted[name], found["of"]), name
