@@ -1,18 +1,21 @@
 """What several processes compute together, for test_distributed.py.
 
     python tests/ranks.py PROCESSES MODEL_DIRECTORY RESULTS SCENARIO…
-    python tests/ranks.py launch PROCESSES [sharded] [PHASE STEP] -- ARGUMENT… [then PROCESSES …]
+    python tests/ranks.py launch
 
 By the first, each process is a fork of this one, together a group over gloo. The first writes
-RESULTS/<scenario>.safetensors. The second does with forks what torchrun does with processes that import everything
-anew: the command line with those arguments, a checkpoint after each step; or, sharded, what accelerate launch does to
-ask for FSDP2. Given PHASE and STEP, process 1 kills itself
-at the end of that step, before its checkpoint. Several launches follow one another; a line of JSON for each says how
-it ended.
+RESULTS/<scenario>.safetensors. The second reads a launch from each line of its input:
+
+    PROCESSES [sharded] [PHASE STEP] -- ARGUMENT…
+
+It does with forks what torchrun does with processes that import everything anew: the command line with those arguments,
+a checkpoint after each step; or, sharded, what accelerate launch does to ask for FSDP2. Given PHASE and STEP, process 1
+kills itself at the end of that step, before its checkpoint. A line of JSON for each launch says how it ended.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -449,7 +452,8 @@ if __name__ == "__main__":
         import lm_eval.models.huggingface  # noqa: F401  # all that each fork would import by itself
         import trl.trainer.sft_trainer  # noqa: F401
 
-        for given in " ".join(sys.argv[2:]).split(" then "):
+        gc.collect(), gc.freeze()  # or each fork goes through all that was imported whenever Accelerate collects
+        for given in sys.stdin:
             how, _, arguments_given = given.partition(" -- ")
             count, *where = how.split()
             sharded = "sharded" in where

@@ -7,8 +7,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,12 +206,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
 
 
-def launches(*each: str) -> list[dict[str, Any]]:
-    """Status of each process and all that they said, of launches one after the other (see ranks.py)."""
-    command = [sys.executable, str(Path(ranks.__file__)), "launch", *" then ".join(each).split()]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"statuses"')]
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Status of each process of a launch, and all that they said (see ranks.py). One process imports for all."""
+    command = [sys.executable, str(Path(ranks.__file__)), "launch"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True) as launcher:
+
+        def ended(line: str) -> dict[str, Any]:
+            assert launcher.stdin is not None and launcher.stdout is not None
+            patience = Timer(240, launcher.kill)
+            patience.start()
+            launcher.stdin.write(f"{line}\n")
+            launcher.stdin.flush()
+            found = next((said for said in launcher.stdout if said.startswith('{"statuses"')), None)
+            patience.cancel()
+            assert found is not None, "the launcher has ended; its errors are above"
+            return json.loads(found)
+
+        yield ended
 
 
 def results_of(output: Path) -> dict[str, Any]:
@@ -243,8 +257,10 @@ def run_alone(tmp_path: Path, configured: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_in_two_processes_equals_one_and_speaks_once(configured: Any, run_alone: Path, tmp_path: Path) -> None:
-    (done,) = launches(f"2 -- run {configured(2)}")
+def test_a_run_in_two_processes_equals_one_and_speaks_once(
+    launch: Any, configured: Any, run_alone: Path, tmp_path: Path
+) -> None:
+    done = launch(f"2 -- run {configured(2)}")
     assert done["statuses"] == [0, 0], done["said"]
     assert_same_run(tmp_path / "out", run_alone)
     for once in ("evaluating: base", "evaluating: hlora", "report: ", "tune: 4 steps in "):
@@ -254,11 +270,11 @@ def test_a_run_in_two_processes_equals_one_and_speaks_once(configured: Any, run_
 
 @pytest.mark.slow
 def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
-    configured: Any, run_alone: Path, tmp_path: Path
+    launch: Any, configured: Any, run_alone: Path, tmp_path: Path
 ) -> None:
-    cut, cut_again, done = launches(
-        f"2 record 3 -- run {configured(2)}", f"4 tune 3 -- run {configured(4)}", f"1 -- run {configured(1)}"
-    )
+    cut = launch(f"2 record 3 -- run {configured(2)}")
+    cut_again = launch(f"4 tune 3 -- run {configured(4)}")
+    done = launch(f"1 -- run {configured(1)}")
     for each in (cut, cut_again):
         assert each["statuses"][1] == -9 and set(each["statuses"]) <= {2, -9, -15}
         assert each["said"].count("another process of this launch has ended") == 1
@@ -269,7 +285,9 @@ def test_a_launch_that_lost_a_process_stops_and_goes_on_with_another_number(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(configured: Any, tmp_path: Path) -> None:
+def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(
+    launch: Any, configured: Any, tmp_path: Path
+) -> None:
     """FSDP2 by Accelerate: recording, tuning under a budget, the tuned baseline, answers written, all sharded."""
     probe = tmp_path / "probe.txt"
     probe.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20, encoding="utf-8")
@@ -279,9 +297,8 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
         "penalty": {"phi": 2.0, "budget": "1%", "probe_texts": {"other": str(probe)}, "probe_every": 2},
     }
     pipeline.run(load_config(configured(1, **more, output=str(tmp_path / "alone"))))
-    cut, done = launches(
-        f"4 sharded record 3 -- run {configured(4, **more)}", f"2 sharded -- run {configured(2, **more)}"
-    )
+    cut = launch(f"4 sharded record 3 -- run {configured(4, **more)}")
+    done = launch(f"2 sharded -- run {configured(2, **more)}")
     assert cut["statuses"][1] == -9, cut["said"]
     assert f"resuming from {tmp_path}/out/logs/record/checkpoint-2" in done["said"]
     assert done["statuses"] == [0, 0], done["said"]
@@ -293,7 +310,7 @@ def test_a_sharded_run_that_lost_a_process_goes_on_and_equals_one_process(config
 
 
 @pytest.mark.slow
-def test_a_sharded_run_of_a_bfloat16_base_trains_float32_factors(configured: Any, tmp_path: Path) -> None:
+def test_a_sharded_run_of_a_bfloat16_base_trains_float32_factors(launch: Any, configured: Any, tmp_path: Path) -> None:
     """What `model.dtype: auto` is on a GPU, and `bf16: true` with it."""
     paths = []
     for processes, output in ((1, "alone"), (2, "out")):
@@ -302,7 +319,7 @@ def test_a_sharded_run_of_a_bfloat16_base_trains_float32_factors(configured: Any
         fields |= {"model": {**fields["model"], "dtype": "bfloat16"}, "output": str(tmp_path / output)}
         paths.append(configured(processes, **fields))
     pipeline.run(load_config(paths[0]))
-    (done,) = launches(f"2 sharded -- run {paths[1]}")
+    done = launch(f"2 sharded -- run {paths[1]}")
     assert done["statuses"] == [0, 0], done["said"]
     adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     for factor in adapter.values():
@@ -339,10 +356,11 @@ def test_sharding_on_a_cpu_is_refused_as_accelerate_would_not_shard(configured: 
 
 
 @pytest.mark.slow
-def test_an_error_in_a_launch_is_one_message_and_status_2(configured: Any, tmp_path: Path) -> None:
+def test_an_error_in_a_launch_is_one_message_and_status_2(launch: Any, configured: Any, tmp_path: Path) -> None:
     wrong = configured(2, domain={"task": "multiple_choice", "train": "no.jsonl", "test": "no.jsonl"})
     with lock_directory(tmp_path / "out"):
-        missing, busy = launches(f"2 -- run {wrong} --set output={tmp_path / 'other'}", f"2 -- run {configured(2)}")
+        missing = launch(f"2 -- run {wrong} --set output={tmp_path / 'other'}")
+        busy = launch(f"2 -- run {configured(2)}")
     for each, message in ((missing, "no.jsonl"), (busy, "is in use by process")):
         # Before the processes have met, the launcher may end the second (SIGTERM) as the first has failed.
         assert each["statuses"] in ([2, 2], [2, -15], [-15, 2]), each["said"]
