@@ -116,7 +116,7 @@ def _tokens_of_steps(job: Job) -> dict[str, float]:
     lengths = [len(render(job.tokenizer, row).ids) for row in job.domain.train[: 4 * rows(domain)][:_SAMPLE]]
     batches = [lengths[start : start + rows(domain)] for start in range(0, len(lengths), rows(domain))]
     padded = sum(len(batch) * max(batch) for batch in batches) / len(lengths)
-    tokens = rows(domain) * (full if domain.get("packing") else min(padded, longest))
+    tokens = rows(domain) * (longest if domain.get("packing") else min(padded, longest))
     return {"record": rows(general) * full} | dict.fromkeys(("tune", *job.config.baselines), tokens)
 
 
