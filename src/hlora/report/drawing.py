@@ -51,14 +51,15 @@ def draw(figure: Figure) -> Drawing:
         axes.set_gid(f"panel{place}")
     for place, legend in enumerate(figure.legends):
         legend.set_gid(f"key{place}")
+    figure.dpi = 72  # an SVG's unit: what is measured below is in points
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # a second layout would move the panels by some points
     whole = svg(figure)
     inches = float(figure.get_figwidth())
     if len(groups) < 2:
         return Drawing(whole, inches=inches)
     prefix = next(iter(re.findall(r'id="(f\w+-)panel0"', whole)))
-    figure.dpi = 72  # an SVG's unit: what is measured from here on is in points
-    with matplotlib.rc_context(STYLE):
-        figure.draw_without_rendering()
     height = 72 * figure.get_figheight()
     panels = [_panel(group, f"#{prefix}", height) for group in groups.values()]
     keys = [_window([(box, [f"#{prefix}{key.get_gid()}"])], height) for key in figure.legends for box in _columns(key)]
