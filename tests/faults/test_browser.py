@@ -20,6 +20,7 @@ from made_results import evaluation, results
 from hlora.report.comparison.figures import all_figures
 from hlora.report.comparison.page import write_comparison_report
 from hlora.report.comparison.tables import all_tables
+from hlora.report.drawing import draw
 from hlora.report.heatmap import importance_heatmap
 from hlora.report.run.page import write_report
 from hlora.report.style import save
@@ -193,7 +194,8 @@ def test_a_runs_report_runs_no_script_and_asks_for_no_address(tmp_path: Path) ->
 def test_a_comparisons_report_runs_no_script_and_asks_for_no_address(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     content, cost = hostile_comparison()
-    write_comparison_report(content, all_tables(content), all_figures(content, cost), page, cost)
+    drawings = {name: draw(figure) for name, figure in all_figures(content, cost).items()}
+    write_comparison_report(content, all_tables(content), drawings, page, cost)
     for each in (page, without_policy(page)):
         check(each, visit(each, tmp_path / "profile"))
 
