@@ -19,7 +19,7 @@ from hlora.importance.artefact import Importance
 from hlora.numerics import encodings
 from hlora.report.run.chain import chain_tables, general_forgetting, transfer
 from hlora.report.run.page import write_report
-from hlora.run import phases
+from hlora.run import phases, steps
 from hlora.system.errors import ArtifactError, ConfigError, DataError
 from hlora.training import checkpoint
 
@@ -84,7 +84,7 @@ def test_a_second_domain_is_killed_resumed_and_byte_equal_with_the_matrix_of_bot
     again = {**second, "output": str(tmp_path / "again" / "second")}
     monkeypatch.setattr(checkpoint, "_EVERY", 0.0)  # after each step
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "save_adapter", lambda *_: (_ for _ in ()).throw(Cut))
+        patched.setattr(steps, "save_adapter", lambda *_: (_ for _ in ()).throw(Cut))
         with pytest.raises(Cut):
             pipeline.run(parse_config(again))
     assert list((tmp_path / "again" / "second" / "logs" / "tune").glob("checkpoint-*"))

@@ -8,29 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from hlora.config.run import Baseline, RunConfig
+from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
-from hlora.model.adapters import adapted_matrices
 from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
 from hlora.run.chain import BEFORE, check_following, earlier_runs, measure_earlier, steps_of
 from hlora.run.job import Job
-from hlora.run.phases import (
-    at_general_adapter,
-    check_fits,
-    lora,
-    lora_after_general,
-    record_phase,
-    save_adapter,
-    tune_phase,
-)
+from hlora.run.phases import at_general_adapter, check_fits
 from hlora.run.plan import plan_of
 from hlora.run.results import describe, finish, read_results, starting_results
-from hlora.run.resume import forget_unfinished, measure_once, resumed_results, timed
-from hlora.run.reuse import CONTINUED, given_importance, importance_here, is_finished
-from hlora.system.errors import ArtifactError, ConfigError, DataError
+from hlora.run.resume import forget_unfinished, measure_once, resumed_results
+from hlora.run.reuse import given_importance, is_finished
+from hlora.run.steps import baseline, check_adapter, recorded, recorded_before, tuned
+from hlora.system.errors import ConfigError, DataError
 
 
 def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) -> dict[str, Any]:
@@ -69,23 +59,23 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
         check_following(job, following, overwrite)
-        here = _recorded_before(job, overwrite)
+        here = recorded_before(job, overwrite)
         results = resumed_results(job, command)
         job.plan = plan_of(job, results, recorded=here is not None)
         measure_once(job, results, "base", lambda: job.base)
 
-        importance = _recorded(job, results, here)
+        importance = recorded(job, results, here)
         if not importance.without_move:
             start = "after_general" if config.after is None else BEFORE
             measure_once(job, results, start, lambda: at_general_adapter(job, importance))
 
-        adapter = _tuned(job, results, importance)
+        adapter = tuned(job, results, importance)
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
 
         measure_earlier(job, results, earlier)
 
         for arm in config.baselines:
-            measure_once(job, results, arm, partial(_baseline, job, results, arm, importance), importance)
+            measure_once(job, results, arm, partial(baseline, job, results, arm, importance), importance)
         results = on_main(lambda: finish(job, results))
         on_main(lambda: forget_unfinished(job))
         return results
@@ -99,9 +89,9 @@ def record(config: RunConfig, overwrite: bool = False) -> Path:
         raise ConfigError(f"{field}: {config.after or config.importance.use} is recorded already. Leave {field} out.")
     with _locked(config):
         job = _open(config)
-        if _recorded_before(job, overwrite) is None:
+        if recorded_before(job, overwrite) is None:
             results = resumed_results(job, "hlora record")
-            _recorded(job, results, None)
+            recorded(job, results, None)
             forget_unfinished(job)
         return job.output / "importance"
 
@@ -114,7 +104,7 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
         adapter = Path(config.output) / "adapter"
         if not on_main(lambda: is_finished(config, "adapter", overwrite)):
             job = _open(config, importance)
-            _tuned(job, resumed_results(job, "hlora tune"), importance)
+            tuned(job, resumed_results(job, "hlora tune"), importance)
             forget_unfinished(job)
         return adapter
 
@@ -130,7 +120,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     with _locked(config):
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config), resumable=False)
-        _check_adapter(job, adapter)
+        check_adapter(job, adapter)
         on_main(job.keep_config)
         results = on_main(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError):  # it may be missing or damaged; this one replaces it
@@ -172,67 +162,3 @@ def _open(config: RunConfig, given: Importance | None = None, resumable: bool = 
         with raise_on_all():
             check_fits(job, given)
     return job
-
-
-def _recorded_before(job: Job, overwrite: bool) -> Importance | None:
-    """The importance that the configuration names, or this run's if the output directory holds it."""
-    if job.given is not None:
-        return job.given
-    with raise_on_all():
-        here = importance_here(job, overwrite)
-        if here is not None:
-            check_fits(job, here)
-    return here
-
-
-def _recorded(job: Job, results: dict[str, Any], here: Importance | None) -> Importance:
-    """The importance of this run: `here`, or recorded by the general phase."""
-    if here is not None:
-        results["importance"] = results["importance"] or describe(here, job.config)
-        return here
-    with timed(job, results, "record"):  # saves its curve first: a resumed run takes a saved importance as finished
-        model, importance, results["history"]["record"] = record_phase(job)
-        results["importance"] = describe(importance, job.config)
-    with raise_on_all():
-        importance.save(job.output / "importance")
-    job.release(model)
-    return importance
-
-
-def _tuned(job: Job, results: dict[str, Any], importance: Importance) -> Path:
-    """Directory of the domain phase's adapter."""
-    directory = job.output / "adapter"
-    if "tune" not in results["seconds"]:
-        with timed(job, results, "tune"):
-            model, results["history"]["tune"], total = tune_phase(job, importance)
-            save_adapter(job, model, directory)
-            if total is not None:
-                with raise_on_all():
-                    total.save(job.output / CONTINUED)
-        job.release(model)
-    return directory
-
-
-def _baseline(job: Job, results: dict[str, Any], arm: Baseline, importance: Importance) -> PeftModel:
-    """The domain phase without a penalty, from the base model or from the general adapter."""
-    with timed(job, results, arm):
-        tuned = lora(job) if arm == "lora" else lora_after_general(job, importance=importance)
-        model, results["history"][arm] = tuned
-    return model
-
-
-def _check_adapter(job: Job, directory: Path) -> None:
-    """Raises ArtifactError if the adapter has not the job's rank and base model, before that model is measured.
-
-    An importance in the output directory recognises the base model by its weights.
-    """
-    model = job.with_adapter(directory, job.config.lora.rank)
-    recorded = job.output / "importance"
-    if recorded.is_dir():
-        importance = Importance.load(recorded)
-        matrices = adapted_matrices(model, unprotected="warn")
-        try:
-            importance.covering([matrix for matrix in matrices if matrix.name in importance.matrices])
-        except ArtifactError as error:
-            raise ArtifactError(f"{recorded}: {error}") from None
-    job.release(model)

@@ -17,7 +17,7 @@ from hlora.cli import main
 from hlora.config.reading import load_config, parse_config
 from hlora.importance.artefact import Importance
 from hlora.report.run.page import write_report
-from hlora.run import resume
+from hlora.run import resume, steps
 from hlora.system.errors import ConfigError
 from hlora.system.redaction import MARK, RedactingFormatter, is_secret_name, redact_argument, redact_text, redacted
 from hlora.training.train import sft_arguments
@@ -118,13 +118,13 @@ def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
             pipeline.run(parse_config(planted), f"hlora run {SHAPES[0]}")
         assert (tmp_path / "out" / "unfinished.json").exists() and found_in(tmp_path / "out") == []
     with monkeypatch.context() as cut:
-        cut.setattr(pipeline, "tune_phase", lambda *_: 1 / 0)
+        cut.setattr(steps, "tune_phase", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pipeline.run(parse_config(planted), f"hlora run {SHAPES[0]}")
     assert (tmp_path / "out" / "unfinished.json").exists() and list(tmp_path.rglob("complete.json"))
     assert found_in(tmp_path / "out") == []
     planted["training"]["common"]["hub_token"] = "a newer one"
-    monkeypatch.setattr(pipeline, "record_phase", lambda *_: 1 / 0)  # finished before
+    monkeypatch.setattr(steps, "record_phase", lambda *_: 1 / 0)  # finished before
     assert pipeline.run(parse_config(planted))["arms"]["hlora"]
     assert "resuming the run of" in caplog.text
 
