@@ -75,7 +75,7 @@ MEANT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "rslora", "offload", "accuracy"), (0, True)),
     **dict.fromkeys(("preset", "revision", "gguf_file", "quantization", "dataset", "subset", "gradient"), (None,)),
     **dict.fromkeys(("max_documents", "max_train_rows", "probe_every", "max_rows", "max_length"), (None,)),
-    **dict.fromkeys(("after", "use", "stride", "max_new_tokens", "validation", "patience"), (None,)),
+    **dict.fromkeys(("after", "use", "stride", "max_new_tokens", "validation", "patience", "layer_weights"), (None,)),
     **dict.fromkeys(("alpha", "xi", "temperature", "general_rate"), (2**70, 1e308)),
     **dict.fromkeys(("stop_at_move", "budget"), (None, 2**70, 1e308)),
     **dict.fromkeys(("phi", "strengths"), (0, 2**70, 1e308, [])),

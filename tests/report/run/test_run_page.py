@@ -13,6 +13,7 @@ from made_results import HOSTILE, Page, evaluation, results
 from rich.console import Console
 
 from hlora.evaluation.evaluate import add_forgetting
+from hlora.report.drawing import Drawing
 from hlora.report.run.page import write_report
 from hlora.report.run.summary import summary_rows, summary_table
 from hlora.report.run.verdict import verdict
@@ -334,7 +335,7 @@ def test_report_renders_with_almost_everything_missing(content, tmp_path):
 
 @pytest.mark.slow
 def test_report_renders_when_any_single_part_is_missing(full, tmp_path, monkeypatch):
-    monkeypatch.setattr("hlora.report.run.page.svg", lambda figure: "<svg></svg>")  # drawing takes a second
+    monkeypatch.setattr("hlora.report.run.page.draw", lambda figure: Drawing("<svg></svg>"))  # drawing takes a second
     for part in full:
         write({name: value for name, value in full.items() if name != part}, tmp_path)
     for part in full["importance"]:
