@@ -111,6 +111,7 @@ def test_a_run_leaves_no_secret_in_its_files_or_on_the_terminal(
 def test_an_interrupted_run_keeps_no_secret_and_goes_on_with_another_token(
     planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "hlora")  # as the command sets it
     planted["training"]["record"]["save_steps"], planted["training"]["record"]["save_strategy"] = 2, "steps"
     with monkeypatch.context() as cut:
         cut.setattr(resume, "measure", lambda *_: 1 / 0)  # before anything is finished
