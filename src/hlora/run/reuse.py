@@ -70,17 +70,15 @@ def recording_settings(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "model": {"quantization": config.model.quantization, "dtype": config.model.dtype},
         "lora": config.lora.model_dump(),
-        "importance": config.importance.model_dump(exclude={"use", *_without_effect(config)}),
+        "importance": config.importance.model_dump(exclude={"use"}),
     }
+    if config.importance.method == "squared_gradients":
+        del settings["importance"]["xi"]  # of a path integral: it has no effect
     if not config.in_one_pass:
         training = by_rows_of_a_step(config.training.record_arguments())  # another number of processes may resume
         settings["training"] = {name: value for name, value in training.items() if name not in _UNSEEN}
     found: dict[str, Any] = redacted(settings)
     return found
-
-
-def _without_effect(config: RunConfig) -> set[str]:
-    return {"xi"} if config.importance.method == "squared_gradients" else set()
 
 
 def importance_here(job: Job, overwrite: bool) -> Importance | None:
