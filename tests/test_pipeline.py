@@ -21,7 +21,7 @@ from hlora.config.reading import load_config, parse_config
 from hlora.config.sections import ImportanceConfig
 from hlora.importance.artefact import Importance
 from hlora.numerics.encodings import Factored
-from hlora.run import resume
+from hlora.run import resume, steps
 from hlora.run.phases import recorder_for
 from hlora.system.errors import ConfigError
 from hlora.system.locks import lock_directory
@@ -399,8 +399,8 @@ class Cut(Exception):
 
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, where: str, count: int) -> None:
-    """The count-th call of a function of the pipeline ends the run."""
-    module = resume if where == "measure" else pipeline
+    """The count-th call of a step of the run ends it."""
+    module = resume if where == "measure" else steps
     calls, whole = 0, getattr(module, where)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -443,8 +443,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(
             pipeline.run(config)
     phases: list[str] = []
     for name in ("record_phase", "tune_phase", "lora_after_general"):
-        phase = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda *a, p=phase, n=name, **k: (phases.append(n), p(*a, **k))[1])
+        phase = getattr(steps, name)
+        monkeypatch.setattr(steps, name, lambda *a, p=phase, n=name, **k: (phases.append(n), p(*a, **k))[1])
     results = pipeline.run(config)
     assert without_times(results) == without_times(whole)
     for artefact in ("importance/importance.safetensors", "adapter/adapter_model.safetensors"):
