@@ -84,8 +84,9 @@ def main() -> None:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
+    model = GPT2LMHeadModel(config)
     trainer = Trainer(
-        GPT2LMHeadModel(config),
+        model,
         TrainingArguments(
             output_dir=str(args.output / "logs"),
             max_steps=args.steps,
@@ -104,7 +105,7 @@ def main() -> None:
         train_dataset=[{"input_ids": row} for row in rows],
     )
     trainer.train()
-    trainer.save_model(str(args.output))
+    model.save_pretrained(args.output)  # Trainer's save_model would add its arguments as a pickle
     tokenizer.save_pretrained(args.output)
 
 
