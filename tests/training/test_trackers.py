@@ -134,6 +134,7 @@ def test_trackers_have_losses_phi_and_layer_coefficients_a_run_for_each_phase(
     installed = [name for name in READ if find_spec(name)]
     done = run({**job_fields, "baselines": ["lora"]}, tmp_path, *installed)
     assert done.returncode == 0, done.stderr
+    assert not any(other in done.stderr for other in ("torchao", "_pytree", "bitsandbytes")), done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert "layer_coefficient" not in json.dumps(results["history"]), "they are for trackers alone"
     for name in installed:

@@ -27,8 +27,9 @@ def set_up_logs() -> None:
         warnings.simplefilter("ignore")
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
-    # On a CPU without the `kernels` package it logs a line about 4-bit products at each import, whatever the model.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # At each import, whatever the model: 4-bit products on a CPU, and torchao's kernels for other machines and torches.
+    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _in_a_thread
 
 
