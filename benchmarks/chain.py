@@ -25,10 +25,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import concatenate_datasets
 from peft import PeftModel
+from torch import Tensor
 
 from hlora.comparison.paper import uniform_importance
+from hlora.comparison.rivals.added_term import Batch, trainer_adding
 from hlora.config.reading import load_config
 from hlora.config.run import RunConfig
 from hlora.evaluation.evaluate import add_forgetting, evaluate
@@ -46,6 +49,7 @@ from hlora.run.results import provenance
 from hlora.system.files import write_json
 
 REPLAYED = 0.2  # share of the rows that are of earlier domains
+ORTHOGONAL = 0.5  # weight of O-LoRA's term: its authors'
 Models = Iterator[PeftModel]
 """The model after each domain; valid until the next one is asked for."""
 
@@ -93,6 +97,33 @@ def online_ewc(jobs: list[Job]) -> Models:
     model.unload()
 
 
+def olora(jobs: list[Job]) -> Models:
+    """O-LoRA (Wang et al. 2023): new factors for each domain, the earlier ones stay, frozen and active.
+
+    The rows of the new A are held orthogonal to those of every earlier A, by the sum of their squared products.
+    """
+    model = attach_lora(jobs[0].base, jobs[0].config.lora, jobs[0].config.seed)
+    names = ["default"]
+    for job in jobs:
+        if job is not jobs[0]:
+            names.append(name_of(job))
+            model.add_adapter(names[-1], model.peft_config["default"])
+            model.base_model.set_adapter(names)
+            for name, values in model.named_parameters():
+                values.requires_grad = f".{names[-1]}." in name
+        parameters = list(model.named_parameters())
+        factors = [[values for name, values in parameters if f".lora_A.{adapter}." in name] for adapter in names]
+
+        def overlap(batch: Batch, factors: list[list[Tensor]] = factors) -> Tensor:
+            *before, new = factors
+            squares = [(a @ b.T).square().sum() for earlier in before for a, b in zip(earlier, new, strict=True)]
+            return torch.stack(squares).sum() if squares else new[0].new_zeros(())
+
+        train_on_domain(job, model, "olora", trainer_class=trainer_adding(ORTHOGONAL, overlap))
+        yield model
+    model.unload()
+
+
 def one_each(jobs: list[Job]) -> Models:
     """A fresh adapter for each domain, which forgets no other: the bound that a single adapter is compared with."""
     for job in jobs:
@@ -126,6 +157,7 @@ METHODS: dict[str, Callable[[list[Job]], Models]] = {
     "sequential": sequential,
     "online_ewc": online_ewc,
     "replay": replay,
+    "olora": olora,
     "one_each": one_each,
     "uniform": uniform,
 }
@@ -135,6 +167,7 @@ LABELS = {
     "sequential": "sequential LoRA",
     "replay": f"sequential LoRA, {100 * REPLAYED:.0f} % replay of earlier domains",
     "online_ewc": "online EWC",
+    "olora": "O-LoRA",
     "one_each": "one adapter a domain (bound)",
 }
 

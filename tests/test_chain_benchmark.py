@@ -35,11 +35,11 @@ def test_the_methods_agree_until_a_second_domain_comes_and_cells_are_kept(
         return [line for line in capsys.readouterr().out.splitlines() if line.strip()]
 
     command = ["--config", str(tmp_path / "chain.yaml"), "--output", str(tmp_path / "runs"), "--seeds", "0"]
-    assert len(benchmark(*command)) == 11  # six methods, five of them in both orders
+    assert len(benchmark(*command)) == 13  # seven methods, six of them in both orders
     found = {path.stem: json.loads(path.read_text(encoding="utf-8"))["chain"] for path in cells.glob("*.json")}
     for order, first in (("plus-minus", "plus"), ("minus-plus", "minus")):
         alone = found[f"sequential-{order}-0"]
-        for other in ("replay", "online_ewc"):  # their first domain is plain LoRA
+        for other in ("replay", "online_ewc", "olora"):  # their first domain is plain LoRA
             assert found[f"{other}-{order}-0"]["after"][first] == alone["after"][first]
             assert found[f"{other}-{order}-0"]["after"] != alone["after"]
         assert found[f"hlora-{order}-0"]["after"] != found[f"uniform-{order}-0"]["after"]
@@ -48,4 +48,4 @@ def test_the_methods_agree_until_a_second_domain_comes_and_cells_are_kept(
     assert own["minus"]["minus"] == found["sequential-minus-plus-0"]["after"]["minus"]["minus"]
     assert benchmark(*command) == []  # all are there
     table = benchmark("table", str(cells))
-    assert len(table) == 2 + 11 and all(" ± " in row for row in table[2:])
+    assert len(table) == 2 + 13 and all(" ± " in row for row in table[2:])
