@@ -67,6 +67,19 @@ METHODS: dict[str, Method] = {
 }
 """By the name that configurations and results use."""
 
+_CHAINS = "hlora.comparison.chains.methods"
+
+CHAINS: dict[str, Method] = {
+    "hlora": Method("HLoRA", f"{_CHAINS}:hlora"),
+    "uniform": Method("HLoRA, uniform importance", f"{_CHAINS}:uniform"),
+    "sequential": Method("Sequential LoRA", f"{_CHAINS}:sequential"),
+    "replay": Method("Sequential LoRA, 20 % replay of earlier domains", f"{_CHAINS}:replay"),
+    "online_ewc": Method("Online EWC", f"{_CHAINS}:online_ewc"),
+    "olora": Method("O-LoRA", f"{_CHAINS}:olora"),
+    "one_each": Method("One adapter a domain (bound)", f"{_CHAINS}:one_each"),
+}
+"""Ways to learn one domain after another. The function takes a job for each domain, and yields the model after each."""
+
 
 def label_of(method: str) -> str:
     """What people read for a method; an unknown name stays as it is."""

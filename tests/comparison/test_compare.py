@@ -262,7 +262,7 @@ def test_an_arm_that_names_an_unknown_task_is_refused(comparison_file: Path) -> 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("domains", [{"train": "a.jsonl"}], r"domains: .* single domains\. Name each under tasks"),
+        ("domains", [{"train": "a.jsonl"}], r"domains: with tasks, each method is tuned on single domains"),
         ("domain", {"train": "a.jsonl"}, r"domain: a comparison names its domains under tasks"),
         ("after", "runs/mine", r"after: .* from the base model\. Use `hlora run`"),
         ("baselines", ["lora"], r"baselines: .* Add one of method lora"),

@@ -51,14 +51,21 @@ def compare(
     """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
 
     Finished cells are kept: run the same command again to resume. Several processes, for example one for each GPU,
-    can share one output directory.
+    can share one output directory. With a run's file that has domains: methods x orders x seeds, each learning one
+    domain after another.
     """
     from hlora.config.data_files import check_files
-    from hlora.config.reading import load_comparison
+    from hlora.config.reading import load_comparison, read_yaml
 
-    settings = load_comparison(config, overrides)
     if engine is not Engine.ray and (gpus_per_cell, cpus_per_cell, ray_address) != (None, None, None):
         raise ConfigError("--gpus-per-cell, --cpus-per-cell and --ray-address need --engine ray. Add it, or drop them.")
+    fields = read_yaml(config)
+    if "domains" in fields and not {"tasks", "arms"} & {*fields}:
+        if dry_run or retry or engine is Engine.ray:
+            raise ConfigError("domains: chains are compared without --dry-run, --retry and --engine ray. Drop them.")
+        _compare_chains(config, overrides)
+        return
+    settings = load_comparison(config, overrides)
     check_files(settings)
     say_loading(config)
     from hlora.comparison import planning, ray_engine
@@ -77,6 +84,21 @@ def compare(
     for line in summary(found):
         typer.echo(line)
     typer.echo(f"report: {Path(settings.output) / 'report.html'}")
+
+
+def _compare_chains(config: Path, overrides: list[str] | None) -> None:
+    from hlora.config.data_files import check_files
+    from hlora.config.reading import load_chains
+
+    settings = load_chains(config, overrides)
+    check_files(settings)
+    say_loading(config)
+    from hlora.comparison.chains.compare import compare_chains
+
+    with resumable("Finished chains are kept. The same command, given again, computes the others."):
+        table = compare_chains(settings)
+    typer.echo(table)
+    typer.echo(f"table: {Path(settings.output) / 'chains.md'}")
 
 
 def cost(

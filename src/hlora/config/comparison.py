@@ -35,8 +35,8 @@ NOT_VALIDATED = (
 _OF_A_RUN = {
     "domain": "a comparison names its domains under tasks: {NAME: {task, train, test}}",
     "domains": (
-        "a comparison tunes each method on single domains. Name each under tasks, or learn them one after another with "
-        "`hlora run`"
+        "with tasks, each method is tuned on single domains. Leave domains out, or leave tasks and arms out to compare "
+        "how methods learn one domain after another"
     ),
     "after": "a comparison tunes each method from the base model. Use `hlora run` to go on from a finished run",
     "baselines": "a comparison has arms. Add one of method lora, or of lora_after_general",

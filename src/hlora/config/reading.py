@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hlora.config.chains import ChainComparison
 from hlora.config.comparison import CompareConfig
 from hlora.config.run import RunConfig
 from hlora.config.sections import Section
@@ -30,6 +31,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def load_comparison(path: str | Path, overrides: list[str] | None = None) -> CompareConfig:
     """Read the YAML of a comparison. Raises ConfigError (see load_config)."""
     return parse_config(read_yaml(path), str(path), overrides, CompareConfig)
+
+
+def load_chains(path: str | Path, overrides: list[str] | None = None) -> ChainComparison:
+    """Read the YAML of a comparison of chains. Raises ConfigError (see load_config)."""
+    return parse_config(read_yaml(path), str(path), overrides, ChainComparison)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

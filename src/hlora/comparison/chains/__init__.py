@@ -1,0 +1,1 @@
+"""`hlora compare` with `domains`: methods × orders × seeds, each learning one domain after another."""
