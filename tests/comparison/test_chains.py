@@ -78,7 +78,7 @@ def test_the_methods_agree_until_a_second_domain_comes_and_finished_chains_are_k
         (["domains=[{task: rows, train: a.jsonl, test: b.jsonl}]"], "domains: expected two or more"),
         (["seed=1"], "seed: a comparison has seeds"),
         (["after=runs/a"], "after: every method starts from the base model"),
-        (["methods=[sequental]"], "methods.0: expected one of hlora, .*; got 'sequental'; did you mean sequential"),
+        (["methods=[sequental]"], "methods.0: expected one of hlora, .*; got 'sequental'; did you mean 'sequential'"),
         (["baselines=[lora]"], "baselines: methods names what is compared"),
     ],
 )
