@@ -48,7 +48,7 @@ def cell(work: Callable[[], str]) -> str:
         with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its log
             return work()
     except HloraError as error:
-        return f"refused: {textwrap.shorten(str(error), 230, placeholder=' …')}"
+        return f"refused: {textwrap.shorten(str(error), 400, placeholder=' …')}"
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         theirs = next((name for name in _OTHERS if f"/{name}/" in frames[-1].filename), None)
@@ -87,8 +87,8 @@ def of_architecture(name: str) -> list[str]:
     ]
 
 
-def of_run(name: str, directory: Path) -> list[str]:
-    """`hlora run`, without a plain arm: record, tune, evaluate."""
+def of_run(name: str, directory: Path, **arguments: float) -> list[str]:
+    """`hlora run`, without a plain arm: record, tune, evaluate. arguments: further ones of SFTConfig."""
     base = directory / name
     ARCHITECTURES[name].build().save_pretrained(base)
     made_tokenizer().save_pretrained(base)
@@ -105,7 +105,7 @@ def of_run(name: str, directory: Path) -> list[str]:
             "test": str(directory / "test.jsonl"),
         },
         "training": {
-            "common": {"per_device_train_batch_size": 2, "report_to": []},
+            "common": {"per_device_train_batch_size": 2, "report_to": [], **arguments},
             "record": {"max_steps": 1, "max_length": 16},
             "tune": {"max_steps": 1, "max_length": 48},
         },

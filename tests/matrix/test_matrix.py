@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tables import cell, loss, of_architecture, token_ids, trained
+from tables import cell, loss, of_architecture, of_run, token_ids, trained
 from variants import of_optimizer, of_variant
 
 pytestmark = pytest.mark.slow
@@ -25,6 +25,19 @@ def test_architectures_are_recorded_and_held_as_a_dense_computation_says(name: s
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_encoder_decoder_is_recorded_and_held_as_a_dense_computation_says() -> None:
     assert_right(of_architecture("t5")[:2])
+
+
+def test_a_run_of_a_model_that_trl_or_peft_does_not_fit_ends_in_what_helps(tmp_path: Path) -> None:
+    fit, whole = of_run("llama4_text", tmp_path)
+    assert re.match(r"refused: .* trl .* trl/trainer/utils\.py.* hlora\.protect with transformers\.Trainer", fit)
+    assert re.match(r"refused: .* peft .* Name other lora\.target_modules", whole)
+
+
+def test_a_run_of_granitemoehybrid_works_as_its_refusal_says(tmp_path: Path) -> None:
+    (tmp_path / "as it is").mkdir()
+    for each in of_run("granitemoehybrid", tmp_path / "as it is"):
+        assert re.match(r"refused: .* trl .* Set training\.common\.router_aux_loss_coef: 0\.0", each)
+    assert of_run("granitemoehybrid", tmp_path, router_aux_loss_coef=0.0) == ["ok", "ok"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -18,14 +18,16 @@ _LIBRARIES = ("trl", "peft", "transformers")
 def their_errors(model: Any) -> Iterator[None]:
     """Raises TrainingError with library, file and line where one of them cannot train `model`.
 
-    Only for the errors of a program that does not know the model: TRL 1.16 reads fields that the configurations of
-    Llama 4 and GraniteMoeHybrid lack.
+    Only for the errors of a program that does not know the model: TRL 1.16 reads fields that the outputs of Llama 4 and
+    the configuration of GraniteMoeHybrid lack.
     """
     try:
         yield
     except (AttributeError, TypeError, NotImplementedError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         for frame in reversed(frames):  # the innermost that is not PyTorch's
+            if frame.name.startswith("__getattr"):
+                continue  # which says that a field is missing; the line that reads the field is to blame
             parts = Path(frame.filename).parts
             if "hlora" in parts:
                 raise
@@ -36,11 +38,16 @@ def their_errors(model: Any) -> Iterator[None]:
             raise
         get = getattr(model, "get_base_model", None)
         kind = type(model if get is None else get()).__name__
-        remedy = "Name other lora.target_modules: PEFT does not fit one of these."
-        if library != "peft":
-            remedy = "In a script, use hlora.ImportanceRecorder and hlora.protect with transformers.Trainer."
         file = "/".join(parts[parts.index(library) :])
         raise TrainingError(
             f"SFTTrainer cannot train this {kind}: {library} {version(library)} fails in {file}, line {frame.lineno} "
-            f"({first_line(error)}). {remedy}"
+            f"({first_line(error)}). {_remedy(library, error)}"
         ) from error
+
+
+def _remedy(library: str, error: Exception) -> str:
+    if library == "peft":
+        return "Name other lora.target_modules: PEFT does not fit one of these."
+    if "num_experts" in str(error):  # which TRL reads for that loss alone
+        return "Set training.common.router_aux_loss_coef: 0.0, which leaves out the balancing loss of the experts."
+    return "In a script, use hlora.ImportanceRecorder and hlora.protect with transformers.Trainer."
