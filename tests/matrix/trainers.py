@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, Architecture
 from datasets import Dataset
 from dense import ALPHA, PHI, RANK, adapted, verdict
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -26,13 +28,19 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 import hlora
 from hlora.importance.artefact import Importance
 from hlora.numerics import equations
 
 STEPS = 3
-LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj", "q", "v"]}  # of Llama and of T5
 QUESTIONS = [f"What is {n} plus one?" for n in range(16)]
 TEXTS = Dataset.from_dict({"text": [f"{question} It is {n + 1}." for n, question in enumerate(QUESTIONS)]})
 ROWS = Dataset.from_dict({"prompt": QUESTIONS, "completion": [f" It is {n + 1}." for n in range(16)]})
@@ -43,6 +51,20 @@ JUDGED = Dataset.from_dict(
     {"prompt": QUESTIONS, "completion": ROWS["completion"], "label": [n % 2 == 0 for n in range(16)]}
 )
 PROMPTS = Dataset.from_dict({"prompt": QUESTIONS})
+TRIPLES = PAIRS.add_column("reference", [f" It is the number {n + 1}." for n in range(16)])
+SHOWN = PROMPTS.add_column("privileged_context", ROWS["completion"])
+CHATS = Dataset.from_dict(
+    {
+        "messages": [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {n + 1}."}]
+            for n, question in enumerate(QUESTIONS)
+        ]
+    }
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def _length(completions: list[str], **columns: Any) -> list[float]:
@@ -53,21 +75,66 @@ _SAMPLED = {"num_generations": 2, "max_completion_length": 6, "per_device_train_
 TRAINERS: dict[str, tuple[type, type, Dataset | None, dict[str, Any]]] = {
     "Trainer": (Trainer, TrainingArguments, None, {}),
     "SFT": (SFTTrainer, SFTConfig, TEXTS, {}),
+    "Seq2Seq": (Seq2SeqTrainer, Seq2SeqTrainingArguments, None, {}),
     "SFT packing": (SFTTrainer, SFTConfig, TEXTS, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
     "SFT completions": (SFTTrainer, SFTConfig, ROWS, {}),
+    "SFT packing bfd": (SFTTrainer, SFTConfig, TEXTS, {"packing": True, "max_length": 64}),
+    "SFT padding-free": (SFTTrainer, SFTConfig, TEXTS, {"padding_free": True, "max_length": None}),
+    "SFT assistant only": (SFTTrainer, SFTConfig, CHATS, {"assistant_only_loss": True}),
+    "SFT dft": (SFTTrainer, SFTConfig, TEXTS, {"loss_type": "dft"}),
+    "SFT NEFTune": (SFTTrainer, SFTConfig, TEXTS, {"neftune_noise_alpha": 5}),
+    "SFT label smoothing": (SFTTrainer, SFTConfig, TEXTS, {"label_smoothing_factor": 0.1}),
+    "SFT finding its batch size": (SFTTrainer, SFTConfig, TEXTS, {"auto_find_batch_size": True}),
     "SFT accumulation": (SFTTrainer, SFTConfig, TEXTS, {"gradient_accumulation_steps": 2}),
     "SFT checkpointing": (SFTTrainer, SFTConfig, TEXTS, {"gradient_checkpointing": True}),
+    "SFT checkpointing, reentrant": (
+        SFTTrainer,
+        SFTConfig,
+        TEXTS,
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
     "SFT bf16": (SFTTrainer, SFTConfig, TEXTS, {"bf16": True}),
     "SFT clipping": (SFTTrainer, SFTConfig, TEXTS, {"max_grad_norm": 0.01}),
+    "SFT no clipping": (SFTTrainer, SFTConfig, TEXTS, {"max_grad_norm": 0.0}),
+    "SFT AdamW fused": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adamw_torch_fused"}),
+    "SFT SGD": (SFTTrainer, SFTConfig, TEXTS, {"optim": "sgd"}),
+    "SFT AdamW8bit": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adamw_bnb_8bit"}),
+    "SFT GaLore": (
+        SFTTrainer,
+        SFTConfig,
+        TEXTS,
+        {"optim": "galore_adamw", "optim_target_modules": ["lora_A", "lora_B"]},
+    ),
+    "SFT GaLore layer-wise": (
+        SFTTrainer,
+        SFTConfig,
+        TEXTS,
+        {"optim": "galore_adamw_layerwise", "optim_target_modules": ["lora_A", "lora_B"]},
+    ),
+    "SFT LOMO": (SFTTrainer, SFTConfig, TEXTS, {"optim": "lomo"}),
+    "SFT schedule-free": (SFTTrainer, SFTConfig, TEXTS, {"optim": "schedule_free_adamw"}),
     "SFT Adafactor": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adafactor"}),
     "DPO": (DPOTrainer, DPOConfig, PAIRS, {}),
     "DPO ipo": (DPOTrainer, DPOConfig, PAIRS, {"loss_type": "ipo"}),
+    "DPO precomputed": (DPOTrainer, DPOConfig, PAIRS, {"precompute_ref_log_probs": True}),
     "KTO": (KTOTrainer, KTOConfig, JUDGED, {}),
     "Reward": (RewardTrainer, RewardConfig, PAIRS, {}),
     "GRPO": (GRPOTrainer, GRPOConfig, PROMPTS, _SAMPLED),
     "GRPO beta": (GRPOTrainer, GRPOConfig, PROMPTS, {**_SAMPLED, "beta": 0.1}),
+    "GRPO twice": (GRPOTrainer, GRPOConfig, PROMPTS, {**_SAMPLED, "num_iterations": 2}),
     "RLOO": (RLOOTrainer, RLOOConfig, PROMPTS, _SAMPLED),
+    "ORPO": (ORPOTrainer, ORPOConfig, PAIRS, {}),
+    "CPO": (CPOTrainer, CPOConfig, PAIRS, {}),
+    "TPO": (TPOTrainer, TPOConfig, TRIPLES, {}),
+    "Online DPO": (OnlineDPOTrainer, OnlineDPOConfig, PROMPTS, {"max_new_tokens": 6}),
+    "GKD": (GKDTrainer, GKDConfig, CHATS, {"max_new_tokens": 6}),
+    "Distillation": (DistillationTrainer, DistillationConfig, PROMPTS, {"max_completion_length": 6}),
+    "SDFT": (SDFTTrainer, SDFTConfig, SHOWN, {"max_completion_length": 6, "num_generations": 1}),
 }
+
+
+def _architecture(name: str) -> Architecture:
+    return ARCHITECTURES["t5" if name == "Seq2Seq" else "llama"]
 
 
 def importance_of(model: Any, rows: Tensor) -> Importance:
@@ -98,18 +165,23 @@ def make_trainer(name: str, tokenizer: Any, rows: Tensor, output: Path, wrapped:
         "bf16": False,
         "gradient_checkpointing": False,
     }
-    built = ARCHITECTURES["llama"].build()
+    built = _architecture(name).build()
     options: dict[str, Any] = {"args": arguments(**{**settings, **changes})}
     if kind is RewardTrainer:
         from transformers import LlamaForSequenceClassification
 
         torch.manual_seed(0)
         built = LlamaForSequenceClassification(built.config.__class__(**{**built.config.to_dict(), "num_labels": 1}))
-    config = LoraConfig(**LORA, task_type="SEQ_CLS" if kind is RewardTrainer else "CAUSAL_LM")
+    if kind in (GKDTrainer, DistillationTrainer):
+        options["teacher_model"] = ARCHITECTURES["llama"].build()
+    task = {RewardTrainer: "SEQ_CLS", Seq2SeqTrainer: "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
+    config = LoraConfig(**LORA, task_type=task)
     config.modules_to_save = None
-    if kind in (GRPOTrainer, RLOOTrainer):
+    if kind in (GRPOTrainer, RLOOTrainer, OnlineDPOTrainer):
         options["reward_funcs"] = _length
-    if kind is Trainer:
+    if data is CHATS:
+        tokenizer.chat_template = TEMPLATE
+    if data is None:
         data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
     else:
         options["processing_class"] = tokenizer
@@ -123,7 +195,7 @@ def make_trainer(name: str, tokenizer: Any, rows: Tensor, output: Path, wrapped:
 def of_trainer(name: str, tokenizer: Any, rows: Tensor, output: Path, wrapped: bool = True) -> str:
     """Train under `protect`: it starts at θ^ν, and each step's gradient grows by that of φ·L_reg and nothing else."""
     torch.manual_seed(1)
-    importance = importance_of(get_peft_model(ARCHITECTURES["llama"].build(), LoraConfig(**LORA)), rows)
+    importance = importance_of(get_peft_model(_architecture(name).build(), LoraConfig(**LORA)), rows)
     trainer = make_trainer(name, tokenizer, rows, output, wrapped)
     penalty = hlora.protect(trainer, importance, PHI, layer_weights="uniform", phi_scale="paper")
     if not penalty.is_at_anchor():
