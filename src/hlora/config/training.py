@@ -21,7 +21,7 @@ _NOT_HERE = {
     "output_dir": "hlora sets it from `output`",
     "seed": "hlora sets it from `seed`",
     "resume_from_checkpoint": "the same command, given again, resumes an interrupted run",
-    "push_to_hub": "hlora uploads nothing while it trains. Afterwards: hf upload REPO <output>/adapter",
+    "push_to_hub": "hlora uploads nothing while it trains. Afterwards: hlora push <output>/adapter REPO",
     "assistant_only_loss": "hlora trains on the answer alone, which is each row's last assistant turn",
     "dataset_text_field": "name the column in general.column",
     "chat_template_path": _TOKENIZER,
