@@ -35,11 +35,21 @@ class Visit(NamedTuple):
     """Addresses outside of the page, https ones by host and port."""
 
 
-def visit(page: Path, scratch: Path) -> Visit:
+def visit(page: Path, scratch: Path, *options: str) -> Visit:
     """Open a file, let it run for three seconds of its own time, and report."""
     with _proxy() as (port, seen):
-        ended = _chromium(scratch, f"--proxy-server=127.0.0.1:{port}", "--dump-dom", page.as_uri())
+        ended = _chromium(scratch, f"--proxy-server=127.0.0.1:{port}", *options, "--dump-dom", page.as_uri())
     return Visit(ended.stdout, _CONSOLE.findall(ended.stderr), [each for each in seen if not _OWN.match(each)])
+
+
+def without_policy(page: Path) -> Path:
+    """The same page without its Content-Security-Policy, under which no script runs."""
+    text = page.read_text(encoding="utf-8")
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert len(bare) < len(text)
+    path = page.with_name(f"bare-{page.name}")
+    path.write_text(bare, encoding="utf-8")
+    return path
 
 
 def screenshot(page: Path, picture: Path, scratch: Path, size: str = "1280,6000") -> None:
@@ -49,7 +59,7 @@ def screenshot(page: Path, picture: Path, scratch: Path, size: str = "1280,6000"
 
 def _chromium(scratch: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={scratch}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=240, check=True)
 
 
 @contextmanager

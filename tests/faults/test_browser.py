@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Visit, visit
+from browser import CHROMIUM, Visit, visit, without_policy
 from made_comparison import COST, SMALL, make_comparison, undone
 from made_results import evaluation, results
 
@@ -77,16 +76,6 @@ class Elements(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
-
-
-def without_policy(page: Path) -> Path:
-    """The same page, to see whether escaping holds by itself."""
-    text = page.read_text(encoding="utf-8")
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    assert len(bare) < len(text)
-    path = page.with_name(f"bare-{page.name}")
-    path.write_text(bare, encoding="utf-8")
-    return path
 
 
 def hostile(value: Any) -> Any:
