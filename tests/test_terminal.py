@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,15 @@ def test_without_a_terminal_the_log_says_step_phase_loss_and_time_left_of_the_ru
     monkeypatch.setattr(progress, "_FIRST", 0.0)
     monkeypatch.setattr(progress, "_EVERY", 0.0)
     caplog.set_level("INFO", "hlora")
-    status, out, _ = hlora("run", file)
+    status, out, _ = hlora("run", file, "--set", "evaluation.generate=3")
     lines = [record.getMessage() for record in caplog.records]
     assert status == 0
     (third,) = (line for line in lines if line.startswith("phase 4 of 5, tune: step 3 of 6, loss "))
     assert " + penalty " in third and " left, run 0:" in third
     scored = [line.split("perplexity, token ")[1] for line in lines if "evaluate hlora: perplexity, token " in line]
     assert [line.split(",")[0] for line in scored] == ["21 of 63", "42 of 63", "63 of 63"]  # one batch, three models
-    assert any(line.startswith("phase 5 of 5, evaluate hlora: answer likelihood 1 of ") for line in lines)
+    for counted in ("answer likelihood, row 8 of 8", "sample answers 3 of 3"):  # one batch each
+        assert any(line.startswith(f"phase 5 of 5, evaluate hlora: {counted}") for line in lines)
     (ended,) = (line for line in lines if line.startswith("tune: 6 steps in "))
     assert "loss " in ended
     headline = verdict(json.loads((Path(job_fields["output"]) / "results.json").read_text())).headline
@@ -107,7 +109,8 @@ def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_t
     assert sha256(stopped / "adapter/adapter_model.safetensors") == sha256(whole / "adapter/adapter_model.safetensors")
 
     def press_in_evaluation(*arguments: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)  # the signal ends it
 
     kept = sha256(stopped / "results.json")
     monkeypatch.setattr("hlora.evaluation.evaluate.text_likelihood", press_in_evaluation)

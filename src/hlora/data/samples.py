@@ -46,7 +46,7 @@ def model_samples(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         batches = [min(32, config.samples - done) for done in range(0, config.samples, 32)]
-        for size in counted(batches, "sampling general text"):
+        for size in counted(batches, "sampling general text, sample", int):
             first = torch.full((size, 1), start)
             texts = written(model, tokenizer, first, new_tokens=config.sample_tokens, temperature=config.temperature)
             samples += tokenizer.batch_decode(texts, skip_special_tokens=True)

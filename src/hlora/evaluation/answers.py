@@ -27,8 +27,8 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
     rendered = [render(tokenizer, example) for example in examples]
     order = sorted(range(len(rendered)), key=lambda i: rendered[i].end)
     values = [0.0] * len(rendered)
-    for start in counted(range(0, len(order), batch_size), "answer likelihood"):
-        chosen = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chosen in counted(batches, "answer likelihood, row", len):
         sequences = [torch.tensor(rendered[i].ids[: rendered[i].end]) for i in chosen]
         losses = token_losses(model, sequences, [rendered[i].end - rendered[i].start for i in chosen])
         for i, loss in zip(chosen, losses, strict=True):
@@ -46,7 +46,7 @@ def generate_answers(
     stops = sorted({row.ids[row.end] for row in rows if row.end < len(row.ids)} & special)  # such as <|im_end|>
     answers: list[str] = []
     batches = _batches(rows, settings.batch_size, limit, context)
-    for batch in counted(batches, "sample answers"):
+    for batch in counted(batches, "sample answers", len):
         ids, mask = _padded_left([row.prompt_ids for row in batch], tokenizer.pad_token_id)
         room = limit if context is None else min(limit, context - ids.shape[1])
         found = written(model, tokenizer, ids, mask=mask, new_tokens=room, stops=stops)

@@ -124,18 +124,17 @@ def fisher_of_sequences(
             x = matrix.scale**2 * (x @ A.T) @ A
         add_squares_(sums[name], x, output_gradient)
 
-    batches = range(0, examples, batch_size)
-    steps = counted(batches, "squared gradients")
+    batches = [range(examples)[start : start + batch_size] for start in range(0, examples, batch_size)]
     watched = layer_gradients(list(matrices.values()), add, adapter=False)
     with _at_pretrained_weights(model), watched, torch.enable_grad():
-        for start in steps:
-            batch = sequences[start : start + batch_size].to(model.device)
+        for rows in counted(batches, "squared gradients, sequence", len):
+            batch = sequences[rows.start : rows.stop].to(model.device)
             seen.clear()
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             logits = widened(logits)
             targets = batch[:, 1:].flatten()
             if labels == "sampled":
-                targets = _sample(logits.detach(), uniform[start : start + batch_size].flatten())
+                targets = _sample(logits.detach(), uniform[rows.start : rows.stop].flatten())
             nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     for total in sums.values():
         for part in encodings.parts(total).values():

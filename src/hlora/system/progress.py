@@ -21,7 +21,7 @@ from rich.text import Text
 
 logger = logging.getLogger("hlora")
 
-Item = TypeVar("Item")
+Batch = TypeVar("Batch")
 
 WholeRun = Callable[[float | None, int], float | None]
 """Seconds that the whole run will still take, by those of the present work and its number of parts."""
@@ -101,12 +101,12 @@ def line(what: str, total: int, done: int = 0) -> Iterator[Line]:
         _active = outer
 
 
-def counted(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """The items, with a progress line."""
-    with line(what, len(items)) as shown:
-        for number, item in enumerate(items, 1):
-            yield item
-            shown.update(number)
+def counted(batches: Sequence[Batch], what: str, rows: Callable[[Batch], int]) -> Iterator[Batch]:
+    """The batches, with a progress line that counts their rows."""
+    with line(what, sum(map(rows, batches))) as shown:
+        for batch in batches:
+            yield batch
+            shown.add(rows(batch))
 
 
 @contextmanager
