@@ -48,7 +48,7 @@ def fields(data: Path, output: Path, processes: int) -> dict[str, Any]:
             "train": f"{data}/qasc/train.jsonl",
             "test": f"{data}/qasc/test.jsonl",
         },
-        "importance": {"encoding": "float32"},
+        "importance": {"method": "path_integral", "encoding": "float32"},
         "training": {
             "common": {
                 "learning_rate": 8e-4,

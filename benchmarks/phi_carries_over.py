@@ -2,14 +2,14 @@
 
     python benchmarks/phi_carries_over.py GENERAL.txt HELD_OUT.txt QUESTIONS.jsonl [--model DIR] [--output FILE]
 
-For each setting: one general phase (Ω factored), then the same domain phase unprotected, with φ_relative = 9, and with
-the raw φ of Eq. 16 that equals φ_relative = 9 in the first setting. Reported: the raw φ that φ_relative = 9 stands for,
-and the loss on held-out general text that comes back in each domain phase, nats per token and as a share of what
-comes back unprotected. A φ carries over if its share stays alike from row to row.
+For each setting: one general phase, which records a factored path integral, then the same domain phase unprotected,
+with φ_relative = 9, and with the raw φ of Eq. 16 that equals φ_relative = 9 in the first setting. Reported: the raw φ
+that φ_relative = 9 stands for, and the loss on held-out general text that comes back in each domain phase, nats per
+token and as a share of what comes back unprotected. A φ carries over if its share stays alike from row to row.
 
 The small Llama (2 layers of 64) is trained here, from scratch, on the first half of GENERAL: a model unlike SmolLM2 in
-size, depth and quality. Layer weights are norm shares, for the softmax of
-Eq. 15 changes with ξ by itself (method.md, reading 4).
+size, depth and quality. Layer weights are norm shares, since the softmax of Eq. 15 changes with ξ by itself
+(docs/equations.md).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def record(model: Any, tokens: Tensor, setting: Setting) -> Importance:
-    recorder = ImportanceRecorder(model)
+    recorder = ImportanceRecorder(model, method="path_integral")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     for batch, _ in zip(batches(tokens), range(setting.steps), strict=False):
         model(input_ids=batch, labels=batch).loss.backward()

@@ -271,12 +271,13 @@ def job() -> None:
         (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recorded = {}
     for name, device in (("cpu", "cpu"), ("device", str(DEVICE))):
-        for encoding in encodings.ENCODINGS:
+        for encoding in encodings.ENCODINGS:  # squared gradients, the default, are always factored
+            method = "squared_gradients" if encoding == "factored" else "path_integral"
             fields = {
                 "output": str(root / f"{name}-{encoding}"),
                 "model": {"name": model, "device": device, "dtype": "float32"},
                 "lora": {"rank": 4, "alpha": 8},
-                "importance": {"encoding": encoding},
+                "importance": {"method": method, "encoding": encoding},
                 "general": {"paths": [str(root / "general.txt")]},
                 "domain": {"task": "rows", "train": str(root / "train.jsonl"), "test": str(root / "test.jsonl")},
                 "training": {
