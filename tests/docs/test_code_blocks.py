@@ -42,7 +42,8 @@ GUIDES = "tests/test_guides.py::test_the_"
 NOT_RUN = {
     "README.md": {
         "make demo    #": "sets up a virtual environment: 3 GB; the make targets are checked",
-        "pip install '.[run]'": "installs a package; the commands after it are those of docs/quickstart.md",
+        "pip install '.[run]'": "installs a package; its commands are in docs/quickstart.md, tests/test_chain.py and "
+        "tests/after/test_chat.py",
     },
     "docs/guides/after-training.md": {
         "hlora chat": "tests/after/test_chat.py",
@@ -58,7 +59,8 @@ NOT_RUN = {
     "docs/guides/distributed.md": {
         "-m hlora run run.yaml\naccelerate launch --multi_gpu --num_machines=1": "tests/parallel/test_distributed.py",
         "accelerate launch --use_fsdp": "needs GPUs, or a modified Accelerate: tests/parallel",
-        "--rdzv-endpoint=FIRST_MACHINE": "needs several machines",
+        "--rdzv-endpoint=FIRST_MACHINE": "needs several machines; the same as two nodes of one machine: "
+        "tests/parallel/test_distributed.py::test_launchers_on_two_nodes_record_what_one_process_does",
         "#SBATCH": "needs Slurm",
         "train.py ddp DIRECTORY": f"{GUIDES}script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2",
         "dist.init_process_group()": f"{GUIDES}script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2",

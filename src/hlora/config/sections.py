@@ -105,8 +105,8 @@ class LoraSettings(Section):
     target_modules: list[str] | str = ["q_proj", "v_proj"]
     """Modules to adapt and protect, as a list of names or name endings (paper: q_proj, v_proj); a single name is a list
     of one. `all-linear`: every linear layer except the output layer. Text with any of *+?()[]{}|^$ or a backslash is a
-    regular expression that has to match a module's full name, such as `.+layers\\.[0-3]\\..+_proj`. In a mixture of
-    experts name the attention's modules: experts stored as one parameter are refused."""
+    regular expression that has to match a module's full name, such as `.+layers\\.[0-3]\\..+_proj`. Experts
+    of a mixture that are stored as one parameter need importance.method path_integral."""
     exclude_modules: list[str] | str | None = None
     """Names, or one regular expression, of modules that `target_modules` matches and that are not adapted."""
     rslora: bool = False
