@@ -112,10 +112,11 @@ def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_t
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)  # the signal ends it
 
-    kept = sha256(stopped / "results.json")
+    kept = [sha256(stopped / name) for name in ("results.json", "config.yaml")]
     monkeypatch.setattr("hlora.evaluation.evaluate.text_likelihood", press_in_evaluation)
-    status, _, error = hlora("evaluate", file, "--set", f"output={stopped}")
-    assert status == 130 and sha256(stopped / "results.json") == kept
+    status, _, error = hlora("evaluate", file, "--set", f"output={stopped}", "--set", "evaluation.max_tokens=32")
+    assert status == 130
+    assert [sha256(stopped / name) for name in ("results.json", "config.yaml")] == kept
     assert error.splitlines()[-1] == (
         "hlora: stopped. Adapter and earlier results are kept; the same command, given again, measures from the start."
     )

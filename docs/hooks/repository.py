@@ -51,6 +51,8 @@ def _link(found: re.Match[str], source: str, here: str) -> str:
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if not (REPOSITORY / path).exists():
         log.warning("%s links to %s, which is not there", source, target)
+    if (REPOSITORY / path).is_dir():  # the site has pages, and no listing of a folder
+        return text
     if path in PAGES:
         path = PAGES[path]
     elif path.startswith("docs/"):

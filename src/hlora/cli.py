@@ -88,9 +88,9 @@ def tune(
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure the base model and <output>/adapter; write results.json and report.html."""
     settings = load_named(config, overrides)
-    from hlora import pipeline
-
     with resumable("Adapter and earlier results are kept; the same command, given again, measures from the start."):
+        from hlora import pipeline
+
         _show(pipeline.evaluate_output(settings, typed_command()))
 
 

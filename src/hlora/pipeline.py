@@ -121,7 +121,6 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config), resumable=False)
         check_adapter(job, adapter)
-        on_main(job.keep_config)
         results = on_main(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError):  # it may be missing or damaged; this one replaces it
             kept = read_results(job.output)
@@ -137,6 +136,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         measure_earlier(job, results, earlier)
         if importance is not None:
             results["importance"] = describe(importance, config)
+        on_main(job.keep_config)  # not earlier: after Ctrl-C, config.yaml must still be that of results.json
         return on_main(lambda: finish(job, results))
 
 
