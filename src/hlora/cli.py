@@ -53,12 +53,12 @@ def run(
 ) -> None:
     """Record importance on general text, tune on the domain under its protection, evaluate, report."""
     settings = load_named(config, overrides, importance=importance, after=after)
-    from hlora import pipeline
-
     if dry_run:
         show_check(settings)
     else:
         with resumable():
+            from hlora import pipeline
+
             _show(pipeline.run(settings, typed_command(), overwrite))
 
 
@@ -66,9 +66,9 @@ def run(
 def record(config: ConfigPath, overwrite: Overwrite = False, overrides: Overrides = None) -> None:
     """The general phase alone: writes <output>/importance."""
     settings = load_named(config, overrides)
-    from hlora import pipeline
-
     with resumable():
+        from hlora import pipeline
+
         _print(f"importance: {pipeline.record(settings, overwrite)}")
 
 
@@ -78,9 +78,9 @@ def tune(
 ) -> None:
     """The domain phase alone, protected by <output>/importance: writes <output>/adapter."""
     settings = load_named(config, overrides, importance=importance)
-    from hlora import pipeline
-
     with resumable():
+        from hlora import pipeline
+
         _print(f"adapter: {pipeline.tune(settings, overwrite)}")
 
 
@@ -148,12 +148,12 @@ def demo(
 ) -> None:
     """The whole job on a small model and data that need no download from the hub. 8 to 13 minutes on two CPU cores."""
     say_loading("demo")
-    from hlora import pipeline
-    from hlora.config.reading import parse_config
-    from hlora.data import demo
-
-    settings: Any = parse_config(demo.demo_config(output), "demo", overrides)
     with resumable():
+        from hlora import pipeline
+        from hlora.config.reading import parse_config
+        from hlora.data import demo
+
+        settings: Any = parse_config(demo.demo_config(output), "demo", overrides)
         _show(pipeline.run(settings, typed_command(), overwrite))
 
 

@@ -93,9 +93,9 @@ def _compare_chains(config: Path, overrides: list[str] | None) -> None:
     settings = load_chains(config, overrides)
     check_files(settings)
     say_loading(config)
-    from hlora.comparison.chains.compare import compare_chains
-
     with resumable("Finished chains are kept. The same command, given again, computes the others."):
+        from hlora.comparison.chains.compare import compare_chains
+
         table = compare_chains(settings)
     typer.echo(table)
     typer.echo(f"table: {Path(settings.output) / 'chains.md'}")
