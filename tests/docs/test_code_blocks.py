@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hlora import cli
 from hlora.config.comparison import CompareConfig
-from hlora.config.reading import load_comparison, load_config, parse_config, read_yaml
+from hlora.config.reading import load_chains, load_comparison, load_config, parse_config, read_yaml
 from hlora.config.sections import DomainConfig
 from hlora.config.starting import starting_yaml
 from hlora.data.domain import domain_rows
@@ -277,5 +277,7 @@ def check_hlora(arguments: list[str]) -> None:
     name, *rest = arguments
     parsed = group.commands[name].make_context(name, rest).params
     if config := parsed.get("config"):
-        read: Callable[..., Any] = load_comparison if name == "compare" else load_config
+        read: Callable[..., Any] = load_config
+        if name == "compare":
+            read = load_chains if "domains" in read_yaml(config) else load_comparison
         read(config, parsed["overrides"])
