@@ -199,6 +199,24 @@ def test_the_recorder_is_the_configured_one(peft_model: PeftModel) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_leaves_out_excluded_modules_and_trains_others_unprotected_where_it_is_told_to(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    embedded = ("--set", "lora.target_modules=[q_proj, v_proj, embed_tokens]", "--set", "baselines=[]")
+    status, _, err = hlora("run", config, *embedded)
+    assert status == 2 and re.search(r"embed_tokens \(LoRA on an embedding\).*importance\.unprotected: warn", err), err
+    fields = (*embedded, "--set", "evaluation.accuracy=false", "--set", "importance.unprotected=warn")
+    with pytest.warns(UserWarning, match=r"cannot protect model\.embed_tokens \(LoRA on an embedding\)"):
+        status, _, err = hlora("run", config, *fields, "--set", "lora.exclude_modules=[layers.0.self_attn.v_proj]")
+    assert status == 0, err
+    protected = ["model.layers.0.self_attn.q_proj", *(f"model.layers.1.self_attn.{which}_proj" for which in "qv")]
+    assert sorted(Importance.load(tmp_path / "out" / "importance").matrices) == protected
+    tuned = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(tuned) == 2 * len(protected) + 2 and not [name for name in tuned if "layers.0.self_attn.v_proj" in name]
+    assert next(each for name, each in tuned.items() if "lora_embedding_B" in name).abs().max() > 0
+
+
+@pytest.mark.slow
 def test_general_text_can_be_the_models_own(hlora: Invoke, config: Path, tmp_path: Path) -> None:
     own = ["general.source=model", "general.paths=[]", "general.samples=24", "general.sample_tokens=24"]
     arguments = [part for field in own for part in ("--set", field)]

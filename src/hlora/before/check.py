@@ -170,7 +170,11 @@ def _measure(found: Check, rows: tuple[Dataset, Dataset], earlier: int) -> Impor
         model, penalty = protected(job, importance, config.penalty.phi, config.penalty.layer_weights)
         if config.penalty.anchor == "general":
             method = importance.provenance.get("method", "path_integral")
-            callbacks = [ImportanceRecorder(model, importance.encoding, method=method, seed=config.seed).callback()]
+            unprotected = config.importance.unprotected
+            recorder = ImportanceRecorder(
+                model, importance.encoding, unprotected=unprotected, method=method, seed=config.seed
+            )
+            callbacks = [recorder.callback()]
         callbacks.append(penalty.callback())
     cost = measured_phase(job, model, "tune", rows=rows[1], total_rows=total, arguments=arguments, callbacks=callbacks)
     found.costs.append(cost)

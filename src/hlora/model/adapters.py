@@ -68,13 +68,13 @@ def adapted_matrices(
             refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix of adapter {adapter!r})")
     if refused:
         shown = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
-        message = (
-            f"importance covers one adapter, LoRA on linear layers and experts; it cannot protect {shown}. "
-            "Leave them out of the LoraConfig or freeze them, or pass unprotected='warn' to train them unprotected."
-        )
+        which = f"importance covers one adapter, LoRA on linear layers and experts; it cannot protect {shown}."
         if unprotected == "refuse" or not found:
-            raise AdapterError(message)
-        warnings.warn(message, stacklevel=2)
+            raise AdapterError(
+                f"{which} Leave them out of target_modules or freeze them. Or train them unprotected: "
+                "unprotected='warn', in the YAML of a run importance.unprotected: warn."
+            )
+        warnings.warn(f"{which} They are trained unprotected.", stacklevel=2)
     return found
 
 

@@ -130,7 +130,8 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History, Im
     recorder = None
     if options.anchor == "general":
         method = importance.provenance.get("method", "path_integral")
-        recorder = ImportanceRecorder(model, importance.encoding, method=method, seed=job.config.seed)
+        unprotected, seed = job.config.importance.unprotected, job.config.seed
+        recorder = ImportanceRecorder(model, importance.encoding, unprotected=unprotected, method=method, seed=seed)
     history = train_on_domain(job, model, "tune", penalty, recorder=recorder)
     return model, history, None if recorder is None else _with_domain(job, importance, recorder)
 
