@@ -38,6 +38,7 @@ def train(model_dir: str, tmp_path: Path, name: str, number: int, **settings: An
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_qkv_kernel": False,  # else Axolotl switches all of its kernels on
         "max_steps": STEPS,
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 1,

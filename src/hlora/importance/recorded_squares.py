@@ -191,8 +191,8 @@ class RecordedSquares:
         if self._passes == 0:
             raise AdapterError(
                 "squared gradients are read from the layers' backward pass, and none went through them since the last "
-                "step. Fused kernels (Unsloth, Axolotl's lora_*_kernel options) go round the layers: switch them off, "
-                "or record by method path_integral. In a loop of your own, make the recorder before the backward pass."
+                "step. Fused kernels go round the layers. Switch them off (Axolotl: lora_qkv_kernel: false), or record "
+                "by method path_integral. In a loop of your own, make the recorder before the backward pass."
             )
         gradients = [f.grad for m in self.matrices for f in m.parameters if f.grad is not None]
         self._gradient_norm = torch.zeros((), device=self.total.device)
