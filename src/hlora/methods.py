@@ -73,7 +73,7 @@ CHAINS: dict[str, Method] = {
     "hlora": Method("HLoRA", f"{_CHAINS}:hlora"),
     "uniform": Method("HLoRA, uniform importance", f"{_CHAINS}:uniform"),
     "sequential": Method("Sequential LoRA", f"{_CHAINS}:sequential"),
-    "replay": Method("Sequential LoRA, 20 % replay of earlier domains", f"{_CHAINS}:replay"),
+    "replay": Method("Sequential LoRA with replay of earlier domains", f"{_CHAINS}:replay"),
     "online_ewc": Method("Online EWC", f"{_CHAINS}:online_ewc"),
     "olora": Method("O-LoRA", f"{_CHAINS}:olora"),
     "one_each": Method("One adapter a domain (bound)", f"{_CHAINS}:one_each"),

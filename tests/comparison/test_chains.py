@@ -65,6 +65,16 @@ def test_the_methods_agree_until_a_second_domain_comes_and_finished_chains_are_k
     assert len(kept) == 12
     assert (tmp_path / "chains" / "chains.md").read_text(encoding="utf-8") == table
 
+    importance = tmp_path / "chains" / "seed-0" / "importance" / "importance.safetensors"
+    recorded = importance.read_bytes()
+    for path in cells.glob("*.json"):
+        path.rename(path.with_suffix(".kept"))
+    fewer = ("seeds=[0]", "methods=[hlora]", "orders=given", "training.record.max_steps=2")
+    assert hlora("compare", chain_file, *(part for each in fewer for part in ("--set", each)))[0] == 0
+    assert importance.read_bytes() != recorded, "an importance of another general phase was used"
+    for path in cells.glob("*.kept"):
+        path.rename(path.with_suffix(".json"))
+
     status, _, err = hlora("compare", chain_file, "--set", "seeds=[0]", "--set", "penalty.phi=3")
     assert status == 2 and "has other settings: penalty.phi" in err, err
     (tmp_path / "minus-train.jsonl").write_text('{"prompt": "2 - 1?", "completion": " 1"}\n' * 2, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 cells/<method>-<order>-<seed>.json   the answer NLL of every question of every domain, and the forgetting of general
                                      text, for the base model and after each domain
-importance-<seed>/                   of the general phase, which HLoRA and its uniform form share
+seed-<seed>/importance/              of the general phase, which HLoRA and its uniform form share
 chains.md                            the table
 """
 
@@ -27,7 +27,7 @@ from hlora.run.lengths import fit_lengths
 from hlora.run.results import provenance
 from hlora.run.reuse import differences
 from hlora.system.errors import ConfigError, DataError
-from hlora.system.files import write_json, write_text
+from hlora.system.files import make_directory, write_json, write_text
 from hlora.system.redaction import redacted
 
 logger = logging.getLogger("hlora")
@@ -118,9 +118,11 @@ class _Chains:
     def _jobs(self, seed: int) -> dict[str, Job]:
         """A job for each domain, by name. All share the model and the general text."""
         found: dict[str, Job] = {}
+        output = Path(self.config.output) / f"seed-{seed}"
+        make_directory(output)
         for step in steps_of(self.config):
             fitted = fit_lengths(step.model_copy(update={"seed": seed, "after": None}), self.opened.base)
-            job = Job(fitted, self.opened.base, self.opened.tokenizer, Path(self.config.output))
+            job = Job(fitted, self.opened.base, self.opened.tokenizer, output)
             found[Path(step.output).name] = job
             job.general = next(iter(found.values())).general
             job.domain  # noqa: B018

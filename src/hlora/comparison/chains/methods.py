@@ -23,6 +23,7 @@ from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.run.phases import lora, record_phase, train_on_domain, tune_phase
+from hlora.run.reuse import importance_here
 
 REPLAYED = 0.2
 """Replay: the share of the rows that are of earlier domains."""
@@ -136,13 +137,13 @@ def _held(jobs: list[Job], used: Callable[[Importance], Importance]) -> Models:
 
 
 def _general_importance(job: Job) -> Importance:
-    """The importance of the general phase, recorded once a seed."""
-    directory = job.output / f"importance-{job.config.seed}"
-    if not directory.is_dir():
+    """The importance of the general phase, recorded once a seed, and again where settings or text have changed."""
+    importance = importance_here(job, overwrite=True)
+    if importance is None:
         model, importance, _ = record_phase(job)
-        importance.save(directory)
+        importance.save(job.output / "importance")
         model.unload()
-    return Importance.load(directory)
+    return importance
 
 
 def _fresh(job: Job) -> PeftModel:
