@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html import unescape
 from typing import Any
 
+from hlora.config.chains import ChainComparison
 from hlora.config.comparison import CompareConfig
 from hlora.config.run import RunConfig
 
@@ -35,13 +36,24 @@ def commands() -> str:
 
 
 def fields() -> str:
-    """Every field in Markdown: of a run, and what a comparison has besides."""
-    run, comparison = RunConfig.model_json_schema(), CompareConfig.model_json_schema()
-    of_run = "\n".join(_section(run, run["$defs"], "", 2))
-    more = {name: field for name, field in comparison["properties"].items() if name not in run["properties"]}
-    of_comparison = "\n".join(_section({"properties": more}, comparison["$defs"], "", 3))
-    lead = "`hlora compare` reads the fields above except `domain` and `seed`, and these:"
-    return f"{of_run}\n\n## In a comparison\n\n{lead}\n\n{of_comparison}\n"
+    """Every field in Markdown: of a run, and what a comparison of methods or of chains has besides."""
+    run = RunConfig.model_json_schema()
+    page = "\n".join(_section(run, run["$defs"], "", 2))
+    left_out = "`after`, `baselines`, `domain` and `seed`"
+    for heading, lead, prefix, model in (
+        ("methods", f"The fields above without `domains`, {left_out}; and these:", "", CompareConfig),
+        (
+            "chains",
+            f"The fields above, `domains` among them, without {left_out}; and these:",
+            "chains.",
+            ChainComparison,
+        ),
+    ):
+        schema = model.model_json_schema()
+        more = {name: field for name, field in schema["properties"].items() if name not in run["properties"]}
+        made = "\n".join(_section({"properties": more}, schema["$defs"], "", 3))
+        page += f"\n\n## In a comparison of {heading}\n\n{lead}\n\n" + made.replace("{ #", f"{{ #{prefix}")
+    return page + "\n"
 
 
 def _section(schema: dict[str, Any], definitions: dict[str, Any], prefix: str, level: int) -> Iterator[str]:
@@ -74,7 +86,7 @@ def _type(field: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return " or ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
-        return "list of sections" if "$ref" in field["items"] else f"list, each {_type(field['items'])}"
+        return "list of sections" if "$ref" in field["items"] else f"list (each {_type(field['items'])})"
     if field.get("type") == "object":
         held = field.get("additionalProperties")
         return f"mapping, each {_type(held)}" if isinstance(held, dict) else "mapping"

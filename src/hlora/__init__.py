@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hlora.system.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError
+from hlora.system.errors import AdapterError, ArtifactError, ConfigError, DataError, HloraError, TrainingError
 
 if TYPE_CHECKING:
     from hlora.budget.budget import ForgettingBudget
@@ -30,6 +30,7 @@ __all__ = [
     "RecordCallback",
     "SampleProbe",
     "TextProbe",
+    "TrainingError",
     "keep_trainable",
     "protect",
 ]
