@@ -42,11 +42,19 @@ FRAMEWORKS = {"axolotl": "axolotl", "llama_factory": "llamafactory", "ms_swift":
 collect_ignore = [f"integrations/test_{name}.py" for name, package in FRAMEWORKS.items() if find_spec(package) is None]
 
 
+MADE_ONCE = ("computed", "launch", "forked", "made", "faults", "site")
+"""Fixtures of a whole session or module that take 10 to 90 s: `make` has their tests in one of its two processes."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/faults are slow: killed runs, failing disks, thousands of malformed inputs, a browser."""
+    """tests/faults are slow: killed runs, failing disks, hundreds of malformed inputs, a browser."""
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.slow)
+        for name in MADE_ONCE:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
 
 
 def pytest_collection_finish() -> None:

@@ -391,8 +391,11 @@ SHARDED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
 }
 
 
-def launch(processes: int, arguments: list[str], sharded: bool, at: tuple[str, str] | None) -> dict[str, Any]:
-    """Statuses, and what all processes wrote. When one fails the others are stopped, as torchrun does it."""
+def launch(processes: int, arguments: list[str], asked: set[str], at: tuple[str, str] | None) -> dict[str, Any]:
+    """Statuses, and what all processes wrote. When one fails the others are stopped, as torchrun does it.
+
+    asked: `sharded`, by FSDP2; `unaided`, where Accelerate shards on accelerators alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -405,7 +408,11 @@ def launch(processes: int, arguments: list[str], sharded: bool, at: tuple[str, s
                 os.dup2(log.fileno(), 2)
                 names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 os.environ |= {name: str(value) for name, value in names.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (SHARDED if sharded else {})
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                if "sharded" in asked:
+                    os.environ |= SHARDED
+                if "unaided" not in asked:
+                    accelerate_shards_on_a_cpu()
                 command_line(arguments, at)
             running[pid] = number
         statuses = [0] * processes
@@ -423,7 +430,6 @@ def launch(processes: int, arguments: list[str], sharded: bool, at: tuple[str, s
 def command_line(arguments: list[str], at: tuple[str, str] | None) -> None:
     """Ends this process."""
     torch.set_num_threads(1)
-    accelerate_shards_on_a_cpu()
     usual = Checkpoints.on_step_end
     checkpoint._EVERY = 0.0
 
@@ -455,10 +461,10 @@ if __name__ == "__main__":
         gc.collect(), gc.freeze()  # or each fork goes through all that was imported whenever Accelerate collects
         for given in sys.stdin:
             how, _, arguments_given = given.partition(" -- ")
-            count, *where = how.split()
-            sharded = "sharded" in where
-            place = tuple(where[sharded:]) or None
-            print(json.dumps(launch(int(count), arguments_given.split(), sharded, place)), flush=True)  # type: ignore[arg-type]
+            count, *words = how.split()
+            asked = {"sharded", "unaided"} & {*words}
+            at = tuple(word for word in words if word not in asked) or None
+            print(json.dumps(launch(int(count), arguments_given.split(), asked, at)), flush=True)  # type: ignore[arg-type]
         sys.exit()
     count, directory, results, *scenarios = sys.argv[1:]
     Path(results).mkdir(exist_ok=True)

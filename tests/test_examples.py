@@ -84,9 +84,9 @@ def test_an_example_shows_the_penalty_which_is_zero_at_the_general_adapter_only(
     assert penalties[0] == 0 and all(value > 0 for value in penalties[1:])
 
 
-# A second run takes 8 s, and that of trainer.py would show what that of sft_trainer.py does.
+# A second run takes 8 s or more; in a trainer the penalty is the same callback as in tests/importance.
 @pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES[:2], ids=[path.stem for path in EXAMPLES[:2]], indirect=True)
+@pytest.mark.parametrize("example", EXAMPLES[:1], ids=[EXAMPLES[0].stem], indirect=True)
 def test_the_penalty_keeps_an_example_closer_to_the_general_adapter(
     example: dict[str, Any], model_dir: str, tmp_path: Path
 ) -> None:

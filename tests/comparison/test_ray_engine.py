@@ -43,17 +43,12 @@ def ray() -> Any:
     return pytest.importorskip("ray", reason="needs Ray: make test-all")
 
 
-def command(file: Path, *options: str) -> list[str]:
-    return [sys.executable, "-c", "from hlora.cli import main; main()", "compare", str(file), *options]
-
-
-def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
-
-
 @contextmanager
-def started(file: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(command(file, *options), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+def started(file: Path, *options: str, tries: int = 4) -> Iterator[subprocess.Popen[str]]:
+    """`hlora compare` with so many tries for a cell."""
+    code = f"from hlora.comparison import ray_engine; ray_engine._TRIES = {tries}; from hlora.cli import main; main()"
+    command = [sys.executable, "-c", code, "compare", str(file), *options]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -131,7 +126,9 @@ def found_in(output: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, five_cells: Path, tmp_path: Path) -> None:
+def test_a_grid_with_a_killed_worker_ends_as_one_in_process(
+    ray: Any, hlora: Any, five_cells: Path, tmp_path: Path
+) -> None:
     """Two local workers; one is killed while it computes, once two cells are there. Compared bit by bit.
 
     What fails inside a cell is said there, and not tried again.
@@ -139,8 +136,8 @@ def test_a_grid_with_a_killed_worker_ends_as_one_in_process(ray: Any, five_cells
     arms = yaml.safe_load(five_cells.read_text(encoding="utf-8"))["arms"]
     change(five_cells, arms={**arms, "wrong": {"method": "osf", "strengths": [2.0], "seeds": [0]}})
     whole, split = tmp_path / "whole", tmp_path / "split"
-    done = run(five_cells, "--set", f"output={whole}")
-    assert done.returncode == 0, done.stderr
+    status, _, err = hlora("compare", five_cells, "--set", f"output={whole}")
+    assert status == 0, err
     with started(five_cells, "--set", f"output={split}", "--engine", "ray", "--cpus-per-cell", "1") as process:
         while process.poll() is None and len(cells(split)) < 2:
             time.sleep(0.02)
@@ -191,7 +188,7 @@ def test_a_grid_on_two_machines_of_which_one_dies_is_finished_by_the_other(
 @pytest.mark.slow
 def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path, tmp_path: Path) -> None:
     change(comparison_file, arms={"Base": {"method": "base"}}, seeds=[0], unprotected=None)
-    with started(comparison_file, "--engine", "ray") as process:
+    with started(comparison_file, "--engine", "ray", tries=2) as process:  # each has to import for 12 s
         while process.poll() is None:
             # Not idle ones: Ray waits a minute for each that is killed as it starts, and ray.init may never end.
             for worker in workers(process.pid, "ray::_work"):
@@ -202,7 +199,7 @@ def test_workers_that_all_die_end_in_one_message(ray: Any, comparison_file: Path
     assert process.returncode == 2, err
     *_, last = err.strip().splitlines()
     assert last.startswith("hlora: 1 of 1 cells are not computed, since workers died again and again"), err
-    assert err.count("trying again elsewhere") == 3 and "Traceback" not in err, err
+    assert err.count("trying again elsewhere") == 1 and "Traceback" not in err, err
     assert not cells(tmp_path / "grid") and not list((tmp_path / "grid").glob(".driver-*"))
 
 
