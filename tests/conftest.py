@@ -42,19 +42,20 @@ FRAMEWORKS = {"axolotl": "axolotl", "llama_factory": "llamafactory", "ms_swift":
 collect_ignore = [f"integrations/test_{name}.py" for name, package in FRAMEWORKS.items() if find_spec(package) is None]
 
 
-MADE_ONCE = ("computed", "launch", "forked", "made", "faults", "site")
-"""Fixtures of a whole session or module that take 10 to 90 s: `make` has their tests in one of its two processes."""
+ONE_PROCESS = ("computed", "launch", "made", "faults", "site", "example", "ray")
+"""Fixtures whose tests are kept in one of `make test-all`'s two processes. They take 5 to 90 s; or are clusters of Ray,
+which find each other.
+"""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/faults are slow: killed runs, failing disks, hundreds of malformed inputs, a browser."""
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-        for name in MADE_ONCE:
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
-                break
+        if group := next((name for name in ONE_PROCESS if name in getattr(item, "fixturenames", ())), None):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:

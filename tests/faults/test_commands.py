@@ -322,7 +322,7 @@ def test_wrong_comparisons(sample: Sample, tally: Any) -> None:
         sample.write(changed(fields, path, value))
         corpus.case(f"{path} = {value!r:.60}", [key for key in path if isinstance(key, str)], meant(path, value))
     corpus.bytes_of(sample.write(fields))
-    corpus.end("compare.yaml", tally, 50)
+    corpus.end("compare.yaml", tally, 40)
     assert not list(Path().iterdir())  # with --dry-run nothing is written
 
 
@@ -525,9 +525,10 @@ def test_wrong_results(name: str, sample: Sample, tally: Any, monkeypatch: pytes
     try:
         for step in range(LENGTHS):
             case(f"{name} cut at {len(content) * step // LENGTHS}", content[: len(content) * step // LENGTHS])
-        for key in whole:
+        for number, key in enumerate(whole):
             case(f"without {key}", json.dumps({k: v for k, v in whole.items() if k != key}).encode())
-            for value in (None, "x", [1], {"a": 1}):
+            values: tuple[Any, ...] = (None, "x", [1], {"a": 1})
+            for value in values if LONG else values[number % 4 :][:1]:
                 case(f"{key} = {value!r}", json.dumps({**whole, key: value}).encode())
         for odd in (b"[]", b"1", b"null", b"[" * 100_000, b"\xff", b'{"arms": {"base": 1}}'):
             case(f"{odd[:20]!r}", odd)
