@@ -96,24 +96,8 @@ TRAINERS: dict[str, tuple[type, type, Dataset | None, dict[str, Any]]] = {
     "SFT bf16": (SFTTrainer, SFTConfig, TEXTS, {"bf16": True}),
     "SFT clipping": (SFTTrainer, SFTConfig, TEXTS, {"max_grad_norm": 0.01}),
     "SFT no clipping": (SFTTrainer, SFTConfig, TEXTS, {"max_grad_norm": 0.0}),
-    "SFT AdamW fused": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adamw_torch_fused"}),
-    "SFT SGD": (SFTTrainer, SFTConfig, TEXTS, {"optim": "sgd"}),
-    "SFT AdamW8bit": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adamw_bnb_8bit"}),
-    "SFT GaLore": (
-        SFTTrainer,
-        SFTConfig,
-        TEXTS,
-        {"optim": "galore_adamw", "optim_target_modules": ["lora_A", "lora_B"]},
-    ),
-    "SFT GaLore layer-wise": (
-        SFTTrainer,
-        SFTConfig,
-        TEXTS,
-        {"optim": "galore_adamw_layerwise", "optim_target_modules": ["lora_A", "lora_B"]},
-    ),
-    "SFT LOMO": (SFTTrainer, SFTConfig, TEXTS, {"optim": "lomo"}),
-    "SFT schedule-free": (SFTTrainer, SFTConfig, TEXTS, {"optim": "schedule_free_adamw"}),
-    "SFT Adafactor": (SFTTrainer, SFTConfig, TEXTS, {"optim": "adafactor"}),
+    "SFT evaluation": (SFTTrainer, SFTConfig, TEXTS, {"eval_strategy": "steps", "eval_steps": 2}),
+    "SFT compiled": (SFTTrainer, SFTConfig, TEXTS, {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     "DPO": (DPOTrainer, DPOConfig, PAIRS, {}),
     "DPO ipo": (DPOTrainer, DPOConfig, PAIRS, {"loss_type": "ipo"}),
     "DPO precomputed": (DPOTrainer, DPOConfig, PAIRS, {"precompute_ref_log_probs": True}),
@@ -131,6 +115,29 @@ TRAINERS: dict[str, tuple[type, type, Dataset | None, dict[str, Any]]] = {
     "Distillation": (DistillationTrainer, DistillationConfig, PROMPTS, {"max_completion_length": 6}),
     "SDFT": (SDFTTrainer, SDFTConfig, SHOWN, {"max_completion_length": 6, "num_generations": 1}),
 }
+_PROJECTED = {"optim_target_modules": ["lora_A", "lora_B"]}
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW fused": {"optim": "adamw_torch_fused"},
+    "SGD": {"optim": "sgd"},
+    "RMSprop": {"optim": "rmsprop"},
+    "Adagrad": {"optim": "adagrad"},
+    "Adafactor": {"optim": "adafactor"},
+    "AdamW8bit": {"optim": "adamw_bnb_8bit"},
+    "AdamW, paged": {"optim": "paged_adamw_32bit"},
+    "Lion8bit": {"optim": "lion_8bit"},
+    "AdEMAMix": {"optim": "ademamix"},
+    "AdamW of torchao, 8 bits": {"optim": "adamw_torch_8bit"},
+    "AdamW of torchao, 4 bits": {"optim": "adamw_torch_4bit"},
+    "GaLore": {"optim": "galore_adamw", **_PROJECTED},
+    "GaLore layer-wise": {"optim": "galore_adamw_layerwise", **_PROJECTED},
+    "Apollo": {"optim": "apollo_adamw", **_PROJECTED},
+    "GrokAdamW": {"optim": "grokadamw"},
+    "stable AdamW": {"optim": "stable_adamw"},
+    "schedule-free": {"optim": "schedule_free_adamw"},
+    "LOMO": {"optim": "lomo"},
+    "AdaLOMO": {"optim": "adalomo"},
+}
+TRAINERS |= {f"SFT {name}": (SFTTrainer, SFTConfig, TEXTS, changes) for name, changes in _OPTIMIZERS.items()}
 
 
 def _architecture(name: str) -> Architecture:
@@ -187,6 +194,8 @@ def make_trainer(name: str, tokenizer: Any, rows: Tensor, output: Path, wrapped:
         options["processing_class"] = tokenizer
         if not wrapped:
             options["peft_config"] = config
+    if "eval_strategy" in changes:
+        options["eval_dataset"] = data
     torch.manual_seed(1)
     model = get_peft_model(built, config) if wrapped else built
     return kind(model=model, train_dataset=data, **options)
