@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 # Images of Python set this. Each process then compiles again all that it imports: 35 s for hlora.pipeline, not 15 s.
 export PYTHONDONTWRITEBYTECODE :=
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: demo data test test-all test-faults check check-types check-style docs audit bench
 

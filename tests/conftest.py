@@ -42,20 +42,35 @@ FRAMEWORKS = {"axolotl": "axolotl", "llama_factory": "llamafactory", "ms_swift":
 collect_ignore = [f"integrations/test_{name}.py" for name, package in FRAMEWORKS.items() if find_spec(package) is None]
 
 
-ONE_PROCESS = ("computed", "launch", "made", "faults", "site", "example", "ray")
-"""Fixtures whose tests are kept in one of `make test-all`'s two processes. They take 5 to 90 s; or are clusters of Ray,
-which find each other.
-"""
+TOGETHER = (
+    "comparison/test_ray_engine.py",  # clusters of Ray on one machine find each other
+    "docs/test_site.py",
+    "faults/test_accessibility.py",
+    "faults/test_commands.py",
+    "parallel/test_distributed.py",
+    "tests/test_examples.py",
+)
+"""Files whose tests stay in one of the processes of `pytest -n`: their fixtures take 5 to 90 s, once a process."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The files of TOGETHER first, then test by test. xdist 3.8's groups have no effect under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/faults are slow: killed runs, failing disks, hundreds of malformed inputs, a browser."""
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-        if group := next((name for name in ONE_PROCESS if name in getattr(item, "fixturenames", ())), None):
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:
