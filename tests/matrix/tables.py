@@ -34,7 +34,7 @@ from hlora.config.reading import parse_config
 from hlora.config.run import RunConfig
 from hlora.system.errors import HloraError, first_line
 
-_OTHERS = ("peft", "trl", "transformers")
+_OTHERS = ("peft", "trl", "transformers", "lomo_optim")
 
 
 def token_ids(rows: int = 16) -> torch.Tensor:  # (rows, 12)
@@ -51,7 +51,8 @@ def cell(work: Callable[[], str]) -> str:
         return f"refused: {textwrap.shorten(str(error), 400, placeholder=' …')}"
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = next((name for name in _OTHERS if f"/{name}/" in frames[-1].filename), None)
+        caller = [frame.filename for frame in frames if "/torch/" not in frame.filename][-1]
+        theirs = next((name for name in _OTHERS if f"/{name}/" in caller), None)
         if theirs is None or any("/hlora/" in frame.filename for frame in frames):
             return f"WRONG: {first_line(error)}"
         return f"{theirs} cannot: {first_line(error)}"
@@ -142,7 +143,7 @@ TABLES: dict[str, Table] = {
         list(TRAINERS),
         lambda name, directory: [
             trained(name, directory),
-            "–" if name == "Trainer" else trained(name, directory, wrapped=False),
+            "–" if name in ("Trainer", "Seq2Seq") else trained(name, directory, wrapped=False),
         ],
     ),
     "variants": (
