@@ -60,7 +60,7 @@ NOT_RUN = {
         "-m hlora run run.yaml\naccelerate launch --multi_gpu --num_machines=1": "tests/parallel/test_distributed.py",
         "accelerate launch --use_fsdp": "needs GPUs, or a modified Accelerate: tests/parallel",
         "--rdzv-endpoint=FIRST_MACHINE": "needs several machines; the same as two nodes of one machine: "
-        "tests/parallel/test_distributed.py::test_launchers_on_two_nodes_record_what_one_process_does",
+        "tests/parallel/test_distributed.py::test_accelerates_launcher_on_two_nodes_records_what_one_process_does",
         "#SBATCH": "needs Slurm",
         "train.py ddp DIRECTORY": f"{GUIDES}script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2",
         "dist.init_process_group()": f"{GUIDES}script_of_the_guide_records_and_tunes_under_ddp_and_fsdp2",
@@ -87,6 +87,7 @@ NOT_RUN = {
         "trainer = DPOTrainer": "tests/importance/test_preference.py::test_dpo_is_a_plain_loop_with_the_reference_that_"
         "the_guide_says",
     },
+    "docs/results/tried.md": {"tests/matrix/tables.py": "takes 20 minutes; tests/matrix/test_matrix.py"},
     "docs/guides/trackers.md": {"tensorboard --logdir": "serves until it is stopped; tests/training/test_trackers.py"},
 }
 
