@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import GENERAL_TEXT
@@ -201,6 +202,21 @@ def test_two_checkpoints_are_kept_and_removed_when_asked(trained: Any, tmp_path:
     assert {path.name for path in (tmp_path / "cut").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
     remove_checkpoints(tmp_path / "cut")
     assert not list((tmp_path / "cut").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_does_not_ask_the_hub_for_the_base_models_vocabulary(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT would, where the base model is no directory: `Unable to fetch remote file`, in the log of every run."""
+    asked, usual = [], peft.peft_model.get_peft_model_state_dict
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["save_embedding_layers"])
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(peft.peft_model, "get_peft_model_state_dict", watched)
+    trained(tmp_path / "run")
+    assert asked and not any(asked)
 
 
 def test_state_keeps_tensors_numbers_and_kinds_of_keys(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.parallel.dtensor import full_tensor
@@ -149,6 +150,8 @@ def build_trainer(
     finally:
         enable_progress_bars()
     _check_trained(config, dataset, trainer.train_dataset)
+    if isinstance(model, PeftModel):  # False, as in run/phases.py: each checkpoint would ask the hub for a config.json
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     for parameter, before in trained:
         # TRL rounds the adapter of a quantised base to bfloat16, in which small steps of the optimizer are lost.
         if parameter.dtype != before.dtype:
