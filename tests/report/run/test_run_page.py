@@ -132,6 +132,16 @@ def test_whether_a_budget_held_is_in_the_headline(rise: float, words: str, tone:
     assert found.tone == tone
 
 
+def test_what_evaluations_probed_while_training_is_not_taken_for_a_budget():
+    watched = {"step": 2, "eval_loss": 2.0, "probe_step": 2, "probe_rise": 0.05, "probe_stderr": 0.01}
+    content = results(hlora=evaluation(3.0, answer_nll=4.0))
+    content["history"] = {"tune": [{"step": 1, "loss": 3.0}, watched], "lora": [watched]}
+    found = verdict(content)
+    assert found.headline == "Kept what it knew. Learned a fair amount." and "budget" not in found.kept
+    content["history"]["tune"].append({"step": 2, "probe_rise": 0.009, "budget": 0.00995})
+    assert "The budget of 1.0 % held." in verdict(content).headline
+
+
 def test_text_of_the_general_phases_kind_alone_is_cautioned_against(tmp_path):
     content = results(hlora=evaluation(2.9, answer_nll=4.0))
     assert verdict(content).cautions == ()

@@ -83,7 +83,7 @@ def budget_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
     entries: Trainer's log entries of the phase, with phi, and after a probe probe_step, probe_rise, probe_stderr and
     budget (nats/token). The last probe is the larger one after training, where the adapter was landed on the budget.
     """
-    probes = [entry for entry in entries if math.isfinite(number(entry.get("probe_rise")))]
+    probes = [entry for entry in entries if "budget" in entry and math.isfinite(number(entry.get("probe_rise")))]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 2.7), layout="constrained", facecolor="white")
         if not probes:

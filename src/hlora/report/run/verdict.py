@@ -211,10 +211,11 @@ def _values(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> st
 def _budget(results: Mapping[str, Any]) -> tuple[Budget, str, str]:
     """Whether the last probe of a forgetting budget kept it: the state, words for the headline, and a sentence."""
     logged = [entry for entries in (results.get("history") or {}).values() for entry in entries]
-    probes = [entry for entry in logged if math.isfinite(number(entry.get("probe_rise")))]
+    measured = [(number(entry.get("probe_rise")), number(entry.get("budget"))) for entry in logged]
+    probes = [pair for pair in measured if all(map(math.isfinite, pair))]  # an evaluation probes without a budget, too
     if not probes:
         return "none", "", ""
-    rise, allowed = number(probes[-1]["probe_rise"]), number(probes[-1].get("budget"))
+    rise, allowed = probes[-1]
     held = rise <= allowed
     shown, limit = percent(math.expm1(rise)), percent(math.expm1(allowed))
     if shown == limit and not held:
