@@ -13,6 +13,7 @@ from test_table_formats import assert_compiles
 
 from hlora.report.comparison.measures import t_tests
 from hlora.report.comparison.published import PAPER
+from hlora.report.comparison.rise_table import rise_table
 from hlora.report.comparison.significance import holm
 from hlora.report.comparison.table_formats import Table, TableCell
 from hlora.report.comparison.tables import (
@@ -249,6 +250,21 @@ def test_drift_at_equal_domain_nll_is_of_the_arms_that_have_it(comparison):
     assert [each.name for each in all_tables(comparison)].count("equal_domain_kl_from_general") == 1
 
 
+def test_rise_table_compares_each_arm_with_base_and_with_ours(comparison):
+    table = rise_table(comparison, resamples=200)
+    assert len(table.rows) == 2 * 2 * 6  # tasks, texts, arms but for Base
+    ours, rival = (row(table, "piqa", "wikitext", arm) for arm in ("HLoRA", "EWC-LoRA"))
+    assert ours["Over Base [95 %]"].text.startswith("−0.3500 [−")  # 2.95 − 3.3, seed 0 alone has every strength
+    assert rival["Above HLoRA [95 %]"].text.startswith("+0.1000 [")  # 3.05 of seed 0
+    assert {ours[column].text for column in table.columns[5:]} == {"–"}
+    ps = [cells[place].text for cells in table.rows for place in (4, 6)]
+    assert "<0.001" in ps
+    assert (ours["p over Base, Holm"].text, ours["p over Base, Holm"].rank) == ("<0.001", "best")
+    corda = [cell.text for cell in row(table, "piqa", "wikitext", "CorDA").values()]
+    assert corda[3].startswith("cannot run")
+    assert corda[4:] == ["–"] * 3
+
+
 def test_equal_domain_table_without_any_improvement_has_no_numbers(comparison):
     for each in comparison["cells"]:
         if each["arm"] == "LoRA(μ)":
@@ -306,7 +322,7 @@ def test_every_table_of_a_comparison_holds_in_every_form(comparison):
     made = all_tables(comparison)
     assert [table.name for table in made] == [
         "table_1_wikitext", "table_1_other", "table_2_wikitext", "table_2_other", "forgetting", "equal_domain",
-        "t_test",
+        "equal_domain_rise", "t_test",
     ]  # fmt: skip
     for table in made:
         assert {len(cells) for cells in table.rows} == {len(table.columns)}

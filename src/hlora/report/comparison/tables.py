@@ -17,6 +17,7 @@ from hlora.report.comparison.curve import curve_of
 from hlora.report.comparison.equal_domain import Quantity, equal_domain, equal_domain_ratio, equal_domain_target
 from hlora.report.comparison.measures import digits_of, t_tests
 from hlora.report.comparison.published import published_numbers
+from hlora.report.comparison.rise_table import rise_table
 from hlora.report.comparison.significance import Interval
 from hlora.report.comparison.table_formats import Table, TableCell
 from hlora.report.comparison.table_numbers import NONE, largest_of, mean_and_sd, mean_of, with_bounds
@@ -24,7 +25,7 @@ from hlora.report.format import decimals, p_value
 
 
 def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """Tables 1 and 2 on each general text, forgetting, perplexity and drift at equal domain NLL, and the t-tests.
+    """Tables 1 and 2 on each text, forgetting, perplexity, drift and rise at equal domain NLL, and the t-tests.
 
     A table that needs an arm which is not configured (a rival, an unprotected one, an ablation) is left out.
     """
@@ -35,6 +36,7 @@ def all_tables(comparison: Mapping[str, Any]) -> list[Table]:
     tables.append(forgetting_table(comparison))
     if comparison["unprotected"] in configured:
         tables += [equal_domain_table(comparison, quantity=each) for each in _SHOWN if _arms_with(comparison, each)]
+        tables.append(rise_table(comparison))
     if comparison["rival"] in configured:
         tables.append(t_test_table(comparison))
     taken: dict[str, int] = {}
