@@ -1,15 +1,16 @@
-"""Does a relative φ carry over between ξ, run lengths, adapters and models, where a raw φ does not?
+"""Does a relative φ carry over between run lengths, adapters and models, where a raw φ does not?
 
-    python benchmarks/phi_carries_over.py GENERAL.txt HELD_OUT.txt QUESTIONS.jsonl [--model DIR] [--output FILE]
+    python benchmarks/phi_carries_over.py GENERAL.txt HELD_OUT.txt QUESTIONS.jsonl [--method path_integral]
 
-For each setting: one general phase, which records a factored path integral, then the same domain phase unprotected,
-with φ_relative = 9, and with the raw φ of Eq. 16 that equals φ_relative = 9 in the first setting. Reported: the raw φ
-that φ_relative = 9 stands for, and the loss on held-out general text that comes back in each domain phase, nats per
-token and as a share of what comes back unprotected. A φ carries over if its share stays alike from row to row.
+For each setting: one general phase, which records the importance, then the same domain phase unprotected, with
+φ_relative (1 for squared gradients, 9 for a path integral), and with the raw φ of Eq. 16 that equals it in the first
+setting. Reported: the raw φ that φ_relative stands for, and two measures on held-out general text after each domain
+phase, in nats per token and as a share of the unprotected phase's: the loss that comes back, and the drift
+KL(after the general phase ‖ after the domain phase). A φ carries over if its share stays alike from row to row.
 
 The small Llama (2 layers of 64) is trained here, from scratch, on the first half of GENERAL: a model unlike SmolLM2 in
-size, depth and quality. Layer weights are norm shares, since the softmax of Eq. 15 changes with ξ by itself
-(docs/equations.md).
+size, depth and quality. Layer weights of a path integral are norm shares, since the softmax of Eq. 15 changes with ξ by
+itself (docs/equations.md); squared gradients are summed in full.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,17 @@ from hlora import Importance, ImportancePenalty, ImportanceRecorder
 from hlora.config.sections import EvaluationConfig, ModelConfig
 from hlora.data.rows import read_rows
 from hlora.data.tasks import read_example
-from hlora.evaluation.likelihood import text_likelihood
+from hlora.evaluation.likelihood import Reference, scored_logits, text_likelihood
+from hlora.importance.recorder import Method
 from hlora.model.base import load_base
+from hlora.system.choices import LayerWeights, PhiScale
 from hlora.system.files import write_text
 
-PHI, LR, ROWS, TOKENS = 9.0, 8e-4, 2, 128
+LR, ROWS, TOKENS = 8e-4, 2, 128
+METHODS: dict[str, tuple[float, LayerWeights]] = {
+    "squared_gradients": (1.0, "sum"),
+    "path_integral": (9.0, "norm_share"),
+}
 
 
 @dataclass
@@ -52,8 +59,8 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("reference: 50 steps, ξ 1e-3, r 8, q v"),
-    Setting("ξ 1e-5", xi=1e-5),
+    Setting("reference: 50 steps, r 8, q v"),
+    Setting("ξ 1e-5 in place of 1e-3", xi=1e-5),  # squared gradients have no ξ
     Setting("25 steps", steps=25),
     Setting("100 steps", steps=100),
     Setting("r 16, q k v o", rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -66,6 +73,7 @@ def main() -> None:
     parser.add_argument("general", type=Path)
     parser.add_argument("held_out", type=Path)
     parser.add_argument("questions")
+    parser.add_argument("--method", choices=METHODS, default="squared_gradients")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--domain-steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("runs/phi_carries_over.json"))
@@ -80,9 +88,12 @@ def main() -> None:
     small = _small_llama(base.config.vocab_size, general)
     evaluation = EvaluationConfig(max_tokens=2048, window=TOKENS, stride=TOKENS - 1)
 
+    phi, layer_weights = METHODS[options.method]
     rows: list[dict[str, Any]] = []
     raw = None
     for setting in SETTINGS:
+        if setting.xi != SETTINGS[0].xi and options.method == "squared_gradients":
+            continue
         started = time.perf_counter()
         model = get_peft_model(
             copy.deepcopy(small) if setting.small else base,
@@ -90,30 +101,34 @@ def main() -> None:
                 r=setting.rank, lora_alpha=4 * setting.rank, target_modules=list(setting.targets), task_type="CAUSAL_LM"
             ),
         )
-        importance = record(model, general, setting)
-        after_general = text_likelihood(model, tokenizer, held_out, evaluation)["nll"]
-        unit = ImportancePenalty(model, importance, 1.0, layer_weights="norm_share").unit
-        raw = PHI / unit if raw is None else raw
-        lost = {}
-        for arm, phi, scale in (("unprotected", 0.0, "paper"), ("relative", PHI, "relative"), ("raw", raw, "paper")):
+        importance = record(model, general, setting, options.method)
+        references = {"from_general": kept_predictions(model)}
+        before = text_likelihood(model, tokenizer, held_out, evaluation, references=references)["nll"]
+        unit = ImportancePenalty(model, importance, 1.0, layer_weights=layer_weights).unit
+        raw = phi / unit if raw is None else raw
+        lost, drift = {}, {}
+        arms: tuple[tuple[str, float, PhiScale], ...] = (
+            ("unprotected", 0.0, "paper"),
+            ("relative", phi, "relative"),
+            ("raw", raw, "paper"),
+        )
+        for arm, strength, scale in arms:
             importance.load_adapter_into(model)
-            tune(
-                model,
-                domain,
-                ImportancePenalty(model, importance, phi, layer_weights="norm_share", phi_scale=scale),
-                options.domain_steps,
-            )
-            lost[arm] = text_likelihood(model, tokenizer, held_out, evaluation)["nll"] - after_general
+            penalty = ImportancePenalty(model, importance, strength, layer_weights=layer_weights, phi_scale=scale)
+            tune(model, domain, penalty, options.domain_steps)
+            found = text_likelihood(model, tokenizer, held_out, evaluation, references=references)
+            lost[arm], drift[arm] = found["nll"] - before, found["kl_from_general"]
         model.unload()
-        rows.append({"setting": setting.name, "phi_relative_9_is_raw": PHI / unit, "lost": lost, "raw": raw})
-        print(f"{setting.name}: {time.perf_counter() - started:.0f} s, {lost}", file=sys.stderr)
+        row = {"setting": setting.name, "phi_relative_is_raw": phi / unit, "lost": lost, "drift": drift, "raw": raw}
+        rows.append(row)
+        print(f"{time.perf_counter() - started:.0f} s, {row}", file=sys.stderr)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, json.dumps(rows, indent=1))
-    print(table(rows))
+    print(table(rows, phi))
 
 
-def record(model: Any, tokens: Tensor, setting: Setting) -> Importance:
-    recorder = ImportanceRecorder(model, method="path_integral")
+def record(model: Any, tokens: Tensor, setting: Setting, method: Method) -> Importance:
+    recorder = ImportanceRecorder(model, method=method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     for batch, _ in zip(batches(tokens), range(setting.steps), strict=False):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -122,6 +137,19 @@ def record(model: Any, tokens: Tensor, setting: Setting) -> Importance:
             optimizer.step()
         optimizer.zero_grad()
     return recorder.consolidate(setting.xi)
+
+
+def kept_predictions(model: Any) -> Reference:
+    """What the model predicts as it is when a sequence is first asked for: here at the end of the general phase."""
+    kept: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def reference(sequences: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        key = tuple(torch.cat(list(sequences)).tolist())
+        if key not in kept:
+            kept[key] = [row.clone() for row in scored_logits(model, sequences, counts)]
+        return kept[key]
+
+    return reference
 
 
 def tune(model: Any, rows: list[tuple[list[int], int]], penalty: ImportancePenalty, steps: int) -> None:
@@ -147,23 +175,20 @@ def batches(tokens: Tensor) -> Iterator[Tensor]:  # (ROWS, TOKENS)
         yield torch.stack([tokens[start : start + TOKENS] for start in starts])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    heads = [
-        "setting",
-        "raw φ of φ_relative 9",
-        "comes back unprotected, nats",
-        "with φ_relative 9",
-        "with raw φ of row 1",
-    ]
+def table(rows: list[dict[str, Any]], phi: float) -> str:
+    arms = ("unprotected", f"φ_relative {phi:g}", "raw φ of row 1")
+    heads = ["setting", f"raw φ of φ_relative {phi:g}"]
+    heads += [f"{what}, {arm}" for what in ("comes back", "drift") for arm in arms]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        lost = row["lost"]
-        shares = [f"{lost[arm]:+.3f} ({100 * lost[arm] / lost['unprotected']:.0f} %)" for arm in ("relative", "raw")]
-        lines.append(
-            f"| {row['setting']} | {row['phi_relative_9_is_raw']:.3g} | {lost['unprotected']:+.3f} | "
-            + " | ".join(shares)
-            + " |"
-        )
+        shown = []
+        for name in ("lost", "drift"):
+            found = row[name]
+            shown.append(f"{found['unprotected']:+.4f}")
+            shown += [
+                f"{found[arm]:+.4f} ({100 * found[arm] / found['unprotected']:.0f} %)" for arm in ("relative", "raw")
+            ]
+        lines.append(f"| {row['setting']} | {row['phi_relative_is_raw']:.3g} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
