@@ -10,7 +10,7 @@ KL(after the general phase ‖ after the domain phase). A φ carries over if its
 
 The small Llama (2 layers of 64) is trained here, from scratch, on the first half of GENERAL: a model unlike SmolLM2 in
 size, depth and quality. Layer weights of a path integral are norm shares, since the softmax of Eq. 15 changes with ξ by
-itself (docs/equations.md); squared gradients are summed in full.
+itself (docs/equations.md); those of squared gradients are the default, roots.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hlora.system.files import write_text
 
 LR, ROWS, TOKENS = 8e-4, 2, 128
 METHODS: dict[str, tuple[float, LayerWeights]] = {
-    "squared_gradients": (1.0, "sum"),
+    "squared_gradients": (1.0, "root"),
     "path_integral": (9.0, "norm_share"),
 }
 

@@ -376,7 +376,7 @@ def test_a_run_without_a_general_phase_records_squared_gradients_and_keeps_to_th
 
 @pytest.mark.slow
 def test_a_run_records_squared_gradients_along_its_general_phase(hlora: Invoke, config: Path, tmp_path: Path) -> None:
-    changes = ["importance.method=squared_gradients", "penalty.layer_weights=sum", "baselines=[]"]
+    changes = ["importance.method=squared_gradients", "baselines=[]"]
     status, _, err = hlora("run", config, *(part for change in changes for part in ("--set", change)))
     assert status == 0, err
     results = results_of(tmp_path / "out")
@@ -384,7 +384,7 @@ def test_a_run_records_squared_gradients_along_its_general_phase(hlora: Invoke, 
     told = results["importance"]
     assert (told["method"], told["recorded"]) == ("squared_gradients", "along the general phase")
     assert told["unit"] == "token" and told["steps"] == len(results["history"]["record"]) and told["undo_cost"] > 0
-    assert set(told["layer_weights"].values()) == {1.0}
+    assert min(told["layer_weights"].values()) < 1 < max(told["layer_weights"].values())  # the root
     assert results["history"]["tune"][-1]["regularisation_loss"] > 0
     status, out, _ = hlora("inspect", str(tmp_path / "out" / "importance"))
     assert status == 0 and "squared_gradients" in out and "along the general phase" in out

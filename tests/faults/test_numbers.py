@@ -183,12 +183,12 @@ def test_an_importance_that_is_not_finite_makes_no_penalty(
 ) -> None:
     importance = changed(record(peft_model, token_ids, encoding), lambda omega: with_value(omega, value))
     first, refused = next(iter(importance.matrices)), 0
-    for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
+    for layer_weights in ("softmax", "norm_share", "uniform", "sum", "root"):
         for phi_scale in ("relative", "paper"):
             with pytest.raises(ArtifactError, match=f"{first}: the norm of the importance is (inf|nan).*larger xi"):
                 ImportancePenalty(peft_model, importance, 1.0, layer_weights=layer_weights, phi_scale=phi_scale)
             refused += 1
-    tally(f"Ω holds {value}, {encoding}", cases=8, good=refused, bad=8 - refused)
+    tally(f"Ω holds {value}, {encoding}", cases=10, good=refused, bad=10 - refused)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -205,7 +205,7 @@ def test_an_importance_of_zeros_has_a_defined_penalty_or_is_refused(
         },
     )
     refused, free = 0, 0
-    for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
+    for layer_weights in ("softmax", "norm_share", "uniform", "sum", "root"):
         for phi_scale in ("relative", "paper"):
             for group in ("matrix", "block"):
                 options = {"layer_weights": layer_weights, "phi_scale": phi_scale, "group": group}
@@ -216,15 +216,15 @@ def test_an_importance_of_zeros_has_a_defined_penalty_or_is_refused(
                     continue
                 penalty = ImportancePenalty(peft_model, zero, 9.0, **options)
                 count = 4 if group == "matrix" else 2
-                shares = 1.0 if layer_weights == "sum" else 1 / count
+                shares = {"sum": 1.0, "root": 0.0}.get(layer_weights, 1 / count)
                 assert penalty.coefficients == pytest.approx(dict.fromkeys(importance.matrices, shares))
                 move_adapter(peft_model)
                 value = penalty()
                 value.backward()
                 assert value.item() == 0.0 and all(not p.grad.any() for p in trained(peft_model))
                 free += 1
-    tally(f"Ω all zero, {encoding}", cases=16, good=refused + free, bad=0)
-    assert (refused, free) == (10, 6)
+    tally(f"Ω all zero, {encoding}", cases=20, good=refused + free, bad=0)
+    assert (refused, free) == (12, 8)
 
 
 def test_a_cost_that_is_not_finite_is_neither_saved_nor_loaded(
@@ -508,7 +508,7 @@ def test_a_layer_that_no_token_reaches_has_no_importance_and_does_not_disturb_th
     assert norms["unused"] == 0 < norms["used"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one coefficient above 0.9
-        for layer_weights in ("softmax", "norm_share", "uniform", "sum"):
+        for layer_weights in ("softmax", "norm_share", "uniform", "sum", "root"):
             penalty = ImportancePenalty(model, importance, 1.0, layer_weights=layer_weights)
             move_adapter(model)
             model.zero_grad()

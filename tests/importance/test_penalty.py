@@ -59,7 +59,7 @@ def assert_gradients(penalty: ImportancePenalty, expected: dict[str, tuple[Tenso
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("kind", ["softmax", "norm_share", "uniform", "sum"])
+@pytest.mark.parametrize("kind", ["softmax", "norm_share", "uniform", "sum", "root"])
 def test_value_and_gradients_of_the_callable_equal_the_equations(
     peft_model: PeftModel, token_ids: Tensor, encoding: str, kind: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_the_penalty_inside_autocast_is_the_penalty_outside(
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("kind", ["softmax", "norm_share", "uniform"])
+@pytest.mark.parametrize("kind", ["softmax", "norm_share", "uniform", "root"])
 @pytest.mark.parametrize("xi", [1e-2, 1e-6])
 @pytest.mark.filterwarnings("ignore:.*of the layer weights")
 def test_undoing_the_general_phase_costs_a_relative_phi_exactly(
@@ -248,7 +248,7 @@ def test_a_relative_phi_on_zero_importance_is_refused(peft_model: PeftModel, tok
         ({"phi": float("nan")}, "phi: expected a finite weight of at least 0, got nan"),
         ({"phi": 1.0, "phi_scale": "absolute"}, "phi_scale: expected relative or paper, got 'absolute'"),
         ({"phi": 1.0, "group": "head"}, "group: expected matrix or block, got 'head'"),
-        ({"phi": 1.0, "layer_weights": "mean"}, "expected softmax, norm_share, uniform or sum, got 'mean'"),
+        ({"phi": 1.0, "layer_weights": "mean"}, "expected softmax, norm_share, uniform, sum or root, got 'mean'"),
     ],
 )
 def test_wrong_options_are_refused_with_the_valid_ones(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArgum
 
 from hlora.importance.artefact import Importance
 from hlora.importance.examples import batch_of
+from hlora.importance.layer_weights import layer_coefficients
 from hlora.importance.penalty import ImportancePenalty
 from hlora.importance.recorded_squares import affordable_share
 from hlora.importance.recorder import ImportanceRecorder
@@ -468,7 +469,8 @@ def test_the_importance_is_anchored_at_the_general_adapter_and_says_what_it_is(
     assert told["anchors"] == ["general", "base"] and not importance.without_move and told["undo_cost"] > 0
     assert told["data"] == {"files": ["a.txt"]} and told["examples"] == 12
     assert importance.nbytes() == sum(4 * (m.B.shape[0] + m.A.shape[1]) for m in recorder.matrices)
-    penalty = ImportancePenalty(peft_model, importance, phi=2.0, layer_weights="sum")
+    penalty = ImportancePenalty(peft_model, importance, phi=2.0)
+    assert penalty.coefficients == layer_coefficients(importance, "root")
     assert penalty().item() == 0
     with torch.no_grad():
         for matrix in recorder.matrices:  # undoing the general phase costs φ

@@ -184,8 +184,18 @@ def test_sum_gives_every_matrix_the_weight_one() -> None:
     assert weights.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_roots_are_halfway_from_a_plain_sum_to_matrices_that_count_alike() -> None:
+    norms = torch.tensor([0.25, 4.0, 0.0, 1.0], dtype=torch.float64)
+    weights = equations.layer_weights(norms, "root")
+    expected = torch.tensor([5.25, 5.25 / 16, 0.0, 5.25 / 4], dtype=torch.float64).sqrt()  # 1.3125 / norm
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(equations.layer_weights(1000 * norms, "root"), weights, rtol=1e-14, atol=0)
+    torch.testing.assert_close(equations.layer_weights(torch.full((3,), 7.0), "root"), torch.ones(3))
+    assert not equations.layer_weights(torch.zeros(2), "root").any()
+
+
 def test_unknown_layer_weights_are_refused_with_the_valid_names() -> None:
-    with pytest.raises(ValueError, match=r"softmax, norm_share, uniform or sum, got 'sofmax'"):
+    with pytest.raises(ValueError, match=r"softmax, norm_share, uniform, sum or root, got 'sofmax'"):
         equations.layer_weights(torch.ones(2), "sofmax")
 
 

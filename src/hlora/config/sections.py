@@ -253,10 +253,10 @@ class PenaltyConfig(Section):
     """relative: importance is divided by the penalty for undoing the general phase, so that a phi transfers between
     models. paper: importance as recorded (Eq. 16)."""
     layer_weights: LayerWeights | None = None
-    """Weight of each layer in the penalty. sum: 1 for all, as in EWC; the default for squared gradients, which differ
-    in scale from layer to layer by themselves. softmax: of the norms of importance (Eq. 15); the default for a path
-    integral. norm_share: proportional to these norms, whatever the scale of the importance. uniform: the same for all,
-    adding up to 1."""
+    """Weight of each layer in the penalty. root: the root of (mean norm of importance / the layer's norm), so that no
+    layer takes all; the default for squared gradients. softmax: of the norms (Eq. 15); the default for a path integral.
+    norm_share: proportional to the norms, whatever the scale of the importance. sum: 1 for all, as in EWC. uniform: the
+    same for all, adding up to 1."""
     group: Group = "matrix"
     """What has a layer weight of its own: each adapted matrix, or each transformer block."""
     anchor: Anchor = "general"

@@ -22,8 +22,8 @@ def layer_coefficients(
 
     Args:
         importance: The importance whose norms ‖Ω_l‖₂ decide.
-        layer_weights: "softmax" (Eq. 15), "norm_share", "uniform" or "sum" (all ones). By default "sum" for squared
-            gradients and "softmax" for a path integral.
+        layer_weights: "softmax" (Eq. 15), "norm_share", "uniform", "sum" (all ones) or "root". By default "root" for
+            squared gradients and "softmax" for a path integral.
         group: One coefficient for each "matrix", or for each transformer "block".
 
     Returns:
@@ -37,7 +37,7 @@ def layer_coefficients(
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
     if layer_weights is None:
-        layer_weights = "sum" if importance.provenance.get("method") == "squared_gradients" else "softmax"
+        layer_weights = "root" if importance.provenance.get("method") == "squared_gradients" else "softmax"
     groups = {name: name if group == "matrix" else _block(name) for name in importance.matrices}
     squares: dict[str, float] = {}
     for name, norm in importance.norms().items():
@@ -52,7 +52,7 @@ def layer_coefficients(
         raise ArtifactError("the importance is zero everywhere, so it has no norm shares. Record more steps.")
     weights = dict(zip(squares, equations.layer_weights(norms, layer_weights).tolist(), strict=True))
     largest = max(weights, key=weights.__getitem__)
-    if weights[largest] > 0.9 and len(weights) > 1 and layer_weights != "sum":
+    if weights[largest] > 0.9 and len(weights) > 1 and layer_weights not in ("sum", "root"):
         warnings.warn(
             f"{largest} takes {weights[largest]:.3f} of the layer weights, so all other layers are free to drift. "
             "Use layer_weights='norm_share', or a larger xi.",

@@ -48,7 +48,8 @@ class ImportancePenalty:
         importance: An Importance, a directory or a hub repository.
         phi: Weight φ of the penalty, in the unit that `phi_scale` sets.
         layer_weights: How the coefficients c_l come from the norms ‖Ω_l‖₂: "softmax" (Eq. 15), "norm_share", "uniform",
-            or "sum" (all ones). By default "sum" for squared gradients and "softmax" for a path integral.
+            "sum" (all ones), or "root", √(mean ‖Ω_k‖ / ‖Ω_l‖). By default "root" for squared gradients and "softmax"
+            for a path integral.
         phi_scale: "paper" takes Eq. 16 as written. "relative" first divides Ω by Σ_l c_l Σ_i Ω_i Δ_i². Then φ is the
             loss, in nats, of undoing the general phase once, whatever ξ, model and run length. For squared gradients
             recorded without training, φ is the loss, in nats, of one nat per token of expected forgetting, ½ Σ F δ².

@@ -87,10 +87,11 @@ def layer_penalty(importance: Tensor, theta: Tensor, theta_nu: Tensor) -> Tensor
 
 
 def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
-    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,). They sum to one, except with "sum" (Eq. 15).
+    """One coefficient c_l for each ‖Ω_l‖₂ in `norms` (L,). They sum to one, except with "sum" and "root" (Eq. 15).
 
     softmax: Eq. 15 as written, which depends on the unit of Ω. norm_share: ‖Ω_l‖ / Σ ‖Ω_k‖, which does not.
     uniform: 1/L, the ablation without layer weights. sum: all ones, the plain sum over all matrices, as in EWC.
+    root: √(mean ‖Ω_k‖ / ‖Ω_l‖), halfway from "sum" to matrices that count alike; 0 for a matrix without importance.
     """
     if kind == "softmax":
         return torch.softmax(norms, dim=0)
@@ -100,7 +101,9 @@ def layer_weights(norms: Tensor, kind: str = "softmax") -> Tensor:
         return torch.full_like(norms, 1 / len(norms))
     if kind == "sum":
         return torch.ones_like(norms)
-    raise ValueError(f"layer weights: expected softmax, norm_share, uniform or sum, got {kind!r}")
+    if kind == "root":
+        return torch.where(norms > 0, (norms.mean() / norms).sqrt(), 0)
+    raise ValueError(f"layer weights: expected softmax, norm_share, uniform, sum or root, got {kind!r}")
 
 
 def regularisation(weights: Tensor, layer_penalties: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-LayerWeights = Literal["softmax", "norm_share", "uniform", "sum"]
+LayerWeights = Literal["softmax", "norm_share", "uniform", "sum", "root"]
 PhiScale = Literal["relative", "paper"]
 Group = Literal["matrix", "block"]
 Anchor = Literal["general", "base"]
