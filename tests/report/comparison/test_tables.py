@@ -260,6 +260,7 @@ def test_rise_table_compares_each_arm_with_base_and_with_ours(comparison):
     ps = [cells[place].text for cells in table.rows for place in (4, 6)]
     assert "<0.001" in ps
     assert (ours["p over Base, Holm"].text, ours["p over Base, Holm"].rank) == ("<0.001", "best")
+    assert any("HLoRA on piqa (1)" in note for note in table.notes)
     corda = [cell.text for cell in row(table, "piqa", "wikitext", "CorDA").values()]
     assert corda[3].startswith("cannot run")
     assert corda[4:] == ["–"] * 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hlora.report.comparison.cells import cells_of, measure
@@ -40,6 +40,17 @@ def curve_of(comparison: Mapping[str, Any], arm: str, task: str, text: str | Non
     rising = sorted(strengths, key=lambda strength: -math.inf if strength is None else strength)
     seeds = sorted((seed for seed in found if strengths <= found[seed].keys()), key=str)
     return Curve(rising, seeds, [[found[seed][strength] for seed in seeds] for strength in rising])
+
+
+def fewer_seeds(comparison: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    """A note of which arms have every strength for fewer seeds than the comparison has: their intervals count fewer."""
+    all_seeds, short = len(comparison["seeds"]), []
+    for arm in arms:
+        for task in comparison["tasks"]:
+            count = len(curve_of(comparison, arm, task).seeds)
+            if 0 < count < all_seeds:
+                short.append(f"{arm} on {task} ({count})")
+    return [f"Curves of fewer than {all_seeds} seeds: {', '.join(short)}."] if short else []
 
 
 def _placed(cell: Mapping[str, Any], text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hlora.report.comparison.cells import base_arm, untuned
 from hlora.report.comparison.columns import status_of
+from hlora.report.comparison.curve import fewer_seeds
 from hlora.report.comparison.equal_domain import equal_domain_rise, equal_domain_target
 from hlora.report.comparison.significance import Interval, holm
 from hlora.report.comparison.table_formats import Table, TableCell
@@ -24,11 +25,12 @@ def rise_table(comparison: Mapping[str, Any], share: float = 0.9, resamples: int
     """
     ours, base = comparison["ours"], base_arm(comparison)
     none = Interval(*[math.nan] * 3), math.nan
+    arms = [arm for arm in comparison["arms"] if arm not in untuned(comparison)]
     labels, found = [], []
     for task in comparison["tasks"]:
         target = equal_domain_target(comparison, task, share)
         for text in comparison["texts"]:
-            for arm in (each for each in comparison["arms"] if each not in untuned(comparison)):
+            for arm in arms:
                 labels.append((task, text, arm))
                 for other in (base, ours):
                     place = (comparison, arm, other, task, text, target)
@@ -55,7 +57,7 @@ def rise_table(comparison: Mapping[str, Any], share: float = 0.9, resamples: int
         "understate their own spread, and one seed adds none. p, Holm: corrected over all p of this table; bold below "
         f"0.05. {NONE}: the arm does not reach the domain NLL."
     )
-    return Table("equal_domain_rise", title, [("", columns)], rows, [about], labels=3)
+    return Table("equal_domain_rise", title, [("", columns)], rows, [about, *fewer_seeds(comparison, arms)], labels=3)
 
 
 def _difference_and_p(difference: Interval, p: float) -> list[TableCell]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hlora.report.comparison.cells import cells_of, measure, untuned
 from hlora.report.comparison.columns import best_and_second, column_of, status_of, unfinished
-from hlora.report.comparison.curve import curve_of
+from hlora.report.comparison.curve import fewer_seeds
 from hlora.report.comparison.equal_domain import Quantity, equal_domain, equal_domain_ratio, equal_domain_target
 from hlora.report.comparison.measures import digits_of, t_tests
 from hlora.report.comparison.published import published_numbers
@@ -203,7 +203,7 @@ def equal_domain_table(
         "interval. –: the two arms do not both reach it on the seeds that they share."
     )
     name = "equal_domain" if quantity == "nll" else f"equal_domain_{quantity}"
-    return Table(name, title, groups, rows, [about, *_curve_seeds(comparison, arms)])
+    return Table(name, title, groups, rows, [about, *fewer_seeds(comparison, arms)])
 
 
 def t_test_table(comparison: Mapping[str, Any]) -> Table:
@@ -238,17 +238,6 @@ def t_test_table(comparison: Mapping[str, Any]) -> Table:
         *unfinished(comparison, [ours, rival]),
     ]
     return Table("t_test", title, [("", columns)], rows, notes, labels=2)
-
-
-def _curve_seeds(comparison: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
-    """Which arms have every strength for fewer seeds than the comparison has: their intervals count fewer."""
-    all_seeds, short = len(comparison["seeds"]), []
-    for arm in arms:
-        for task in comparison["tasks"]:
-            count = len(curve_of(comparison, arm, task).seeds)
-            if 0 < count < all_seeds:
-                short.append(f"{arm} on {task} ({count})")
-    return [f"Curves of fewer than {all_seeds} seeds: {', '.join(short)}."] if short else []
 
 
 def _of(comparison: Mapping[str, Any]) -> str:
