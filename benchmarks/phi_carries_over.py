@@ -10,7 +10,8 @@ KL(after the general phase ‖ after the domain phase). A φ carries over if its
 
 The small Llama (2 layers of 64) is trained here, from scratch, on the first half of GENERAL: a model unlike SmolLM2 in
 size, depth and quality. Layer weights of a path integral are norm shares, since the softmax of Eq. 15 changes with ξ by
-itself (docs/equations.md); those of squared gradients are the default, roots.
+itself (docs/equations.md); those of squared gradients are the default, roots. A setting takes some minutes on one
+thread; finished ones are kept in --output, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ def main() -> None:
     evaluation = EvaluationConfig(max_tokens=2048, window=TOKENS, stride=TOKENS - 1)
 
     phi, layer_weights = METHODS[options.method]
-    rows: list[dict[str, Any]] = []
-    raw = None
+    rows: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else []
+    raw = rows[0]["raw"] if rows else None
     for setting in SETTINGS:
-        if setting.xi != SETTINGS[0].xi and options.method == "squared_gradients":
+        unused = setting.xi != SETTINGS[0].xi and options.method == "squared_gradients"
+        if unused or setting.name in [row["setting"] for row in rows]:
             continue
         started = time.perf_counter()
+        torch.manual_seed(0)  # of LoRA's A
         model = get_peft_model(
             copy.deepcopy(small) if setting.small else base,
             LoraConfig(
