@@ -38,6 +38,7 @@ from hlora.evaluation.evaluate import _normal, evaluate
 from hlora.evaluation.harness import harness_accuracy
 from hlora.evaluation.likelihood import sliding_window, text_likelihood
 from hlora.system.errors import DataError
+from hlora.system.progress import Line
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -406,6 +407,22 @@ def test_accuracy_and_samples_are_left_out_when_not_asked_for(model: Any, tokeni
     result = evaluate(model, tokenizer, {}, domain, small(accuracy=False, generate=0))
     assert set(result["domain"]) == {"rows", "answer_nll", "answer_nll_stderr", "answer_nll_each"}
     assert result["samples"] == []
+
+
+def test_choices_of_one_token_count_as_done_with_the_pass_that_scores_them(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, numbers in (("train", range(8)), ("test", range(20, 26))):
+        rows = [
+            {"question": f"{n}?", "opa": f"{n}", "opb": f"{n + 1}", "opc": "c", "opd": "d", "cop": n % 4}
+            for n in numbers
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = DomainConfig(task="medmcqa", train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Line, "update", lambda line, done, note="": seen.append((done, line.total)))
+    harness_accuracy(model, tokenizer, domain_rows(config, None, 0), 1)
+    assert seen == [(4 * n, 24) for n in range(1, 7)]
 
 
 def test_rows_without_choices_are_evaluated_without_accuracy(model: Any, tokenizer: Any) -> None:

@@ -28,6 +28,7 @@ def harness_accuracy(
     And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`.
     """
     scored, choices = 0, sum(len(example.choices) for example in domain.test)
+    passes = choices
     with _harness_unnoticed(), line("choice", choices) as shown, tempfile.TemporaryDirectory() as scratch:
         from lm_eval import evaluate  # simple_evaluate also runs git and `pip list`: 1.7 s of CPU for each model
         from lm_eval.models.huggingface import HFLM
@@ -40,11 +41,17 @@ def harness_accuracy(
                 row = render_text(tokenizer, context, continuation)
                 return row.prompt_ids, row.ids[row.start : row.end]
 
+            def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+                # Choices of one token, such as letters, share the pass over their question.
+                nonlocal passes
+                passes = len({(*context, *choice[:-1]) for _, context, choice in requests})
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
             def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
                 found = super()._model_call(inps, *args, **kwargs)
                 nonlocal scored
-                scored = min(scored + len(inps), shown.total)
-                shown.update(scored)
+                scored = min(scored + len(inps), passes)
+                shown.update(choices * scored // passes)
                 return found
 
         join = domain.test[0].join
