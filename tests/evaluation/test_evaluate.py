@@ -33,7 +33,7 @@ from hlora.config.sections import DomainConfig, EvaluationConfig
 from hlora.data.domain import DomainRows, domain_rows
 from hlora.data.rendering import render
 from hlora.data.tasks import Example
-from hlora.evaluation.answers import answer_nll, generate_answers
+from hlora.evaluation.answers import answer_nll, generate_answers, scoring_passes
 from hlora.evaluation.evaluate import _normal, evaluate
 from hlora.evaluation.harness import harness_accuracy
 from hlora.evaluation.likelihood import sliding_window, text_likelihood
@@ -421,8 +421,13 @@ def test_choices_of_one_token_count_as_done_with_the_pass_that_scores_them(
     config = DomainConfig(task="medmcqa", train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(Line, "update", lambda line, done, note="": seen.append((done, line.total)))
-    harness_accuracy(model, tokenizer, domain_rows(config, None, 0), 1)
+    domain = domain_rows(config, None, 0)
+    harness_accuracy(model, tokenizer, domain, 1)
     assert seen == [(4 * n, 24) for n in range(1, 7)]
+    assert scoring_passes(tokenizer, domain.test, EvaluationConfig()) == 6
+    domain = replace(domain, test=[replace(row, choices=("one", "two words", "2 3")) for row in domain.test])
+    assert scoring_passes(tokenizer, domain.test, EvaluationConfig()) == 18
+    assert scoring_passes(tokenizer, domain.test, EvaluationConfig(accuracy=False)) == 6
 
 
 def test_rows_without_choices_are_evaluated_without_accuracy(model: Any, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hlora.data.packing import first_tokens
 from hlora.data.rendering import render
-from hlora.evaluation.answers import answer_limit, answer_nll, generate_answers
+from hlora.evaluation.answers import answer_limit, answer_nll, generate_answers, scoring_passes
 from hlora.evaluation.likelihood import text_likelihood
 from hlora.run.job import Job
 from hlora.training.their_errors import their_errors
@@ -152,7 +152,7 @@ def measured_evaluation(job: Job, model: PeftModel, models: int) -> PhaseCost:
     seconds = windows * (now() - started)
 
     rows = test[:: max(1, len(test) // settings.batch_size)][: settings.batch_size]
-    scored = sum(max(1, len(row.choices)) if settings.accuracy else 1 for row in test)
+    scored = len(test) * scoring_passes(tokenizer, rows, settings) / len(rows)
     started = now()
     answer_nll(model, tokenizer, rows, settings.batch_size)
     seconds += (now() - started) * scored / len(rows)

@@ -15,6 +15,7 @@ from hlora.comparison.choosing import choose
 from hlora.comparison.grid import Grid
 from hlora.comparison.shared import shared_key, shared_part
 from hlora.config.comparison import CompareConfig
+from hlora.evaluation.answers import scoring_passes
 from hlora.methods import METHODS
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
@@ -91,7 +92,7 @@ def _estimate(grid: Grid, cell: Cell, speeds: dict[str, Speed], paid: set[str]) 
         steps = arguments.num_train_epochs * math.ceil(len(domain.train) / batch)
     if METHODS[config.method].reference:
         steps = 0
-    rows = sum(max(1, len(example.choices)) for example in domain.test)
+    rows = len(domain.test)
     texts = len(grid.general(config).evaluation)
     if grid.validates(cell.seed):
         rows, texts = rows + len(held_out), texts + len(grid.held_out_texts(cell.seed))
@@ -137,7 +138,9 @@ def _speed(job: Job) -> Speed:
     step, forward = seconds
     steps = arguments.gradient_accumulation_steps
     tokens = batch["input_ids"].numel()
-    return Speed(step * steps, step / tokens, forward / len(texts), forward / tokens)
+    few = job.domain.test[: len(texts)]
+    passes = scoring_passes(job.tokenizer, few, job.config.evaluation) / len(few)
+    return Speed(step * steps, step / tokens, forward / len(texts) * passes, forward / tokens)
 
 
 def _as_text(prompt: Any) -> str:
