@@ -424,10 +424,10 @@ def test_choices_of_one_token_count_as_done_with_the_pass_that_scores_them(
     domain = domain_rows(config, None, 0)
     harness_accuracy(model, tokenizer, domain, 1)
     assert seen == [(4 * n, 24) for n in range(1, 7)]
-    assert scoring_passes(tokenizer, domain.test, EvaluationConfig()) == 6
+    assert scoring_passes(tokenizer, domain.test, accuracy=True) == 6
     domain = replace(domain, test=[replace(row, choices=("one", "two words", "2 3")) for row in domain.test])
-    assert scoring_passes(tokenizer, domain.test, EvaluationConfig()) == 18
-    assert scoring_passes(tokenizer, domain.test, EvaluationConfig(accuracy=False)) == 6
+    assert scoring_passes(tokenizer, domain.test, accuracy=True) == 18
+    assert scoring_passes(tokenizer, domain.test, accuracy=False) == 6
 
 
 def test_rows_without_choices_are_evaluated_without_accuracy(model: Any, tokenizer: Any) -> None:

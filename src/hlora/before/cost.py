@@ -152,7 +152,7 @@ def measured_evaluation(job: Job, model: PeftModel, models: int) -> PhaseCost:
     seconds = windows * (now() - started)
 
     rows = test[:: max(1, len(test) // settings.batch_size)][: settings.batch_size]
-    scored = len(test) * scoring_passes(tokenizer, rows, settings) / len(rows)
+    scored = len(test) * scoring_passes(tokenizer, rows, accuracy=settings.accuracy) / len(rows)
     started = now()
     answer_nll(model, tokenizer, rows, settings.batch_size)
     seconds += (now() - started) * scored / len(rows)

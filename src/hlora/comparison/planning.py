@@ -139,7 +139,7 @@ def _speed(job: Job) -> Speed:
     steps = arguments.gradient_accumulation_steps
     tokens = batch["input_ids"].numel()
     few = job.domain.test[: len(texts)]
-    passes = scoring_passes(job.tokenizer, few, job.config.evaluation) / len(few)
+    passes = scoring_passes(job.tokenizer, few, accuracy=job.config.evaluation.accuracy) / len(few)
     return Speed(step * steps, step / tokens, forward / len(texts) * passes, forward / tokens)
 
 

@@ -37,12 +37,12 @@ def answer_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
     return values
 
 
-def scoring_passes(tokenizer: PreTrainedTokenizerBase, examples: list[Example], settings: EvaluationConfig) -> int:
+def scoring_passes(tokenizer: PreTrainedTokenizerBase, examples: list[Example], *, accuracy: bool) -> int:
     """How many sequences the model reads to score the rows: one each, or one for each choice where there is accuracy.
 
     Choices of one token, such as letters, share the sequence that ends before the letter.
     """
-    if not (settings.accuracy and examples[0].choices):
+    if not (accuracy and examples[0].choices):
         return len(examples)
     choices = [render(tokenizer, replace(example, answer=each)) for example in examples for each in example.choices]
     return len({tuple(row.ids[: row.end - 1]) for row in choices})

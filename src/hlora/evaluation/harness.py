@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hlora.data.domain import DomainRows
 from hlora.data.rendering import render_text
 from hlora.data.tasks import write_harness_task
-from hlora.evaluation.answers import mean_with_stderr
+from hlora.evaluation.answers import mean_with_stderr, scoring_passes
 from hlora.system.progress import line
 from hlora.system.quiet import quiet, without_bars
 
@@ -28,7 +28,7 @@ def harness_accuracy(
     And answer_nll, which the harness scores on its way: that of the right choice, as in `answer_nll`.
     """
     scored, choices = 0, sum(len(example.choices) for example in domain.test)
-    passes = choices
+    passes = scoring_passes(tokenizer, domain.test, accuracy=True)
     with _harness_unnoticed(), line("choice", choices) as shown, tempfile.TemporaryDirectory() as scratch:
         from lm_eval import evaluate  # simple_evaluate also runs git and `pip list`: 1.7 s of CPU for each model
         from lm_eval.models.huggingface import HFLM
@@ -40,12 +40,6 @@ def harness_accuracy(
             def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
                 row = render_text(tokenizer, context, continuation)
                 return row.prompt_ids, row.ids[row.start : row.end]
-
-            def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-                # Choices of one token, such as letters, share the pass over their question.
-                nonlocal passes
-                passes = len({(*context, *choice[:-1]) for _, context, choice in requests})
-                return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
             def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
                 found = super()._model_call(inps, *args, **kwargs)
