@@ -151,11 +151,32 @@ def test_on_a_terminal_no_line_stands_before_something_is_done(monkeypatch: pyte
         shown._console = Console(file=screen, force_terminal=True, width=80)
         assert screen.getvalue() == ""
         shown.update(1, "loss 3.000")
-        with progress.line("perplexity", 2) as inner:  # a budget's probe
+        with progress.line("perplexity", 2) as inner:
             inner._console = shown._console
             inner.update(1)
     assert "step 1 of 4, loss 3.000, 0:00 left" in screen.getvalue()
     assert "perplexity" not in screen.getvalue()
+
+
+def test_a_line_aside_takes_the_place_of_one_that_waits_and_leaves_the_time_of_the_run_alone() -> None:
+    screen, asked = io.StringIO(), []
+
+    def whole(left: float | None, parts: int) -> float:
+        asked.append(parts)
+        return 100.0
+
+    with progress.phase("phase 4 of 5, tune", whole), progress.line("step", 4) as outer:
+        outer._console = Console(file=screen, force_terminal=True, width=80)
+        outer.update(1)
+        with progress.line("the budget's probe, token", 64, aside=True) as inner:
+            inner._console = outer._console
+            assert outer._live is None
+            inner.add(32)
+        outer.update(2)
+    said = screen.getvalue()
+    assert said.index("step 1 of 4") < said.index("probe, token 32 of 64, 0:00 left") < said.index("step 2 of 4")
+    assert "32 of 64, 0:00 left, run" not in said
+    assert set(asked) == {4}
 
 
 def test_times_are_minutes_and_seconds() -> None:

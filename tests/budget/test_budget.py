@@ -23,6 +23,7 @@ from hlora.evaluation.likelihood import sliding_window
 from hlora.importance.artefact import Importance
 from hlora.importance.penalty import ImportancePenalty
 from hlora.model.adapters import adapted_matrices
+from hlora.system import progress
 from hlora.system.errors import ConfigError, DataError
 
 
@@ -364,6 +365,40 @@ def test_a_landing_reads_as_much_text_as_its_budget_is_small(peft_model, tokeniz
     read = [ForgettingBudget(penalty, probe, share * stderr)._precisely()[0].tokens for share in (11.0, 9.0, 0.1)]
     assert read[0] < read[1] <= read[2]
     assert read[2] == probe.measure(10_000).tokens
+
+
+def test_where_the_general_phase_left_room_its_rise_is_read_less_precisely(peft_model, tokenizer, importance):
+    penalty = ImportancePenalty(peft_model, importance, 1.0, layer_weights="uniform")
+    ids = tokenizer(GENERAL_TEXT, return_tensors="pt")["input_ids"][:, :512]
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(10):
+        peft_model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    probe = text_probe(peft_model, tokenizer)
+    at_anchor = probe.measure(512)
+    assert at_anchor.nats < -at_anchor.stderr < 0
+    steered = ForgettingBudget(penalty, probe, 5 * at_anchor.stderr)  # a tenth of it needs more than 512 tokens
+    assert steered._precisely()[1] > 512
+    rise, tokens = steered._precisely(room=True)
+    assert tokens < probe.most_tokens
+    assert rise.stderr <= 0.1 * (steered.budget - rise.nats)
+    steered.begin()
+    assert steered.history[0]["stderr"] == rise.stderr
+
+
+def test_a_probe_says_how_far_it_is(peft_model, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "_FIRST", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    caplog.set_level("INFO", "hlora")
+    for probe in (text_probe(peft_model, tokenizer), sample_probe(peft_model)):
+        caplog.clear()
+        with progress.line("step", 4):
+            probe.measure(512)
+        said = [record.getMessage() for record in caplog.records]
+        done, total = said[-1].split(" token ")[1].split(", ")[0].split(" of ")
+        assert said[0].startswith("the budget's probe, token ")
+        assert done == total
 
 
 def test_each_probe_reads_another_part_in_turn_and_the_landing_all(peft_model, tokenizer):

@@ -100,7 +100,7 @@ class ForgettingBudget:
         """Measure R₀, the rise at the anchor; call before the first step. R₀ is 0 if the anchor is the base model."""
         if all(anchor is None for anchor in self.penalty._anchor.values()):
             return
-        rise, _ = self._precisely()
+        rise, _ = self._precisely(room=True)
         self.steering.at_anchor = rise.nats
         self._note(0, rise)
         if rise.nats > self.budget:
@@ -239,12 +239,17 @@ class ForgettingBudget:
         self.seconds += time.perf_counter() - started
         return rise
 
-    def _precisely(self) -> tuple[Rise, int]:
-        """The rise, with a standard error of a tenth of the budget or on all tokens; and how many tokens it took."""
+    def _precisely(self, *, room: bool = False) -> tuple[Rise, int]:
+        """The rise, with a standard error of a tenth of the budget or on all tokens; and how many tokens it took.
+
+        room: a tenth of what the rise leaves of the budget will do, where that is more: R₀ is below zero if the general
+        phase made the probe easier.
+        """
         tokens = self.probe.tokens
         while True:
             rise = self._measure(tokens)
-            excess = (rise.stderr / (_PRECISE * self.budget)) ** 2
+            left = self.budget - min(rise.nats, 0.0) if room else self.budget
+            excess = (rise.stderr / (_PRECISE * left)) ** 2
             if excess <= 1 or tokens >= self.probe.most_tokens:
                 return rise, tokens
             tokens = min(math.ceil(tokens * max(excess, 1.5)), self.probe.most_tokens)

@@ -17,6 +17,7 @@ from hlora.data.packing import first_tokens
 from hlora.data.tokens import text_start
 from hlora.evaluation.likelihood import PAIRED_BLOCK, divergences, token_losses
 from hlora.system.errors import DataError
+from hlora.system.progress import Line, line
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,17 @@ class TextProbe:
             turn: Which windows: each turn reads the next ones.
         """
         rises = []
-        with _undisturbed(self.model):
+        read = {name: _part(tokens, turn, *base.shape) for name, base in self._base.items()}
+        unread = {name: rows[self._base[name][rows].isnan().any(1)] for name, rows in read.items()}
+        total = sum(self._rows[name][rows].numel() for part in (read, unread) for name, rows in part.items())
+        with _undisturbed(self.model), line(_PROBE, total, aside=True) as shown:
             for name, rows in self._rows.items():
-                base = self._base[name]
-                chosen = _part(tokens, turn, *base.shape)
-                new = chosen[base[chosen].isnan().any(1)]
+                base, chosen, new = self._base[name], read[name], unread[name]
                 if len(new):
                     with self.model.disable_adapter():
-                        base[new] = _losses(self.model, rows[new], base.shape[1])
-                rises.append(_rise((_losses(self.model, rows[chosen], base.shape[1]) - base[chosen]).flatten(), name))
+                        base[new] = _losses(self.model, rows[new], base.shape[1], shown)
+                after = _losses(self.model, rows[chosen], base.shape[1], shown)
+                rises.append(_rise((after - base[chosen]).flatten(), name))
         return max(rises, key=lambda rise: rise.nats)
 
 
@@ -133,7 +136,7 @@ class SampleProbe:
         """
         rows = self.sequences[_part(tokens, turn, *self.sequences.shape)]
         found = []
-        with _undisturbed(self.model):
+        with _undisturbed(self.model), line(_PROBE, rows.numel(), aside=True) as shown:
             for batch in _batches(rows):
                 ids = batch.to(self.model.device)
                 new = self.model(input_ids=ids, use_cache=False).logits
@@ -141,6 +144,7 @@ class SampleProbe:
                     old = self.model(input_ids=ids, use_cache=False).logits
                 for mine, base in zip(new, old, strict=True):  # one row in float32 at a time
                     found.append(divergences(base[:-1], mine[:-1]))
+                shown.add(batch.numel())
         return _rise(torch.cat(found), "own samples")
 
 
@@ -153,11 +157,13 @@ def _rise(differences: Tensor, text: str) -> Rise:  # (tokens,) float64
     return Rise(float(differences.mean()), stderr, text, len(differences))
 
 
-def _losses(model: Any, rows: Tensor, count: int) -> Tensor:  # (n, window) → (n, count), float64 on the CPU
+def _losses(model: Any, rows: Tensor, count: int, shown: Line) -> Tensor:  # (n, window) → (n, count), float64, CPU
     """−log p of the last `count` tokens of each row."""
-    return torch.stack(
-        [loss for batch in _batches(rows) for loss in token_losses(model, list(batch), [count] * len(batch))]
-    )
+    losses = []
+    for batch in _batches(rows):
+        losses += token_losses(model, list(batch), [count] * len(batch))
+        shown.add(batch.numel())
+    return torch.stack(losses)
 
 
 def _batches(rows: Tensor) -> Iterator[Tensor]:
@@ -192,4 +198,5 @@ def _undisturbed(model: PeftModel) -> Iterator[None]:
 # After a cut mid-sentence, SmolLM2-135M's loss is up to 16 nats a token until it has seen some text, and any tuning
 # lowers it there: over 8 windows of 512 tokens the rise was 0.011 ± 0.0041, 0.017 ± 0.0026 without first quarters.
 _UNSCORED = 4  # one in this many tokens of a window is context only
+_PROBE = "the budget's probe, token"  # in the progress line
 _TOKENS_AT_ONCE = 1024  # in one forward pass; their logits take 200 MB in float32 at a vocabulary of 49,152

@@ -2,7 +2,8 @@
 
     phase 4 of 5, tune: step 17 of 60, loss 3.214 + penalty 0.021, 1:20 left, run 5:40
 
-The last time is that of the whole run. Only the outermost line is shown: a budget's probes score text during a phase.
+The last time is that of the whole run. Only the outermost line is shown, but for work that the outer line waits for: a
+budget's probes can take longer than the training.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class Line:
         what: The work and what is counted, such as "step" or "perplexity, token".
         total: How many parts it has.
         done: How many were finished before, as by an interrupted run.
+        aside: The work is none of the run's plan, so its time says nothing of the whole run's.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total = what, total
+    def __init__(self, what: str, total: int, done: int = 0, *, aside: bool = False) -> None:
+        self.what, self.total, self.aside = what, total, aside
         self._from, self._started = done, time.monotonic()
         self._added = float(done)
         self._next = self._started + _FIRST
@@ -78,7 +80,7 @@ class Line:
         left = None
         if done > self._from:
             left = (now - self._started) / (done - self._from) * (self.total - done)
-        whole = None if _phase is None else _phase[1](left, self.total)
+        whole = None if _phase is None or self.aside else _phase[1](left, self.total)
         parts = [
             f"{self.what} {done:,} of {self.total:,}",
             note,
@@ -89,11 +91,13 @@ class Line:
 
 
 @contextmanager
-def line(what: str, total: int, done: int = 0) -> Iterator[Line]:
-    """A progress line for the block, unless another one is shown."""
+def line(what: str, total: int, done: int = 0, *, aside: bool = False) -> Iterator[Line]:
+    """A progress line for the block, unless another one is shown; `aside`: in place of that one, which waits."""
     global _active
-    mine, outer = Line(what, total, done), _active
-    _active = outer or mine
+    mine, outer = Line(what, total, done, aside=aside), _active
+    if aside and outer is not None:
+        outer.close()  # a terminal shows one line; the next update brings the outer one back
+    _active = mine if aside else outer or mine
     try:
         yield mine
     finally:
