@@ -242,8 +242,8 @@ class ForgettingBudget:
     def _precisely(self, *, room: bool = False) -> tuple[Rise, int]:
         """The rise, with a standard error of a tenth of the budget or on all tokens; and how many tokens it took.
 
-        room: a tenth of what the rise leaves of the budget will do, where that is more: R₀ is below zero if the general
-        phase made the probe easier.
+        room: below zero, the rise adds to the budget, and a tenth of both is precise enough. For R₀, where the general
+        phase made the probe easier to predict.
         """
         tokens = self.probe.tokens
         while True:

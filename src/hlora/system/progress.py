@@ -2,7 +2,7 @@
 
     phase 4 of 5, tune: step 17 of 60, loss 3.214 + penalty 0.021, 1:20 left, run 5:40
 
-The last time is that of the whole run. Only the outermost line is shown, but for work that the outer line waits for: a
+The last time is that of the whole run. Only the outermost line is shown, except while it waits for other work: a
 budget's probes can take longer than the training.
 """
 
@@ -40,7 +40,8 @@ class Line:
         what: The work and what is counted, such as "step" or "perplexity, token".
         total: How many parts it has.
         done: How many were finished before, as by an interrupted run.
-        aside: The work is none of the run's plan, so its time says nothing of the whole run's.
+        aside: An outer line waits for this work. The time left of the whole run is then not shown, since the estimate
+            counts the parts of the outer line.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, *, aside: bool = False) -> None:
