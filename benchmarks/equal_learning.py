@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 from argparse import ArgumentParser
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,9 @@ def read(config: CompareConfig, folder: Path, task: str, seeds: list[int]) -> Co
     """The finished cells of a task, at the strengths that every seed has."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     mine = [cell for cell in found if cell["status"] == "done" and cell["task"] == task and cell["arm"] in config.arms]
-    have: dict[tuple[str, Strength], set[int | None]] = {}
-    for cell in mine:
-        have.setdefault((cell["arm"], cell["strength"]), set()).add(cell["seed"])
-    whole = {name for name, has in have.items() if {None} == has or has >= set(seeds)}
-    cells = [c for c in mine if (c["arm"], c["strength"]) in whole and c["seed"] in (None, *seeds)]
+    mine = [cell for cell in mine if cell["seed"] in seeds or (_is_base(cell) and cell["config"]["seed"] == seeds[0])]
+    count = Counter((cell["arm"], cell["strength"]) for cell in mine)
+    cells = [cell for cell in mine if _is_base(cell) or count[cell["arm"], cell["strength"]] == len(seeds)]
     measured = {cell["arm"] for cell in cells}
     for arm in (base_arm({"cells": cells}), config.unprotected, config.ours):
         if arm not in measured:
@@ -59,9 +58,13 @@ def read(config: CompareConfig, folder: Path, task: str, seeds: list[int]) -> Co
         "texts": list(cells[0]["test"]["texts"]),
         "ours": config.ours,
         "unprotected": config.unprotected,
-        "chosen": {},
+        "chosen": {cell["arm"]: {task: cell["strength"]} for cell in cells},  # any: no table here shows a chosen one
         "cells": cells,
     }
+
+
+def _is_base(cell: Comparison) -> bool:
+    return cell["seed"] is None  # the same whatever the seed; measured once for each first seed of a configuration
 
 
 def at_equal_learning(comparison: Comparison, target: float) -> None:
