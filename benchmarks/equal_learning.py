@@ -102,6 +102,7 @@ def every_strength(comparison: Comparison) -> None:
     for cell in comparison["cells"]:
         by_row.setdefault((cell["arm"], cell["strength"]), []).append(cell["test"])
     plain = by_row[comparison["unprotected"], None]
+    scored = "acc_each" in plain[0]["domain"]
 
     def mean(tests: list[Comparison], quantity: Quantity, text: str) -> float:
         return statistics.fmean(test["texts"][text].get(quantity, math.nan) for test in tests)
@@ -114,7 +115,7 @@ def every_strength(comparison: Comparison) -> None:
             "" if strength is None else f"{strength:g}",
             str(len(tests)),
             f"{statistics.fmean(test['domain']['answer_nll'] for test in tests):.2f}",
-            accuracy(tests, plain),
+            *([accuracy(tests, plain)] if scored else []),
             *(number(each, "{:.4f}") for each in drifts),
             *(_NONE if arm == base else number(each, "{:+.4f}") for each in rises),
         ]
@@ -122,13 +123,14 @@ def every_strength(comparison: Comparison) -> None:
     order = sorted(by_row, key=lambda each: (comparison["arms"].index(each[0]), each[1] or 0))
     named = [f"{what}: {text}" for what in ("General", "Base", "Rise") for text in texts]
     print("\n### Every strength\n")
-    table(["method", "strength", "seeds", "NLL", "accuracy", *named], [row(*each, by_row[each]) for each in order])
+    table(
+        ["method", "strength", "seeds", "NLL", *(["accuracy"] if scored else []), *named],
+        [row(*each, by_row[each]) for each in order],
+    )
 
 
 def accuracy(tests: list[Comparison], plain: list[Comparison]) -> str:
     """Paired by question, each question's mean over seeds."""
-    if "acc_each" not in tests[0]["domain"]:
-        return _NONE
     mine, others = (
         [statistics.fmean(each) for each in zip(*(test["domain"]["acc_each"] for test in group), strict=True)]
         for group in (tests, plain)
