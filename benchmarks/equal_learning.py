@@ -29,7 +29,8 @@ from hlora.report.comparison.equal_domain import (
     equal_domain_target,
 )
 from hlora.report.comparison.rise_table import rise_table
-from hlora.report.comparison.significance import Interval
+from hlora.report.comparison.table_numbers import NONE, with_bounds
+from hlora.report.format import decimals
 from hlora.system.errors import DataError, HloraError
 
 Comparison = dict[str, Any]  # what hlora.report reads; see hlora/comparison/compare.py
@@ -74,22 +75,22 @@ def at_equal_learning(comparison: Comparison, target: float) -> None:
 
     def drift(arm: str, quantity: Quantity) -> list[str]:
         found = [equal_domain(comparison, arm, task, text, target, quantity=quantity) for text in texts]
-        return [shown(each, "{:.4f}") for each in found]
+        return [with_bounds(each, NONE, 4) for each in found]
 
     def times_ours(arm: str) -> list[str]:
         place = [(comparison, arm, ours, task, text, target) for text in texts]
-        return [shown(equal_domain_ratio(*each, quantity="kl_from_general")[0], "{:.1f}") for each in place]
+        return [with_bounds(equal_domain_ratio(*each, quantity="kl_from_general")[0], NONE, 1) for each in place]
 
     def rise(arm: str) -> list[str]:
         place = [(comparison, arm, base, task, text, target) for text in texts]
-        return [shown(equal_domain_rise(*each)[0], "{:+.4f}") for each in place]
+        return [with_bounds(equal_domain_rise(*each)[0], NONE, 4, sign=True) for each in place]
 
     rows = [
         [arm, *drift(arm, "kl_from_general"), *(["1"] * len(texts) if arm == ours else times_ours(arm))]
         for arm in tuned
     ]
     print("\n### Drift from the end of the general phase, and how many times ours\n")
-    table(["importance", *texts, *(f"× {text}" for text in texts)], [row for row in rows if set(row[1:]) != {_NONE}])
+    table(["importance", *texts, *(f"× {text}" for text in texts)], [row for row in rows if set(row[1:]) != {NONE}])
     print("\n### Drift from the base model, and rise over it\n")
     named = [f"{what}: {text}" for what in ("Drift", "Rise") for text in texts]
     table(["method", *named], [[arm, *drift(arm, "kl_from_base"), *rise(arm)] for arm in tuned])
@@ -116,8 +117,8 @@ def every_strength(comparison: Comparison) -> None:
             str(len(tests)),
             f"{statistics.fmean(test['domain']['answer_nll'] for test in tests):.2f}",
             *([accuracy(tests, plain)] if scored else []),
-            *(number(each, "{:.4f}") for each in drifts),
-            *(_NONE if arm == base else number(each, "{:+.4f}") for each in rises),
+            *(decimals(each, 4) for each in drifts),
+            *(NONE if arm == base else decimals(each, 4, sign=True) for each in rises),
         ]
 
     order = sorted(by_row, key=lambda each: (comparison["arms"].index(each[0]), each[1] or 0))
@@ -140,23 +141,7 @@ def accuracy(tests: list[Comparison], plain: list[Comparison]) -> str:
         return share
     apart = [a - b for a, b in zip(mine, others, strict=True)]
     error = statistics.stdev(apart) / math.sqrt(len(apart))
-    return f"{share} ({number(statistics.fmean(apart), '{:+.3f}')} ± {2 * error:.3f})"
-
-
-_NONE = "–"
-
-
-def shown(interval: Interval, form: str) -> str:
-    if not math.isfinite(interval.value):
-        return _NONE
-    low, high = (number(each, form) for each in (interval.low, interval.high))
-    return number(interval.value, form) + ("" if math.isnan(interval.low) else f" [{low}, {high}]")
-
-
-def number(value: float, form: str) -> str:
-    if math.isnan(value):
-        return _NONE
-    return "…" if math.isinf(value) else form.format(value).replace("-", "−")
+    return f"{share} ({decimals(statistics.fmean(apart), 3, sign=True)} ± {2 * error:.3f})"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

@@ -38,6 +38,8 @@ from hlora.system.redaction import redacted, without_secret_fields
 
 logger = logging.getLogger("hlora")
 
+_version = cache(version)  # read for each key anew, the keys of 438 cells took 3.5 s; so 0.9 s
+
 
 @dataclass
 class Grid:
@@ -137,7 +139,7 @@ class Grid:
             "general_data": self.general(config).facts,
             "domain_data": self.domain(config)[0].facts,
             "chosen_on": digest(self.held_out_texts(seed)) if self.validates(seed) else None,
-            "versions": _versions(),
+            "versions": {name: _version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")},
         }
         return Cell(arm, task, None if config.method == "base" else seed, strength, config, digest(made_from))
 
@@ -292,11 +294,6 @@ class Grid:
             self.read(cell) or {**names_of(cell), **NOT_COMPUTED}
             for cell in {cell.key: cell for cell in cells}.values()
         ]
-
-
-@cache  # read for each key anew, the keys of 438 cells took 3.5 s; so 0.9 s
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("hlora", "torch", "transformers", "peft", "trl")}
 
 
 def log_progress(done: int, total: int, started: float) -> None:
