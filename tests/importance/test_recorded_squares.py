@@ -557,3 +557,11 @@ def test_a_step_whose_backward_pass_no_layer_saw_is_refused_at_once(model: PeftM
     stepped(model, recorder, lambda: model(input_ids=rows, labels=rows).loss.backward())
     with pytest.raises(AdapterError, match="none went through them since the last step"), recorder.step(LR):
         pass
+
+
+def test_a_backward_pass_of_a_part_of_the_model_is_refused(model: PeftModel, token_ids: Tensor) -> None:
+    recorder = recorder_of(model)  # which has to live: its hooks go with it
+    rows = token_ids[:4, :SHORT]
+    with pytest.raises(AdapterError, match="a part or a copy of its model"):
+        model.get_base_model()(input_ids=rows, labels=rows).loss.backward()
+    assert recorder.steps == 0

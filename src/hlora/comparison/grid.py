@@ -78,7 +78,7 @@ class Grid:
             refuse_links(output)
         for name in config.arms:  # before the model is loaded
             cell_config(config, name, next(iter(config.tasks)), config.seeds[0], None)
-        check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
+        check_arguments(config.training, output, pick_device(config.model.device))
         check_data(config)
         base, tokenizer = load_base(config.model)
         grid = cls(fit_lengths(config, base), output, base, tokenizer, dry_run=dry_run)

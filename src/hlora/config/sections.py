@@ -77,7 +77,7 @@ class ModelConfig(Section):
     """Store the weights of linear layers in 4 bits (nf4 with double quantisation, as in QLoRA) or 8 bits (LLM.int8).
     Needs bitsandbytes; see docs/guides/quantised.md."""
     device: str = "auto"
-    """auto takes cuda, else mps, else cpu. Or a torch device such as cuda:1."""
+    """auto takes cuda, else mps, else cpu. Or a torch device. Of several GPUs, CUDA_VISIBLE_DEVICES chooses one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only if you trust the author."""
 
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     @classmethod
     def _is_a_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|npu|mtia|xla)(:\d+)?", value):  # as torch.device, unimported
-            raise ValueError("expected auto, cuda, mps, cpu, or a torch device such as cuda:1")
+            raise ValueError("expected auto, cuda, mps, cpu, or another torch device")
         return value
 
     @model_validator(mode="after")

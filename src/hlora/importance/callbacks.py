@@ -39,6 +39,11 @@ class RecordingCallback(TrainerCallback):
         self._watch: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.n_gpu > 1 and self.recorder.method == "squared_gradients":
+            raise AdapterError(
+                f"Trainer would copy the model to {args.n_gpu} GPUs (torch.nn.DataParallel), where the recorder cannot "
+                "tell rows apart. Launch with torchrun, for DDP. Or use one GPU: CUDA_VISIBLE_DEVICES=0."
+            )
         if self._detach is not None:
             self._detach()
             self._watch.end()

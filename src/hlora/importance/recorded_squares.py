@@ -116,8 +116,9 @@ class RecordedSquares:
         batch = self._batch
         if batch is None:
             raise AdapterError(
-                "the recorder saw the backward pass of a part of its model, without a forward pass of the whole. Call "
-                "the model that the recorder was made with, not a part of it."
+                "the recorder saw the backward pass of a part or a copy of its model, without a forward pass of the "
+                "whole. Call the model that the recorder was made with, not a part of it. torch.nn.DataParallel makes "
+                "copies: use DistributedDataParallel, or one GPU."
             )
         if x.dim() != 3 or matrix.name in batch.seen:
             what = "a second one" if matrix.name in batch.seen else tuple(x.shape)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 import torch.distributed as dist
 
 from hlora.system.errors import ConfigError
+
+logger = logging.getLogger("hlora")
 
 
 def require_one_process(command: str, instead: str) -> None:
@@ -25,7 +28,11 @@ def join_launch(device: str) -> None:
     Raises:
         ConfigError: The launch asks for FSDP1 or DeepSpeed.
     """
-    if not _launched() or dist.is_initialized():
+    if not _launched():
+        if device != "cpu" and (gpus := torch.cuda.device_count()) > 1:
+            logger.info("%d GPUs here, and this process uses one. For all of them, docs/guides/distributed.md", gpus)
+        return
+    if dist.is_initialized():
         return
     old = _asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
     if old or _asked("DEEPSPEED"):

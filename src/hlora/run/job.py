@@ -68,7 +68,7 @@ class Job:
         with raise_on_all():
             check_sharding(config)
             make_directory(output)
-            check_arguments(config.training, output, on_cpu=pick_device(config.model.device).type == "cpu")
+            check_arguments(config.training, output, pick_device(config.model.device))
             check_data(config)
         base, tokenizer = main_first(lambda: load_base(config.model))
         job = cls(fit_lengths(config, base), base, tokenizer, output, resumable=resumable, given=given)

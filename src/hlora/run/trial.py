@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jinja2 import TemplateError
 
 from hlora.config.training import TrainingConfig
@@ -29,8 +30,18 @@ _CHARACTERS = 5_000  # of a general document; enough for the rows of a trial
 Build = Callable[[dict[str, Any]], object]
 
 
-def check_arguments(training: TrainingConfig, output: Path, on_cpu: bool) -> None:
-    """Build the arguments of each phase, which needs no model. Raises ConfigError as `try_phases`."""
+def check_arguments(training: TrainingConfig, output: Path, device: torch.device) -> None:
+    """Build the arguments of each phase, which needs no model.
+
+    Raises:
+        ConfigError: As `try_phases`; or Trainer cannot train on the device.
+    """
+    if device.type == "cuda" and device.index not in (None, current := torch.cuda.current_device()):
+        raise ConfigError(
+            f"model.device: {device} is not this process's GPU, which is cuda:{current}. Set cuda, and choose the GPU "
+            f"by the environment: CUDA_VISIBLE_DEVICES={device.index} hlora …"
+        )
+    on_cpu = device.type == "cpu"
     for phase, arguments in (("record", training.record_arguments()), ("tune", training.tune_arguments())):
         _blaming(training, phase, arguments, lambda given: sft_arguments(output, {"use_cpu": on_cpu, **given}, 0))
 

@@ -138,6 +138,8 @@ def build_trainer(
     named = {"run_name": f"{arguments.get('run_name', run_name)}/{phase}"}  # each phase is a run in the trackers
     config = sft_arguments(output, {**defaults, **arguments, **named, **_for_token_ids(dataset, arguments)}, seed)
     config.hub_token = None  # Trainer pickles its arguments into each checkpoint
+    # On several GPUs without a launcher, Trainer would use torch.nn.DataParallel, with as many times the rows a step.
+    config._n_gpu = min(config.n_gpu, 1)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK or not is_main():
         disable_progress_bars()
