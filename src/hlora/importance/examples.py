@@ -27,6 +27,8 @@ class Batch:
     """What the model divides the sum of its tokens' losses by."""
     lengths: list[int] | None
     """Tokens of each sequence where rows are packed ones, in order of rows; None where each row is one sequence."""
+    rows: int | None = None
+    """Rows of the batch; None where the model was given no token ids by name."""
     token_weight: Tensor | None = None
     """∂ loss / ∂ (loss of one token), a scalar; None until the backward pass gets there, and without labels."""
     seen: set[str] = field(default_factory=set)
@@ -109,7 +111,8 @@ def batch_of(given: dict[str, Any]) -> Batch:
     lengths = None
     if positions is not None and tokens is not None and positions.shape == tokens.shape:
         lengths = _lengths(positions)
-    return Batch(labelled, divisor, lengths)
+    rows = None if tokens is None else tokens[..., 0].numel()
+    return Batch(labelled, divisor, lengths, rows)
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)

@@ -120,10 +120,11 @@ class RecordedSquares:
                 "whole. Call the model that the recorder was made with, not a part of it. torch.nn.DataParallel makes "
                 "copies: use DistributedDataParallel, or one GPU."
             )
-        if x.dim() != 3 or matrix.name in batch.seen:
+        if x.dim() != 3 or batch.rows not in (None, x.shape[0]) or matrix.name in batch.seen:
             what = "a second one" if matrix.name in batch.seen else tuple(x.shape)
+            rows = "rows" if batch.rows is None else batch.rows
             raise AdapterError(
-                f"{matrix.name}: expected one input of shape (rows, tokens, d_in) a forward pass, got {what}, so the "
+                f"{matrix.name}: expected one input of shape ({rows}, tokens, d_in) a forward pass, got {what}, so the "
                 "gradients of the examples cannot be told apart. Leave it out of lora.target_modules, or record by "
                 "method path_integral."
             )
