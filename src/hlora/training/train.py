@@ -95,9 +95,12 @@ def sft_arguments(output: str | Path, arguments: dict[str, Any], seed: int) -> S
         "packing_strategy": "wrapped",
     }
     try:
-        return SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
+        config = SFTConfig(output_dir=str(output), seed=seed, **{**defaults, **arguments})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: trl.SFTConfig refuses {arguments}: {' '.join(str(error).split())}") from error
+    # On several GPUs without a launcher, Trainer would use torch.nn.DataParallel, with as many times the rows a step.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def total_steps(output: Path, arguments: dict[str, Any], *, rows: float) -> int:
@@ -138,8 +141,6 @@ def build_trainer(
     named = {"run_name": f"{arguments.get('run_name', run_name)}/{phase}"}  # each phase is a run in the trackers
     config = sft_arguments(output, {**defaults, **arguments, **named, **_for_token_ids(dataset, arguments)}, seed)
     config.hub_token = None  # Trainer pickles its arguments into each checkpoint
-    # On several GPUs without a launcher, Trainer would use torch.nn.DataParallel, with as many times the rows a step.
-    config._n_gpu = min(config.n_gpu, 1)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     if len(dataset) < _QUICK or not is_main():
         disable_progress_bars()

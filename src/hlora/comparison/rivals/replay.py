@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 
@@ -12,7 +10,7 @@ from hlora.data.packing import pieces_of
 from hlora.model.lora import attach_lora
 from hlora.run.job import Job
 from hlora.run.phases import History, train_on_domain
-from hlora.training.train import sft_arguments
+from hlora.training.train import sft_arguments, total_steps
 
 
 def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
@@ -41,9 +39,6 @@ def replay(job: Job, *, strength: float | None) -> tuple[PeftModel, History]:
     again = [pieces[n % len(pieces)] for n in range(count)]  # repeats some if the text is short
     general = [{"input_ids": piece, "completion_mask": [1] * len(piece)} for piece in again]
     mixed = concatenate_datasets([domain, Dataset.from_list(general)])
-    steps = arguments.max_steps
-    if steps <= 0:
-        batches = math.ceil(len(domain) / (arguments.train_batch_size * arguments.world_size))
-        steps = math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = total_steps(job.output, job.config.training.tune_arguments(), rows=len(domain))
     model = attach_lora(job.base, job.config.lora, job.config.seed)
     return model, train_on_domain(job, model, "replay", dataset=mixed, max_steps=steps)
