@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hlora.config.training import TrainingConfig
+from hlora.parallel.launch import join_launch
 from hlora.run.trial import check_arguments
 from hlora.system.errors import ConfigError
 from hlora.training.train import build_trainer
@@ -35,6 +36,18 @@ def test_a_process_alone_trains_on_one_of_several_gpus(
     assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 2)
     trainer.train()
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+
+
+def test_a_run_without_a_launcher_says_that_it_leaves_gpus_unused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hlora")
+    for gpus, device in ((1, "auto"), (4, "cpu"), (4, "auto")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        join_launch(device)
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 GPUs here, and this process uses one. For all of them, docs/guides/distributed.md"
+    ]
 
 
 def test_a_gpu_that_trainer_would_leave_is_refused_before_the_model_is_loaded(
