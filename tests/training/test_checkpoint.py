@@ -246,3 +246,15 @@ def test_random_numbers_go_on_where_they_were() -> None:
     first = drawn()
     set_random_state(state)
     assert drawn() == first
+
+
+def test_random_numbers_of_other_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read them would start each GPU of the machine, in every process."""
+    mine, put = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: mine)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("asks every GPU"))
+    set_random_state(random_state())
+    assert put == [mine]

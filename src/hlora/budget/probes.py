@@ -184,8 +184,9 @@ def _undisturbed(model: PeftModel) -> Iterator[None]:
     """Evaluation mode without gradients. Restores modes, requires_grad and random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    devices = [] if model.device.type == "cpu" else [model.device]  # by default every GPU of the machine
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             model.eval()
             yield
     finally:

@@ -43,7 +43,8 @@ def model_samples(
             return kept["samples"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     samples: list[str] = []
-    with torch.random.fork_rng():
+    devices = [] if model.device.type == "cpu" else [model.device]  # by default every GPU of the machine
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         batches = [min(32, config.samples - done) for done in range(0, config.samples, 32)]
         for size in counted(batches, "sampling general text, sample", int):

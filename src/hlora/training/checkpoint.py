@@ -142,15 +142,15 @@ def _load_into(optimizer: Any, kept: dict[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the random number generators of Python, NumPy, PyTorch and each accelerator."""
+    """State of the random number generators of Python, NumPy, PyTorch and this process's GPU, if it uses one."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     python = random.getstate()
     return {
         "python": [python[0], list(python[1]), python[2]],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": list(devices),
+        "cuda": devices,
     }
 
 
@@ -161,8 +161,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _to_text(state: Mapping[str, Any]) -> str:
