@@ -276,7 +276,7 @@ def test_a_recorder_of_another_model_is_refused_at_the_start_of_training(
 def test_copies_of_the_model_on_several_gpus_are_refused_at_the_start_where_rows_have_to_be_told_apart(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trainer started without a launcher where are several GPUs. A path integral reads the model's own factors."""
+    """Trainer does so without a launcher. A path integral reads the model's own factors, so it goes on."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     several = {"use_cpu": False, "per_device_train_batch_size": 2}
     recorder = ImportanceRecorder(peft_model)

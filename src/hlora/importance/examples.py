@@ -21,14 +21,14 @@ from torch import Tensor, nn
 class Batch:
     """One forward pass of a model in training."""
 
+    rows: int | None
+    """Rows of the batch; None where the model was given no token ids by name."""
     labelled: Tensor | None  # (rows, T) of 0 and 1
     """Where a token is predicted that has a label; None where the model was given no labels."""
     divisor: Tensor | int | None
     """What the model divides the sum of its tokens' losses by."""
     lengths: list[int] | None
     """Tokens of each sequence where rows are packed ones, in order of rows; None where each row is one sequence."""
-    rows: int | None = None
-    """Rows of the batch; None where the model was given no token ids by name."""
     token_weight: Tensor | None = None
     """∂ loss / ∂ (loss of one token), a scalar; None until the backward pass gets there, and without labels."""
     seen: set[str] = field(default_factory=set)
@@ -112,7 +112,7 @@ def batch_of(given: dict[str, Any]) -> Batch:
     if positions is not None and tokens is not None and positions.shape == tokens.shape:
         lengths = _lengths(positions)
     rows = None if tokens is None else tokens[..., 0].numel()
-    return Batch(labelled, divisor, lengths, rows)
+    return Batch(rows, labelled, divisor, lengths)
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)

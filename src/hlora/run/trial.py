@@ -38,8 +38,8 @@ def check_arguments(training: TrainingConfig, output: Path, device: torch.device
     """
     if device.type == "cuda" and device.index not in (None, current := torch.cuda.current_device()):
         raise ConfigError(
-            f"model.device: {device} is not this process's GPU, which is cuda:{current}. Set cuda, and choose the GPU "
-            f"by the environment: CUDA_VISIBLE_DEVICES={device.index} hlora …"
+            f"model.device: {device} cannot be trained on, as Trainer takes this process's first GPU, cuda:{current}. "
+            f"Set cuda, and choose the GPU by its number: CUDA_VISIBLE_DEVICES={device.index} hlora …"
         )
     on_cpu = device.type == "cpu"
     for phase, arguments in (("record", training.record_arguments()), ("tune", training.tune_arguments())):
