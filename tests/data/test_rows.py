@@ -235,10 +235,37 @@ def test_a_long_cell_of_a_csv_is_a_cell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_rows_may_be_one_json_array(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(json.dumps([{"a": 1}, 2, {"a": "é"}], indent=1), encoding="utf-8")
+    array = '[\n{"a": 1}, 2, {"a": "é"},\n{"a": 1, "a": 2}, {"a": [{"b": 1, "b": 1}]}, {"a": "\\ud800"}\n]'
+    (tmp_path / name).write_text(array, encoding="utf-8")
     found = read_rows(str(tmp_path / name))
     assert found.kept == {1: {"a": 1}, 3: {"a": "é"}}
-    assert found.unusable == {2: "no object: the row holds int, expected a JSON object"}
+    assert found.unusable == {
+        2: "no object: the row holds int, expected a JSON object",
+        4: "duplicate key: 'a'",
+        5: "duplicate key: 'b'",
+        6: "not Unicode: half of a surrogate pair",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'[\n{"a": 1},\n{"a": 2},\n]', r"Illegal trailing comma|Expecting value: line 4 column 1"),
+        (b'[\n{"a": 1},\n{"a": 2},\n{"a', r"Unterminated string starting at: line 4 column 2"),
+        (b'[{"a": "\xff"},\n{"a": 2}]', r"can't decode byte 0xff in position 8"),
+    ],
+)
+def test_an_array_that_cannot_be_read_is_refused_with_the_place(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows.json: not a JSON array \(.*({problem})"):
+        read_rows(str(tmp_path / "rows.json"))
+
+
+def test_a_line_that_begins_with_a_bracket_does_not_cost_a_jsonl_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('[1]\n{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    found = read_rows(str(tmp_path / "rows.jsonl"))
+    assert found.kept == {2: {"a": 1}, 3: {"a": 2}}
+    assert list(found.unusable) == [1]
 
 
 @pytest.mark.parametrize("packing", ["gz", "zst"])

@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -128,13 +127,20 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
     if kind not in ROW_FILES:
         raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}")
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    no_array = None
     if content[:100].lstrip()[:1] == b"[":
-        with suppress(ValueError, RecursionError):
-            return Rows(path, dict(enumerate(json.loads(content.decode("utf-8")), 1))).read(_object)
+        try:
+            array = json.loads(content.decode("utf-8"), object_pairs_hook=_object_or_error)
+            return Rows(path, dict(enumerate(array, 1))).read(_object)
+        except (ValueError, RecursionError) as error:
+            no_array = first_line(error)
     lines = (
         content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     )  # splitlines would also split at U+2028, inside a text
-    return Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
+    rows = Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
+    if no_array and len(rows.kept) < len(rows.unusable):
+        raise DataError(f"{path}: not a JSON array ({no_array}), nor one JSON object a line. Mend the array.")
+    return rows
 
 
 def is_rows_file(source: str) -> bool:
@@ -148,10 +154,12 @@ def is_rows_file(source: str) -> bool:
 
 
 def _object(row: Any) -> dict[str, Any]:
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"no object: the row holds {type(row).__name__}, expected a JSON object")
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(row, ensure_ascii=False, default=_raise).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("not Unicode: half of a surrogate pair") from None
     return row
@@ -180,6 +188,19 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise DataError(f"duplicate key: {twice!r}")
     return row
+
+
+def _object_or_error(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
+    """The object, or the error in its place, so that one row of an array does not cost the others."""
+    try:
+        return _each_key_once(pairs)
+    except DataError as error:
+        return error
+
+
+def _raise(error: DataError) -> None:
+    """`default` of json.dumps: an error that stands inside a row is the row's."""
+    raise error
 
 
 def _parquet_rows(path: str) -> Rows[dict[str, Any]]:
