@@ -177,6 +177,26 @@ def test_alpaca_rows_are_laid_out_as_its_own_prompt() -> None:
     assert short.prompt == "### Instruction:\nAdd one.\n\n### Response:\n"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT},
+        {"messages": [{"role": "system", "content": "Be short."}, *CHAT]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    ],
+)
+def test_a_system_prompt_in_a_column_of_its_own_is_the_first_turn(row: dict[str, Any]) -> None:
+    example = read_example("rows", {**row, "system": "Be short."})
+    assert example == Example([{"role": "system", "content": "Be short."}, *CHAT[:1]], "Hello")
+    assert read_example("rows", {"messages": CHAT, "system": ""}) == Example(CHAT[:1], "Hello")
+
+
+def test_an_alpaca_row_begins_with_its_system_prompt() -> None:
+    row = {"system": "Be short.", "instruction": "Add.", "input": "", "output": "5", "history": []}
+    assert read_example("rows", row).prompt == "Be short.\n\n### Instruction:\nAdd.\n\n### Response:\n"
+
+
 def test_an_answer_of_tool_calls_and_the_tools_are_kept_as_they_are() -> None:
     calls = [{"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}]
     row = {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [{"name": "x"}]}
@@ -198,6 +218,7 @@ def test_numbers_among_the_choices_are_read_as_text() -> None:
 
 
 USER = {"role": "user", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "Be short."}
 
 
 @pytest.mark.parametrize(
@@ -218,6 +239,13 @@ USER = {"role": "user", "content": "Hi"}
             "expected a list",
         ),
         ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "wrong label: 0"),
+        ("rows", {"messages": CHAT, "system": ["Be"]}, "wrong cell: system is ['Be'], expected text"),
+        ("rows", {"messages": [SYSTEM, *CHAT], "system": "Other"}, "wrong system: 'Other', but the messages begin"),
+        (
+            "rows",
+            {"instruction": "x", "output": "y", "history": [["a", "b"]]},
+            "wrong history: [['a', 'b']], expected none. Write earlier turns as messages",
+        ),
         ("rows", {"prompt": "x", "completion": "  "}, "empty cell: completion is '  '"),
         ("rows", {"prompt": "x", "completion": 4}, "wrong cell: completion is 4"),
         ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),

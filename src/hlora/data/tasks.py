@@ -83,23 +83,25 @@ def _rows(row: Row) -> Example:
     A null is an absent column, and so is an empty cell of a CSV.
     """
     there = {name: cell for name, cell in row.items() if cell is not None and cell != ""}
-    tools = _listed(there["tools"], "tools") if there.get("tools") else None
     if "messages" in there:
-        return _conversation(_listed(there["messages"], "messages"), tools)
+        return _conversation(_listed(there["messages"], "messages"), there)
     if "conversations" in there:  # ShareGPT
-        return _conversation([_sharegpt_turn(turn) for turn in _listed(there["conversations"], "conversations")], tools)
+        return _conversation([_sharegpt_turn(turn) for turn in _listed(there["conversations"], "conversations")], there)
     if isinstance(there.get("prompt"), list):  # TRL's conversational prompt and completion
         completion = there.get("completion")
-        return _conversation([*there["prompt"], *(completion if isinstance(completion, list) else [])], tools)
+        return _conversation([*there["prompt"], *(completion if isinstance(completion, list) else [])], there)
     if "prompt" not in there and {"instruction", "output"} <= there.keys():
         return _alpaca(there)
     return Example(_text(row, "prompt"), _text(row, "completion", str))
 
 
 def _alpaca(row: Row) -> Example:
-    """An Alpaca row, in the layout of its own prompt."""
+    """An Alpaca row, in the layout of its own prompt, after the system prompt if the row has one."""
+    if row.get("history") not in (None, []):
+        raise DataError(f"wrong history: {_short(row['history'])}, expected none. Write earlier turns as messages")
+    system = f"{_text(row, 'system', str)}\n\n" if "system" in row else ""
     further = f"### Input:\n{row['input']}\n\n" if str(row.get("input", "")).strip() else ""
-    prompt = f"### Instruction:\n{_text(row, 'instruction')}\n\n{further}### Response:\n"
+    prompt = f"{system}### Instruction:\n{_text(row, 'instruction')}\n\n{further}### Response:\n"
     return Example(prompt, _text(row, "output", str))
 
 
@@ -112,7 +114,11 @@ def _sharegpt_turn(turn: Any) -> Any:
     return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
-def _conversation(messages: list[Any], tools: list[Any] | None) -> Example:
+def _conversation(messages: list[Any], beside: Row) -> Example:
+    """A conversation, with the system prompt and the tools that stand in columns beside it."""
+    tools = _listed(beside["tools"], "tools") if beside.get("tools") else None
+    if "system" in beside:
+        messages = _after_system(_text(beside, "system", str), messages)
     turns = [_turn(turn) for turn in messages]
     if not all(turns):
         raise DataError(
@@ -128,6 +134,15 @@ def _conversation(messages: list[Any], tools: list[Any] | None) -> Example:
     if not last.get("tool_calls"):
         _text({"answer": answer}, "answer")
     return Example(turns[:-1], answer, turn=last, tools=tools)
+
+
+def _after_system(system: str, messages: list[Any]) -> list[Any]:
+    first = _turn(messages[0]) if messages else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first["content"] != system:
+        raise DataError(f"wrong system: {_short(system)}, but the messages begin with {_short(first['content'])}")
+    return messages
 
 
 def _turn(turn: Any) -> dict[str, Any]:
