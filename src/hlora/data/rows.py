@@ -154,14 +154,12 @@ def is_rows_file(source: str) -> bool:
 
 
 def _object(row: Any) -> dict[str, Any]:
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, dict):
-        raise DataError(f"no object: the row holds {type(row).__name__}, expected a JSON object")
     try:
         json.dumps(row, ensure_ascii=False, default=_raise).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("not Unicode: half of a surrogate pair") from None
+    if not isinstance(row, dict):
+        raise DataError(f"no object: the row holds {type(row).__name__}, expected a JSON object")
     return row
 
 
@@ -199,7 +197,7 @@ def _object_or_error(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError
 
 
 def _raise(error: DataError) -> None:
-    """`default` of json.dumps: an error that stands inside a row is the row's."""
+    """`default` of json.dumps: an error that stands in the place of a row, or inside one, is the row's."""
     raise error
 
 
