@@ -103,7 +103,7 @@ def every_strength(comparison: Comparison) -> None:
     for cell in comparison["cells"]:
         by_row.setdefault((cell["arm"], cell["strength"]), []).append(cell["test"])
     plain = by_row[comparison["unprotected"], None]
-    scored = "acc_each" in plain[0]["domain"]
+    scored = all("acc_each" in test["domain"] for test in plain)
 
     def mean(tests: list[Comparison], quantity: Quantity, text: str) -> float:
         return statistics.fmean(test["texts"][text].get(quantity, math.nan) for test in tests)
@@ -131,7 +131,9 @@ def every_strength(comparison: Comparison) -> None:
 
 
 def accuracy(tests: list[Comparison], plain: list[Comparison]) -> str:
-    """Paired by question, each question's mean over seeds."""
+    """Paired by question, each question's mean over seeds; a dash where not every seed was scored."""
+    if not all("acc_each" in test["domain"] for test in tests):
+        return NONE
     mine, others = (
         [statistics.fmean(each) for each in zip(*(test["domain"]["acc_each"] for test in group), strict=True)]
         for group in (tests, plain)

@@ -212,6 +212,13 @@ def test_a_label_may_be_a_letter_or_a_number_as_text(label: Any, answer: str, tm
     assert loaded.doc_to_choice(doc)[loaded.doc_to_target(doc)] == answer
 
 
+def test_choices_named_by_the_row_itself_are_found_by_name(tmp_path: Path) -> None:
+    """ARC has questions whose choices are named 1 to 4: the answer "1" is then the first, not the second."""
+    row = {"question": "x", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "label": "1"}
+    assert_same_as_the_harness("multiple_choice", [row, {**row, "label": "2"}], tmp_path)
+    assert read_example("multiple_choice", row).answer == "a"
+
+
 def test_numbers_among_the_choices_are_read_as_text() -> None:
     example = read_example("multiple_choice", {"question": "2 + 2", "choices": [3, 4], "label": 1})
     assert (example.choices, example.answer) == (("3", "4"), "4")
@@ -236,8 +243,14 @@ SYSTEM = {"role": "system", "content": "Be short."}
         (
             "multiple_choice",
             {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "label": 0},
-            "expected a list",
+            "wrong label: 0, expected one of choices.label, ['A', 'B'], one for a text",
         ),
+        (
+            "multiple_choice",
+            {"question": "x", "choices": {"text": ["a"], "label": ["A", "B"]}, "label": "B"},
+            "wrong label: 'B', expected one of choices.label",
+        ),
+        ("multiple_choice", {"question": "x", "choices": {"text": ["a"]}, "label": "A"}, "wrong choices.label: None"),
         ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "wrong label: 0"),
         ("rows", {"messages": CHAT, "system": ["Be"]}, "wrong cell: system is ['Be'], expected text"),
         ("rows", {"messages": [SYSTEM, *CHAT], "system": "Other"}, "wrong system: 'Other', but the messages begin"),

@@ -73,8 +73,20 @@ def _medmcqa(row: Row) -> Example:
 
 
 def _multiple_choice(row: Row) -> Example:
-    choices = [_text({"choices": choice}, "choices") for choice in _listed(row["choices"], "choices")]
-    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", choices, row["label"])
+    listed = _with_listed_choices(row)
+    choices = [_text({"choices": choice}, "choices") for choice in listed["choices"]]
+    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", choices, listed["label"])
+
+
+def _with_listed_choices(row: Row) -> dict[str, Any]:
+    """The row with its choices as a list. ARC, QASC and others have {"text": [...], "label": [...]} on the hub."""
+    choices, label = row["choices"], row["label"]
+    if not isinstance(choices, Mapping):
+        return {**row, "choices": _listed(choices, "choices")}
+    texts, names = (_listed(choices.get(part), f"choices.{part}") for part in ("text", "label"))
+    if len(texts) != len(names) or names.count(label) != 1:
+        raise DataError(f"wrong label: {_short(label)}, expected one of choices.label, {_short(names)}, one for a text")
+    return {**row, "choices": texts, "label": names.index(label)}
 
 
 def _rows(row: Row) -> Example:
@@ -255,10 +267,9 @@ def read_example(task: str, row: Row, join: str | None = None) -> Example:
 
 def _typed(task: Task, row: Row) -> dict[str, Any]:
     """The columns that the task needs, all of them text but the label."""
-    needed = {name: row[name] for name in re.findall(r"\w+", task.columns) if name in row}
     count = len(task.read(row).choices)
-    if "choices" in needed:
-        needed["choices"] = _listed(needed["choices"], "choices")
+    row = _with_listed_choices(row) if task.read is _multiple_choice else row
+    needed = {name: row[name] for name in re.findall(r"\w+", task.columns) if name in row}
     texts = {n: list(map(str, value)) if isinstance(value, list) else str(value) for n, value in needed.items()}
     return texts | ({task.label: _index(row[task.label], count)} if task.label else {})
 
