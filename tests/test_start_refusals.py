@@ -49,6 +49,14 @@ def config(tmp_path: Path, job_fields: dict[str, Any]) -> Path:
             "training.tune.dataloader_drop_last: 24 training",
         ),
         ("training.tune.save_strategy=best", "training.tune.save_strategy: 'best' cannot be used here"),
+        # what Trainer finds only as it trains
+        ("training.tune={use_liger_kernel: true}", "training.tune.use_liger_kernel: True cannot be used here"),
+        ("training.tune.neftune_noise_alpha=-5", "training.tune.neftune_noise_alpha: -5 cannot be used here"),
+        ("training.tune.torch_compile_mode=nope", "training.tune.torch_compile_mode: 'nope' cannot be used here"),
+        (
+            "training.tune={gradient_checkpointing: true, gradient_checkpointing_kwargs: {nope: 1}}",
+            "training.tune.gradient_checkpointing_kwargs: {'nope': 1} cannot be used here",
+        ),
         ("training.tune.loss_type=nope", "training.tune.loss_type: 'nope' cannot be used here"),
         ("training.tune.router_aux_loss_coef=0.1", "training.tune.router_aux_loss_coef: 0.1 cannot be used here"),
         ("lora.target_modules=[q_proj, lm_head]", "lora.target_modules: ['q_proj', 'lm_head'] cannot be used here"),
@@ -123,7 +131,7 @@ def test_the_arm_of_a_comparison_that_changes_a_refused_argument_is_named(
 
 def snapshot(job: Job) -> Iterator[Any]:
     """What a trial must leave as it was."""
-    for part in (job.base, job.base.config, job.base.generation_config):
+    for part in (*job.base.modules(), job.base.config, job.base.generation_config):
         yield {name: str(value) for name, value in vars(part).items()}
     yield {name: (id(p), p._version, p.data_ptr()) for name, p in job.base.named_parameters()}
     yield AutoTokenizer.from_pretrained(job.config.model.name).special_tokens_map == job.tokenizer.special_tokens_map
@@ -131,7 +139,8 @@ def snapshot(job: Job) -> Iterator[Any]:
 
 
 def test_a_trial_changes_neither_random_numbers_nor_model_nor_disk(job_fields: dict[str, Any], tmp_path: Path) -> None:
-    job = Job.open(parse_config(job_fields, overrides=["training.common.gradient_checkpointing=true"]))
+    changes = ["training.common.gradient_checkpointing=true", "training.common.neftune_noise_alpha=5"]
+    job = Job.open(parse_config(job_fields, overrides=changes))
     torch.manual_seed(7)
     before, files = list(snapshot(job)), sorted(tmp_path.rglob("*"))
     try_phases(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,9 +47,9 @@ def check_arguments(training: TrainingConfig, output: Path, device: torch.device
 
 
 def try_phases(job: Job) -> None:
-    """Build the trainer of each phase on a few rows, with optimizer and schedule.
+    """Build the trainer of each phase on a few rows, with optimizer and schedule, and train one step of one row.
 
-    Trains and writes nothing. Random numbers and the base model are afterwards as before.
+    Keeps and writes nothing. Random numbers and the base model are afterwards as before.
 
     In several processes: every process calls it.
 
@@ -120,11 +120,17 @@ def _blaming(training: TrainingConfig, phase: str, arguments: dict[str, Any], bu
 
 
 def _suspects(training: TrainingConfig, phase: str, message: str) -> Iterator[str]:
-    """The arguments that the user has set, those that the message names first."""
+    """The arguments that the user has set: those that the message names first, then those whose values it names."""
     given = {**training.common, **getattr(training, phase)}
-    named = [name for name in given if re.search(rf"\b{name}\b", message)]
-    yield from named
-    yield from (name for name in given if name not in named)
+
+    def named(words: Iterable[Any]) -> bool:
+        return any(isinstance(word, str) and re.search(rf"\b{re.escape(word)}\b", message) for word in words)
+
+    def order(name: str) -> tuple[bool, bool]:
+        value = given[name]
+        return not named([name]), not named(value if isinstance(value, dict) else [value])
+
+    yield from sorted(given, key=order)
 
 
 def _is_to_blame(build: Build, arguments: dict[str, Any], name: str) -> bool:

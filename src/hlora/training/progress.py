@@ -61,7 +61,8 @@ class ProgressLine(TrainerCallback):
             self.stop()
             spent = clock(time.monotonic() - self._started)
             losses = f", {self._losses}{self._validation}" if self._losses else ""
-            logger.info("%s: %s steps in %s%s", self.phase, f"{state.global_step:,}", spent, losses)
+            steps = f"{state.global_step:,} step{'s' * (state.global_step != 1)}"
+            logger.info("%s: %s in %s%s", self.phase, steps, spent, losses)
 
     def stop(self) -> None:
         """Release the terminal. Can be called more than once."""

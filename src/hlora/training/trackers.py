@@ -15,7 +15,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-_TRACKERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+TRACKERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
 def add_callback_first(trainer: Trainer, callback: TrainerCallback) -> None:
@@ -47,7 +47,7 @@ class LayerCoefficients(TrainerCallback):
         if state.global_step > 0:  # resumed: the trackers have them
             return
         for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, _TRACKERS):
+            if isinstance(callback, TRACKERS):
                 logs = {f"layer_coefficient/{name}": value for name, value in self.coefficients.items()}
                 callback.on_log(args, state, control, logs=logs, model=kwargs["model"])
 

@@ -8,13 +8,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hlora.training.trackers import check_logins
+from hlora.parallel.group import world_size
+from hlora.training.their_errors import their_errors
+from hlora.training.trackers import TRACKERS, check_logins
 from hlora.training.train import build_trainer
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
 
 ROWS = 4  # rows that a trial is built on
 
@@ -22,9 +30,10 @@ ROWS = 4  # rows that a trial is built on
 def build_on_trial(
     model: PeftModel, tokenizer: Any, rows: Dataset, seed: int, arguments: dict[str, Any], *, evaluation: Any = None
 ) -> None:
-    """Build the trainer of a phase, its optimizer, learning-rate schedule and data loader, and collate a row.
+    """Build the trainer of a phase with optimizer and learning-rate schedule, and train one step of one row.
 
-    Trains nothing, and leaves the model's settings and the disk as they were. Uses random numbers.
+    The step moves the adapter. The base model and the disk stay as they were. Uses random numbers. In several processes
+    no step is trained, as a sharded model would stay sharded.
 
     Args:
         model: The base model with its adapter, as the phase gets it.
@@ -46,17 +55,48 @@ def build_on_trial(
         trainer.get_train_dataloader()
         assert isinstance(trainer.train_dataset, Dataset)
         trainer.data_collator([trainer.train_dataset[0]])
+        if trainer.args.torch_compile:  # which takes a minute and more: its arguments are tried alone
+            torch.compile(model, **trainer.accelerator.state.dynamo_plugin.to_kwargs())
+        elif world_size() == 1:
+            trainer.args.max_steps = steps
+            with their_errors(model):
+                _train_one_step(trainer)
+
+
+def _train_one_step(trainer: SFTTrainer) -> None:
+    """Of one row. No tracker sees the step, and nothing is evaluated or saved."""
+    assert isinstance(trainer.train_dataset, Dataset)
+    trainer.train_dataset = trainer.train_dataset.select([0])
+    args = trainer.args
+    args.dataloader_drop_last = args.eval_on_start = False
+    args.save_strategy = args.eval_strategy = "no"
+    for tracker in TRACKERS:
+        trainer.remove_callback(tracker)
+    trainer.add_callback(_StopAfterOneStep)
+    trainer.train()
+
+
+class _StopAfterOneStep(TrainerCallback):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+_CHANGED = ("forward", "training", "gradient_checkpointing", "_gradient_checkpointing_func")
+"""Fields of a module that a trainer changes, beside its hooks."""
 
 
 @contextmanager
 def _without_traces(model: PeftModel) -> Iterator[None]:
-    """Restore what building a trainer changes on the base model: its forward and its settings.
+    """Restore what trainer and step change on the base model: settings; forward methods, hooks and flags of modules.
 
-    Warnings are left for the phase itself to show.
+    What a forward pass keeps, such as rotary frequencies of a longer row, stays. Warnings are left for the phase itself
+    to show.
     """
     base = model.get_base_model()
     parts = [part for part in (base, base.config, getattr(base, "generation_config", None)) if part is not None]
-    before, level = [dict(vars(part)) for part in parts], logging.root.manager.disable
+    before = [dict(vars(part)) for part in parts]
+    modules = [(module, _fields(module), _hooks(module)) for module in base.modules()]
+    level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
         with warnings.catch_warnings():
@@ -64,6 +104,22 @@ def _without_traces(model: PeftModel) -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+        for module, fields, hooks in modules:
+            for name in _fields(module).keys() - fields:
+                del vars(module)[name]
+            vars(module).update(fields)
+            for there, found in hooks:
+                there.clear()
+                there.update(found)
         for part, fields in zip(parts, before, strict=True):
             vars(part).clear()
             vars(part).update(fields)
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name in _CHANGED}
+
+
+def _hooks(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Each dictionary of hooks, and what is in it."""
+    return [(each, dict(each)) for name, each in vars(module).items() if "_hooks" in name and isinstance(each, dict)]
