@@ -25,6 +25,8 @@ class StopWithoutGain(TrainerCallback):
         since_best = len(losses) - 1 - losses.index(min(losses))
         if since_best >= self.patience:
             logger.info(
-                "step %d: the validation loss was lowest %d evaluations ago; stopping", state.global_step, since_best
+                "step %d: evaluations in a row without a lower validation loss: %d; stopping",
+                state.global_step,
+                since_best,
             )
             control.should_training_stop = True
