@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,6 +36,8 @@ from hlora.system.redaction import redacted
 
 if TYPE_CHECKING:
     from hlora.run.plan import Plan
+
+logger = logging.getLogger("hlora")
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Job:
             model = attach_lora(base, config.lora, config.seed)
             adapted_matrices(model, unprotected=config.importance.unprotected)
             model.unload()
+        logger.info("trying one step of each phase")
         try_phases(job)
         return job
 
