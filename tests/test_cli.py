@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,11 @@ def test_a_path_with_brackets_is_printed_as_it_is(
     assert status == 0 and f"heat map: {place}/map.png, {place}/map.svg" in out and str(place / "importance") in out
     (place / "results.json").write_text(json.dumps({"arms": {}}), encoding="utf-8")
     assert hlora("report", place)[1].strip() == f"report: {place}/report.html"
+
+
+def test_output_that_is_ascii_gets_other_characters_escaped() -> None:
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "hlora", "config", "--schema"]
+    printed = subprocess.run(command, env=ascii_only, capture_output=True, check=True).stdout
+    assert printed.isascii() and b"\\u" in printed
+    assert json.loads(printed)["properties"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,6 +187,8 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 def main() -> None:
     """Entry point. An error of ours, or of the disk, is one message on stderr and status 2, without a traceback."""
     set_up_logs()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr is: the minus sign is not in ASCII or Latin-1
+        sys.stdout.reconfigure(errors="backslashreplace")
     console.quiet = not is_main_process()
     with errors_as_messages():
         app()

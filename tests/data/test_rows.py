@@ -16,6 +16,8 @@ from hlora.data.rows import Rows, read_documents, read_rows
 from hlora.data.tasks import read_example
 from hlora.system.errors import DataError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4096\n"
+
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]], **options: Any) -> str:
     path.write_text("".join(json.dumps(row, **options) + "\n" for row in rows), encoding="utf-8")
@@ -102,6 +104,7 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.csv", b'text\n"never closed', "line 2: not CSV"),
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
         ("a.csv", b"prompt\na,b,c\n", "Row 1: too many cells: 2 more than there are columns"),
+        *((f"a.{kind}", LFS_POINTER, "a Git LFS pointer, not the file") for kind in ("txt", "jsonl", "parquet", "csv")),
         ("a.pdf", b"x", "expected a .jsonl, .parquet or .csv file of rows, got .pdf"),
         ("a", b"x", "expected a .jsonl, .parquet or .csv file of rows, got no suffix"),
     ],

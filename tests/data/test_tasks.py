@@ -149,6 +149,11 @@ def test_messages_are_split_before_the_last_answer() -> None:
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+def test_a_content_of_one_text_part_is_that_text() -> None:
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+    assert read_example("rows", {"messages": parts}) == read_example("rows", {"messages": CHAT})
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_corpus import HOSTILE, leaves
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hlora import pipeline
 from hlora.comparison.compare import compare
@@ -30,6 +30,8 @@ from hlora.run.lengths import lengths
 from hlora.system import files
 from hlora.system.errors import ArtifactError, ConfigError, HloraError
 from hlora.system.locks import lock_directory, try_lock
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 269060552\n"
 
 
 @pytest.fixture
@@ -200,6 +202,58 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(copy: Path) ->
     tokenizer.add_tokens(["<one-too-many>"])
     tokenizer.save_pretrained(copy)
     with pytest.raises(ConfigError, match=r"token 384, '<one-too-many>'; the model's vocabulary ends at 383"):
+        load_base(ModelConfig(name=str(copy), device="cpu"))
+
+
+def with_special_token(copy: Path, token: str, **fields: Any) -> None:
+    """Add a special token, which has no embedding, and fields of the tokenizer's configuration."""
+    _, tokenizer = load_base(ModelConfig(name=str(copy), device="cpu"))
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.save_pretrained(copy)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+def test_an_image_token_without_an_embedding_is_read_as_text(copy: Path, tmp_path: Path) -> None:
+    token = "<image_soft_token>"  # as in Gemma 3 1B, at 262,144 of 262,144 embeddings
+    with_special_token(copy, token, extra_special_tokens={"image_token": token})
+    model, tokenizer = load_base(ModelConfig(name=str(copy), device="cpu"))
+    text = f"It is {token}, written out."
+    ids = tokenizer(text)["input_ids"]
+    assert max(ids) < model.get_input_embeddings().weight.shape[0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "saved")("It is plain.")["input_ids"]
+        == (tokenizer("It is plain.")["input_ids"])
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"extra_special_tokens": ["<turn>"]}, {"pad_token": "<turn>"}, {"chat_template": "<turn>{{ messages }}"}]
+)
+def test_a_special_token_that_texts_or_padding_need_is_refused_without_an_embedding(
+    fields: dict[str, Any], copy: Path
+) -> None:
+    with_special_token(copy, "<turn>", **fields)
+    with pytest.raises(ConfigError, match=r"token 384, '<turn>'; the model's vocabulary ends at 383"):
+        load_base(ModelConfig(name=str(copy), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (LFS_POINTER, r"model\.safetensors is a Git LFS pointer\. Fetch the file itself with: git lfs pull\.$"),
+        (b"half", r"model\.safetensors is cut short or damaged\. Download it again\.$"),
+        (None, r"The directory needs config\.json, safetensors weights and a tokenizer\.$"),
+    ],
+)
+def test_weights_that_did_not_arrive_are_named_with_what_to_do(content: bytes | None, remedy: str, copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100] if content == b"half" else content or b"")
+    if content is None:
+        weights.unlink()
+    with pytest.raises(ConfigError, match=rf"^model\.name: {copy} could not be loaded .*{remedy}"):
         load_base(ModelConfig(name=str(copy), device="cpu"))
 
 

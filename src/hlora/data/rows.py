@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from hlora.config.units import allowed
 from hlora.system.errors import DataError, first_line
-from hlora.system.files import PACKINGS, ROW_FILES, kind_of_file
+from hlora.system.files import PACKINGS, ROW_FILES, is_lfs_pointer, kind_of_file
 
 logger = logging.getLogger("hlora")
 
@@ -284,10 +284,12 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _existing(path: str) -> Path:
-    """The path of a file that exists. Raises DataError if it does not."""
+    """The path of a file that exists. Raises DataError if it does not, or is a Git LFS pointer."""
     try:
         if Path(path).is_file():
-            return Path(path)
+            if not is_lfs_pointer(Path(path)):
+                return Path(path)
+            raise DataError(f"{path}: a Git LFS pointer, not the file itself. Fetch that with: git lfs pull")
         problem = "a directory, expected a file" if Path(path).is_dir() else f"no such file (from {Path.cwd()})"
     except OSError as error:  # the name is too long, or the directory may not be searched
         problem = f"cannot be read ({error.strerror})"

@@ -164,12 +164,16 @@ def _turn(turn: Any) -> dict[str, Any]:
     found = {key: value for key, value in turn.items() if value is not None}
     if found.get("tool_calls"):
         found.setdefault("content", "")
-    parts = found.get("content")
-    if isinstance(parts, list):
-        good = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
-    else:
-        good = isinstance(parts, str)
-    return found if good else {}
+    content = found.get("content")
+    if isinstance(content, list) and all(map(_is_text_part, content)):
+        if len(content) == 1:  # as OpenAI and Gemma 3 write a text
+            found["content"] = content[0]["text"]
+        return found
+    return found if isinstance(content, str) else {}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def _listed(cell: Any, column: str) -> list[Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +27,7 @@ from hlora.model import embedded
 from hlora.model.four_bits import keep_trainable
 from hlora.parallel.launch import sharding
 from hlora.system.errors import ConfigError, first_line, how_to_install
-from hlora.system.files import PICKLES, how_to_convert
+from hlora.system.files import PICKLES, how_to_convert, is_lfs_pointer
 from hlora.system.quiet import quiet
 
 logger = logging.getLogger("hlora")
@@ -93,16 +95,37 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
         )
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    # Transformers gives some tokenizers, such as those of GGUF files, a special token that no text has.
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    foreign = _of_other_models(tokenizer) & beyond.keys()
+    for token, number in beyond.items():
+        if token not in foreign:
+            raise ConfigError(
+                f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary "
+                f"ends at {rows - 1}. Use the model's own tokenizer, or resize the embeddings and save it."
+            )
+    if foreign and tokenizer.is_fast:
+        _read_as_text(tokenizer, foreign)
+
+
+def _of_other_models(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Special tokens that are not put around a text, listed as the tokenizer's own additions or in the chat template.
+
+    Gemma 3 1B, which reads text only, shares its tokenizer with models that have an image token. Transformers gives
+    those of GGUF files one more.
+    """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    unused = special - {*tokenizer.all_special_tokens}
-    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in unused}
-    token, number = max(vocabulary.items(), key=lambda item: item[1])
-    if number >= rows:
-        raise ConfigError(
-            f"model.name: the tokenizer of {config.name} has token {number}, {token!r}; the model's vocabulary ends at "
-            f"{rows - 1}. Use the model's own tokenizer, or resize the embeddings and save it."
-        )
+    around = {getattr(tokenizer, name) for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
+    others = special - around - {*tokenizer.extra_special_tokens}
+    return {token for token in others if token not in str(tokenizer.chat_template)}
+
+
+def _read_as_text(tokenizer: Any, tokens: set[str]) -> None:
+    """Take special tokens out of the tokenizer: where a text has one written out, it is split like any other word."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] not in tokens]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    named = ", ".join(sorted(tokens))
+    logger.info("the model has no embedding for %s of its tokenizer: read as plain text", named)
 
 
 def _check_causal(config: ModelConfig, model: PreTrainedModel) -> None:
@@ -183,12 +206,26 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
             "hlora.ImportanceRecorder and hlora.protect with Seq2SeqTrainer (docs/guides/trainers.md)"
         )
     elif Path(name).is_dir():
-        remedy = f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
+        remedy = _broken_weights(Path(name)) or (
+            f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
+        )
         if not config.gguf_file and list(Path(name).glob("*.gguf")):
             remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
     elif Path(name).suffix in PICKLES:
         remedy = "A pickle can hold code and is not read; name a directory with config.json and safetensors weights"
     else:
         remedy = "It is no directory here; as a hub name it needs the network, and a login if the model is gated"
-    end = "" if remedy.endswith('"') else "."
-    return f"model.name: {config.name} could not be loaded ({first_line(error)}). {remedy}{end}"
+    end = "" if remedy.endswith((".", '"')) else "."
+    return f"model.name: {config.name} could not be loaded ({first_line(error).rstrip('.')}). {remedy}{end}"
+
+
+def _broken_weights(directory: Path) -> str:
+    """What to do about the first weights file that cannot be read; empty where all can."""
+    for path in sorted(directory.glob("*.safetensors")):
+        if is_lfs_pointer(path):
+            return f"{path.name} is a Git LFS pointer. Fetch the file itself with: git lfs pull"
+        try:
+            safe_open(path, "pt")
+        except (SafetensorError, OSError):
+            return f"{path.name} is cut short or damaged. Download it again"
+    return ""

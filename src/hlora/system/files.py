@@ -26,6 +26,7 @@ PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 """How a file with one of these suffixes is compressed."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of files that PyTorch and others unpickle."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def kind_of_file(path: str) -> str:
@@ -111,6 +112,12 @@ def how_to_convert(directory: Path) -> str:
         f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{Path(pickles[0]).stem}.safetensors')"
     )
     return f' {pickles[0]} is a pickle, which can hold code and is not read. If you trust it: python -c "{code}"'
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what Git writes in place of a large one, until `git lfs pull` fetches it."""
+    with path.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def flush(path: Path) -> None:
