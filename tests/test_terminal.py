@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,20 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
     assert done.stderr == f"hlora {__version__}, {file}: loading PyTorch and Transformers\n"
+
+
+def test_a_first_token_that_only_the_tokenizer_names_is_no_message_of_transformers(
+    file: Path, model_dir: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "without bos"))
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(fields | {"bos_token_id": None}), encoding="utf-8")
+    command = [sys.executable, "-m", "hlora", "record", file, "--set", f"model.name={model}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "record: 6 steps" in done.stderr and "transformers" not in done.stderr.lower().replace(
+        " and transformers", ""
+    )
 
 
 def test_on_a_terminal_no_line_stands_before_something_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,23 @@ def test_weights_that_did_not_arrive_are_named_with_what_to_do(content: bytes | 
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_attention_heads", 3, "The hidden size .* is not a multiple of the number of attention heads"),
+        ("rope_parameters", {"rope_type": "yarn"}, "Missing required keys"),
+        ("dtype", "float7", "float7"),
+        ("model_type", "llama9", "llama9"),
+        ("attn_implementation", "flash_attention_9", "flash_attention_9"),
+    ],
+)
+def test_a_wrong_field_of_the_models_config_is_one_message(field: str, value: Any, said: str, copy: Path) -> None:
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"^model\.name: {copy} could not be loaded \(.*{said}.*\)\. \w"):
+        load_base(ModelConfig(name=str(copy), device="cpu"))
+
+
+@pytest.mark.parametrize(
     "field",
     ["evaluation.window", "training.common.max_length", "training.record.max_length", "training.tune.max_length",
      "importance.sequence_length", "general.sample_tokens"],

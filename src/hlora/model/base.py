@@ -62,7 +62,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         model, found = loaded
         if found["missing_keys"]:  # Transformers fills them with random numbers and a report
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a wrong field of config.json is a KeyError, an AttributeError or a type of its own
         raise ConfigError(_why_not_loaded(config, name, error)) from None
     _check_tokenizer(config, tokenizer, model)
     if tokenizer.pad_token is None:
@@ -205,12 +205,10 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
             "hlora run trains causal language models, which this is not. For an encoder-decoder such as T5, use "
             "hlora.ImportanceRecorder and hlora.protect with Seq2SeqTrainer (docs/guides/trainers.md)"
         )
+    elif isinstance(error, ImportError):
+        remedy = "Install what that names, or take a model that does not need it"
     elif Path(name).is_dir():
-        remedy = _broken_weights(Path(name)) or (
-            f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(Path(name))}"
-        )
-        if not config.gguf_file and list(Path(name).glob("*.gguf")):
-            remedy = f"Set model.gguf_file to {sorted(Path(name).glob('*.gguf'))[0].name}"
+        remedy = _what_to_mend(Path(name), config.gguf_file)
     elif Path(name).suffix in PICKLES:
         remedy = "A pickle can hold code and is not read; name a directory with config.json and safetensors weights"
     else:
@@ -219,8 +217,13 @@ def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
     return f"model.name: {config.name} could not be loaded ({first_line(error).rstrip('.')}). {remedy}{end}"
 
 
-def _broken_weights(directory: Path) -> str:
-    """What to do about the first weights file that cannot be read; empty where all can."""
+def _what_to_mend(directory: Path, gguf_file: str | None) -> str:
+    """What to do about a directory that cannot be loaded."""
+    others = sorted(directory.glob("*.gguf"))
+    if others and not gguf_file:
+        return f"Set model.gguf_file to {others[0].name}"
+    if not all(list(directory.glob(needed)) for needed in ("config.json", "*.safetensors", "tokenizer*")):
+        return f"The directory needs config.json, safetensors weights and a tokenizer.{how_to_convert(directory)}"
     for path in sorted(directory.glob("*.safetensors")):
         if is_lfs_pointer(path):
             return f"{path.name} is a Git LFS pointer. Fetch the file itself with: git lfs pull"
@@ -228,4 +231,4 @@ def _broken_weights(directory: Path) -> str:
             safe_open(path, "pt")
         except (SafetensorError, OSError):
             return f"{path.name} is cut short or damaged. Download it again"
-    return ""
+    return "Mend or replace the file that this is about"

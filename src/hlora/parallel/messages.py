@@ -28,7 +28,8 @@ def set_up_logs() -> None:
     # Deprecations inside Transformers and TRL are for their authors; a user of this command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets|accelerate)\.")
     # At each import, whatever the model: 4-bit products on a CPU, and torchao's kernels for other machines and torches.
-    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
+    # At each training: that the model's settings took a special token from its tokenizer.
+    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree", "transformers.trainer_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _in_a_thread
 

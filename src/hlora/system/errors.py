@@ -56,8 +56,14 @@ class CannotRun(HloraError):
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of another library's error, up to 200 characters, to quote in one of ours."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    """Type and first line of another library's error, up to 200 characters, to quote in one of ours.
+
+    A first line that ends in a colon brings the second one.
+    """
+    first, *further = str(error).strip().splitlines() or [""]
+    if first.endswith(":") and further:
+        first = f"{first} {further[0].strip()}"
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def how_to_install(extra: str) -> str:
