@@ -200,6 +200,21 @@ def test_a_hub_name_that_cannot_be_reached_says_what_it_needs(monkeypatch: pytes
         load("acme/absent")
 
 
+def test_a_hub_model_with_pickles_only_says_where_safetensors_may_be(
+    model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, commit = tmp_path / "models--acme--pickled", "0" * 40
+    shutil.copytree(model_dir, cached / "snapshots" / commit)
+    weights = cached / "snapshots" / commit / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^model.name: acme/pickled has no safetensors weights.*Set model.revision"):
+        load("acme/pickled")
+
+
 # LoRA
 
 

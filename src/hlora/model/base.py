@@ -198,6 +198,11 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
 
 
 def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
+    if "cannot be loaded with `safetensors`" in str(error):
+        return (
+            f"model.name: {config.name} has no safetensors weights, and a pickle can hold code and is not read. Set "
+            "model.revision to a branch or pull request (refs/pr/1) that has them, or convert a copy of your own."
+        )
     if "custom code" in str(error):
         remedy = "Read that code, and if you trust it set model.trust_remote_code: true"
     elif "Unrecognized configuration class" in str(error):
