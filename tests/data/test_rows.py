@@ -101,6 +101,8 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.jsonl", b'{"other": "a", "more": 1}\n', "Row 1: missing column: 'text', it has other, more"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Row 2: no text: 'text' holds int"),
         ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
+        ("a.json", b'{"data": [\n{"text": "a"}\n]}', "one JSON object, with data. Expected an array of rows, or one"),
+        ("a.json", b'{"text": "a",\n"text": "b"}\n{', "Row 1: not JSON: "),
         ("a.csv", b'text\n"never closed', "line 2: not CSV"),
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
         ("a.csv", b"prompt\na,b,c\n", "Row 1: too many cells: 2 more than there are columns"),

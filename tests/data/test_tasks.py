@@ -149,6 +149,17 @@ def test_messages_are_split_before_the_last_answer() -> None:
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}])
+def test_a_last_message_marked_as_not_to_be_trained_is_not_trained(mark: dict[str, Any]) -> None:
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", **mark}]
+    for row in ({"messages": [CHAT[0], CHAT[1] | mark]}, {"conversations": sharegpt}):
+        with pytest.raises(DataError, match=rf"^not to be trained: the last message has {next(iter(mark))} (0|False)"):
+            read_example("rows", row)
+    kept = dict.fromkeys(mark, 1)
+    earlier = [CHAT[0], CHAT[1] | mark, CHAT[0], CHAT[1] | kept]
+    assert read_example("rows", {"messages": earlier}).answer == "Hello"
+
+
 def test_a_content_of_one_text_part_is_that_text() -> None:
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
     assert read_example("rows", {"messages": parts}) == read_example("rows", {"messages": CHAT})

@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -138,8 +139,14 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
         content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     )  # splitlines would also split at U+2028, inside a text
     rows = Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
-    if no_array and len(rows.kept) < len(rows.unusable):
+    if len(rows.kept) >= len(rows.unusable):
+        return rows
+    if no_array:
         raise DataError(f"{path}: not a JSON array ({no_array}), nor one JSON object a line. Mend the array.")
+    if len(rows.unusable) > 1 and content.lstrip()[:1] == b"{":
+        with suppress(ValueError, RecursionError):
+            keys = ", ".join(json.loads(content))
+            raise DataError(f"{path}: one JSON object, with {keys}. Expected an array of rows, or one object a line.")
     return rows
 
 

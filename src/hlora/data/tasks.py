@@ -123,7 +123,11 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 def _sharegpt_turn(turn: Any) -> Any:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
         return turn
-    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"], **others}
+
+
+_TRAINED = ("weight", "train", "training", "loss")  # as OpenAI, Axolotl and ms-swift mark the turns to learn
 
 
 def _conversation(messages: list[Any], beside: Row) -> Example:
@@ -140,6 +144,9 @@ def _conversation(messages: list[Any], beside: Row) -> Example:
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise DataError("wrong messages: they must end with an answer of the assistant to something")
     last = dict(turns[-1])
+    for mark in _TRAINED:
+        if last.get(mark) in (0, False):
+            raise DataError(f"not to be trained: the last message has {mark} {last[mark]}, and it is the one trained")
     answer, _ = last.pop("content"), last.pop("role")
     if not isinstance(answer, str):
         raise DataError(f"wrong messages: the last content is {_short(answer)}, expected text")
