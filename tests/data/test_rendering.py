@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tokenizers import TEMPLATES, Adds, Kind, made_tokenizer
@@ -15,6 +17,8 @@ from hlora.data.tokens import text_start
 from hlora.system.errors import DataError
 
 CHAT_OPENERS = {"mistral": " ", "empty thought": "<think>\n\n</think>\n\n"}  # before the answer, in trained and scored
+
+TURN = "{%% for m in messages %%}%s{%% endfor %%}"
 
 texts = st.text(
     st.one_of(st.sampled_from("abc .,:\n<|>/[]{}\"'"), st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"))),
@@ -99,6 +103,41 @@ def test_a_row_of_messages_is_trained_and_scored_as_its_template_renders_it(
         assert row.training_row()["completion_mask"] == trl_mask(tokenizer, *rendered)
 
 
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "one turn": [user("What is 7?"), assistant("  It is\n  seven.\n")],
+    "system": [{"role": "system", "content": "Be brief."}, user("What is 7?"), assistant("It is seven.")],
+    "three turns": [user("Hi"), assistant("Hello."), user("What is 7?"), assistant("It is seven.")],
+    "thought": [user("What is 7?"), assistant("It is seven.", reasoning_content="I count.")],
+}
+LISTS_ONLY = ("idefics3", "llava_next", "smolvlm")  # their contents are lists of texts and images
+TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
+
+
+@pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
+def test_real_templates_are_trained_as_trl_marks_them_but_for_what_the_prompt_ends_with(path: Path) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", path.read_text(encoding="utf-8"))
+    for name, chat in CHATS.items():
+        try:
+            row = render(tokenizer, read_example("rows", {"messages": chat}))
+        except DataError:
+            assert name in ("system", "thought") or path.stem.startswith(LISTS_ONLY)
+            continue
+        theirs = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        mask = "".join(map(str, theirs["assistant_masks"]))
+        assert row.ids == theirs["input_ids"]
+        assert row.start < row.end <= len(row.ids) and set(mask[row.start :]) == {"1"}
+        before = tokenizer.decode(row.ids[len(mask.rstrip("1")) : row.start])
+        assert row.prompt.rstrip().endswith(before.rstrip())
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_eos_ends_an_answer_that_the_template_does_not_end(end: str) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", TURN % f"<|im_start|>{{{{ m.role }}}}: {{{{ m.content }}}}{end}")
+    row = render(tokenizer, Example([user("Hi")], "Hello."))
+    assert row.ids.count(1) == 1 and row.ids[-1] == 1 and row.training_row()["completion_mask"][-1] == 1
+    assert tokenizer.decode(row.ids[row.start : row.end]).endswith("Hello.")
+
+
 def test_bos_is_what_the_tokenizer_puts_before_a_text() -> None:
     for kind in ("bytes", "pieces"):
         starts = {adds: text_start(made_tokenizer(kind, adds)) for adds in ("bos", "eos", "both", "neither")}
@@ -118,7 +157,6 @@ def test_the_answer_begins_as_the_thought_that_the_template_opens_does() -> None
     assert answer_of(tokenizer, row) == "<b>Yes" and row.prompt.endswith("<|im_start|>assistant\n")
 
 
-TURN = "{%% for m in messages %%}%s{%% endfor %%}"
 CALLS = [
     {"type": "function", "function": {"name": "weather", "arguments": {"city": "Où"}}},
     {"type": "function", "function": {"name": "convert", "arguments": {"amount": 3, "unit": None}}},

@@ -103,6 +103,8 @@ def _render_messages(tokenizer: PreTrainedTokenizerBase, example: Example) -> Re
         start = min(start, _shared(tokenise(tokenizer, whole[:content]), ids))
         opened, rest = opened[: _shared(opened, whole[:content])], ""
     end = len(ids) - _shared(tokenise(tokenizer, closing)[::-1], ids[::-1])
+    if not (closing.strip() or example.turn.get("tool_calls") or tokenizer.eos_token_id is None):
+        ids = [*ids, tokenizer.eos_token_id]  # as with GLM-4, where the user's next turn ends the answer
     return Rendered(ids, start, max(end, start + 1), opened, body[content:], rest)
 
 
