@@ -176,6 +176,24 @@ def test_tool_calls_and_tools_reach_the_model_as_the_file_has_them() -> None:
         assert row.prompt.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "weather"')
 
 
+@pytest.mark.parametrize("path", sorted(TRL_TEMPLATES[0].parent.glob("*.jinja")), ids=lambda path: path.stem)
+def test_arguments_as_json_text_are_rendered_as_objects_are(path: Path) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", path.read_text(encoding="utf-8"))
+    found: list[Rendered | str] = []
+    for arguments in ({"city": "Où"}, '{"city":"O\\u00f9"}'):
+        calls = [{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": arguments}}]
+        try:
+            found.append(
+                render(tokenizer, read_example("rows", {"messages": [user("Hi"), assistant("", tool_calls=calls)]}))
+            )
+        except DataError as error:
+            found.append(str(error))
+    objects, text = found
+    if path.stem.startswith("deepseekv3"):  # takes text only, and as it is
+        objects, text = (tokenizer.decode(row.ids).replace("\\u00f9", "ù").replace(": ", ":") for row in found)
+    assert objects == text
+
+
 @pytest.mark.parametrize(
     ("template", "row", "problem"),
     [

@@ -280,6 +280,17 @@ SYSTEM = {"role": "system", "content": "Be short."}
         ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),
         ("rows", {"prompt": CHAT, "completion": [1]}, "wrong messages: [{"),
         ("rows", {"prompt": "x"}, "missing column: 'completion'"),
+        (
+            "rows",
+            {"messages": [USER, {"role": "assistant", "tool_calls": "x"}]},
+            "wrong tool_calls: 'x', expected a list",
+        ),
+        ("rows", {"messages": [USER, {"role": "assistant", "tool_calls": ["x"]}]}, "wrong tool_calls: ['x'], expected"),
+        (
+            "rows",
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": "x"}]}]},
+            "wrong tool_calls: [{",
+        ),
         ("rows", {"messages": [USER]}, "they must end with an answer of the assistant"),
         ("rows", {"messages": [{"role": "assistant", "content": "Hi"}]}, "they must end with an answer"),
         ("rows", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty cell: answer is ''"),

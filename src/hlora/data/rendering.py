@@ -7,7 +7,8 @@ trained is what is scored. BOS and EOS are put on here and nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,17 +131,51 @@ def _template(
             "no chat template: rows of messages need a tokenizer that has one, and this model's has none; "
             "use prompt and completion columns instead"
         )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(turn) for turn in messages],
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+    refused: list[str] = []
+    for turns in _with_arguments(messages):
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise DataError(f"wrong messages: the model's chat template refuses them ({first_line(error)})") from None
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            refused.append(first_line(error))
+    raise DataError(f"wrong messages: the model's chat template refuses them ({refused[0]})")
+
+
+def _with_arguments(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
+    """The turns with the arguments of their tool calls as objects, and then as JSON text, for a template that needs it.
+
+    OpenAI's files have text. The templates of Qwen 2.5, Llama 3.1 and gpt-oss would quote it once more, those of Qwen
+    3.5 and GLM-4 refuse it; DeepSeek V3's refuses objects.
+    """
+    yield [_each_call(turn, _as_object) for turn in messages]
+    if any(turn.get("tool_calls") for turn in messages):
+        yield [_each_call(turn, _as_text) for turn in messages]
+
+
+def _each_call(turn: Message, form: Callable[[Any], Any]) -> dict[str, Any]:
+    """The turn with the arguments of each call in that form."""
+    calls = []
+    for call in turn.get("tool_calls") or ():
+        function = call.get("function") or call
+        if "arguments" in function:
+            function = {**function, "arguments": form(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**turn, "tool_calls": calls} if calls else dict(turn)
+
+
+def _as_object(arguments: Any) -> Any:
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(arguments) if arguments.strip() else {}
+            return found if isinstance(found, dict) else arguments
+    return arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _checked_closing(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, whole: str) -> str:

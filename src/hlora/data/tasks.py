@@ -170,6 +170,9 @@ def _turn(turn: Any) -> dict[str, Any]:
         return {}
     found = {key: value for key, value in turn.items() if value is not None}
     if found.get("tool_calls"):
+        found["tool_calls"] = calls = _listed(found["tool_calls"], "tool_calls")
+        if not all(isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping) for call in calls):
+            raise DataError(f"wrong tool_calls: {_short(calls)}, expected objects with a function")
         found.setdefault("content", "")
     content = found.get("content")
     if isinstance(content, list) and all(map(_is_text_part, content)):
