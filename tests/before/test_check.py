@@ -107,6 +107,16 @@ def test_packed_files_are_read_as_in_a_run_and_validation_rows_are_counted(
     assert status == 2 and "domain.validation: absent.jsonl.gz: no such file" in err
 
 
+def test_an_output_that_a_run_could_not_write_is_refused(hlora: Invoke, config: Path, tmp_path: Path) -> None:
+    for output in ("train.jsonl", "train.jsonl/below"):
+        status, _, err = hlora("check", config, "--set", f"output={tmp_path / output}")
+        assert status == 2 and f"output: {tmp_path / output} cannot be used" in err
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "logs").symlink_to(tmp_path)
+    status, _, err = hlora("check", config, "--set", f"output={tmp_path / 'linked'}")
+    assert status == 2 and "logs is a link to" in err
+
+
 def test_the_marked_part_is_what_is_trained(config: Path, model_dir: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with checked(parse_config(yaml.safe_load(config.read_text(encoding="utf-8")))) as found:

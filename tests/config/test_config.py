@@ -308,3 +308,7 @@ def test_the_papers_preset_gives_way_to_what_is_said() -> None:
 @pytest.mark.parametrize("budget", ["1%", "0.5 %", 0.01, "0.01"])
 def test_a_budget_is_a_percentage_or_nats(budget: Any) -> None:
     assert parse_config({**minimal(), "penalty": {"budget": budget}}).penalty.budget == budget
+
+
+def test_one_general_file_need_not_be_a_list(job_fields: dict[str, Any]) -> None:
+    assert parse_config(job_fields, overrides=["general.paths=a, b.txt"]).general.paths == ["a, b.txt"]

@@ -107,8 +107,8 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
         ("a.csv", b"prompt\na,b,c\n", "Row 1: too many cells: 2 more than there are columns"),
         *((f"a.{kind}", LFS_POINTER, "a Git LFS pointer, not the file") for kind in ("txt", "jsonl", "parquet", "csv")),
-        ("a.pdf", b"x", "expected a .jsonl, .parquet or .csv file of rows, got .pdf"),
-        ("a", b"x", "expected a .jsonl, .parquet or .csv file of rows, got no suffix"),
+        ("a.pdf", b"x", "expected a .txt, .jsonl, .parquet or .csv file, got .pdf"),
+        ("a", b"x", "expected a .txt, .jsonl, .parquet or .csv file, got no suffix"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_place_and_the_problem(
@@ -119,6 +119,12 @@ def test_a_file_that_cannot_be_used_is_named_with_the_place_and_the_problem(
     with pytest.raises(DataError) as caught:
         read_documents(str(file)).within(0, "the limit")
     assert str(caught.value).startswith(f"{file}") and problem in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_documents, read_rows])
+def test_a_directory_in_place_of_a_file_is_named_as_one(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"^{tmp_path}: a directory, expected a file"):
+        read(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "csv"])

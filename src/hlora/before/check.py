@@ -29,6 +29,7 @@ from hlora.run.job import Job
 from hlora.run.phases import check_fits, protected, recorder_for, save_adapter, squared_gradients
 from hlora.run.reuse import given_importance, is_finished
 from hlora.system.errors import ConfigError
+from hlora.system.files import check_directory, refuse_links
 
 SHOWN = 3  # rows
 _ROWS = 2_000  # that are tokenised to count tokens; of more, evenly spaced ones
@@ -80,6 +81,8 @@ def checked(config: RunConfig) -> Iterator[Check]:
         ConfigError: A field is wrong, as in a run.
         DataError: A file cannot be used, as in a run.
     """
+    check_directory(Path(config.output))
+    refuse_links(Path(config.output))
     notes = _notes(config)
     given = given_importance(config)
     earlier = len(earlier_runs(config))

@@ -137,13 +137,17 @@ def _is_a_limit(value: Any) -> Any:
 RowLimit = Annotated[int | str, BeforeValidator(_is_a_limit)]
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class GeneralSource(Section):
     """One source of general text."""
 
     source: Literal["files", "hub", "model"] = "files"
     """Where the general text comes from: local files, a hub data set, or samples that the base model generates."""
-    paths: list[str] = []
-    """files: a list of .txt, .jsonl, .parquet or .csv files, also packed as .gz or .zst."""
+    paths: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = []
+    """files: one or a list of .txt, .jsonl, .parquet or .csv files, also packed as .gz or .zst."""
     dataset: str | None = None
     """hub: name of the data set."""
     subset: str | None = None

@@ -48,11 +48,16 @@ def make_directory(directory: Path) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raises ConfigError if an output path, or a parent of it, is not a directory. Writes nothing."""
+    """Raises ConfigError if an output path, or a parent of it, is no directory or one without permission.
+
+    Writes nothing.
+    """
     try:
         there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not there.is_dir():
             raise NotADirectoryError(None, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(None, f"no permission to write in {there}")
     except OSError as error:
         raise ConfigError(f"output: {directory} cannot be used ({error.strerror}). Name another directory.") from None
 
