@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from conftest import GENERAL_TEXT
 from made_tokenizers import TEMPLATES, made_model, made_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -256,6 +257,31 @@ def test_answers_may_be_as_long_as_the_longest_expected_one_and_stay_within_the_
     assert short["domain"]["generated_too_short"] == 1
     assert "1 of 3 expected answers have more than 5 tokens" in caplog.text
     assert "generated_too_short" not in evaluate(model, tokenizer, {}, domain, SHORT)["domain"]
+
+
+REAL = Path(trl.__file__).parent / "chat_templates"
+OPENERS = ["qwen3", "qwen3_5_think", "gptoss", "glm4moe", "nemotron_3_nano", "gemma3", "llama3_1", "deepseekv3"]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, *OPENERS])
+def test_a_model_that_knows_the_answer_is_right_whatever_the_template_writes_before_it(
+    template: str, tmp_path: Path
+) -> None:
+    written = TEMPLATES.get(template) or (REAL / f"{template}.jinja").read_text(encoding="utf-8")
+    model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer("bytes", "neither", written), context=1024))
+    chat = [{"role": "user", "content": "What is 7?"}]
+    row = render(tokenizer, Example(chat, "It is seven,\n  so."))
+    ids = torch.tensor([row.ids])
+    labels = ids.masked_fill(torch.arange(len(row.ids)) < row.start, -100)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    while True:
+        found = model(input_ids=ids, labels=labels)
+        if torch.equal(found.logits[0, row.start - 1 : -1].argmax(-1), ids[0, row.start :]):
+            break
+        found.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert generate_answers(model, tokenizer, [row], EvaluationConfig()) == [row.answer] == ["It is seven,\n  so."]
 
 
 # Divergence

@@ -63,11 +63,26 @@ def generate_answers(
         room = limit if context is None else min(limit, context - ids.shape[1])
         found = written(model, tokenizer, ids, mask=mask, new_tokens=room, stops=stops)
         texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-        answers += [text.removeprefix(row.prompt_rest) for text, row in zip(texts, batch, strict=True)]
+        answers += [_answer_in(tokenizer, row, text) for text, row in zip(texts, batch, strict=True)]
     return [
         "\n".join(answer.strip().splitlines()[: len(row.answer.strip().splitlines())])
         for answer, row in zip(answers, rows, strict=True)
     ]
+
+
+def _answer_in(tokenizer: PreTrainedTokenizerBase, row: Rendered, text: str) -> str:
+    """The answer in what the model wrote, without what is trained around it.
+
+    Before it that is the end of the prompt, or what a chat template writes there: Qwen 3's an empty thought, gpt-oss'
+    the name of a channel. After it that is an end of turn which is no special token.
+    """
+    trained, end = (
+        str(tokenizer.decode(ids, skip_special_tokens=True))
+        for ids in (row.ids[row.start : row.end], row.ids[row.end :])
+    )
+    start = trained.rfind(row.answer.strip())
+    text = text.removeprefix(row.prompt_rest if start < 0 else trained[:start])
+    return text.partition(end.strip())[0] if end.strip() else text
 
 
 def answer_limit(rows: list[Rendered], settings: EvaluationConfig) -> int:
