@@ -130,3 +130,17 @@ def made_model(directory: Path, tokenizer: Any, seed: int = 0, context: int = 25
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+def teach(model: Any, ids: list[int], start: int) -> None:
+    """Train all of the model until it writes the ids from `start` on, token after token, by itself."""
+    whole = torch.tensor([ids])
+    labels = whole.masked_fill(torch.arange(len(ids)) < start, -100)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    while True:
+        found = model(input_ids=whole, labels=labels)
+        if torch.equal(found.logits[0, start - 1 : -1].argmax(-1), whole[0, start:]):
+            return
+        found.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

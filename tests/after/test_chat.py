@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from made_tokenizers import made_model, made_tokenizer, teach
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from hlora.after.chat import Chat
 from hlora.after.tuned import Tuned, load_tuned, model_config
+from hlora.config.sections import ModelConfig
+from hlora.data.rendering import render
+from hlora.data.tasks import Example
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
 
@@ -74,6 +80,15 @@ def test_a_conversation_goes_through_the_chat_template_and_new_begins_another(
     talk.forget()
     assert talk.answer("one")["tuned"] == first
     assert Chat(tuned, plain=True, max_new_tokens=6).answer("one")["tuned"] == continued(tuned, "one")
+
+
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path: Path) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", "qwen")  # <|im_end|>, which no EOS of tokenizer or model is
+    model = LlamaForCausalLM.from_pretrained(made_model(tmp_path / "model", tokenizer))
+    row = render(tokenizer, Example([{"role": "user", "content": "Hi"}], "Hello."))
+    teach(model, [*row.ids, *tokenizer("and more")["input_ids"]], row.start)
+    talk = Chat(Tuned(get_peft_model(model, LoraConfig()), tokenizer, ModelConfig(name="made")))
+    assert talk.answer("Hi") == {"tuned": "Hello."}
 
 
 def test_a_prompt_beyond_the_context_is_said_and_the_next_one_answered(

@@ -12,7 +12,7 @@ import yaml
 from conftest import move_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from hlora.after.merge import BOUNDS, merge
 from hlora.system.errors import ArtifactError
@@ -37,6 +37,20 @@ def test_a_merged_model_has_the_adapters_logits_and_its_tokenizer(
     suffixes = {path.suffix for path in (tmp_path / "merged").iterdir()}
     assert suffixes <= {".safetensors", ".json", ".md", ".jinja"}
     assert "merged into it" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_merged_model_stops_where_the_chat_template_ends_a_turn(
+    tuned_run: Path, model_dir: str, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<bos>{% endfor %}"
+    tokenizer.save_pretrained(base)
+    merge(tuned_run, tmp_path / "merged", [f"model.name={base}"])
+    ends = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
+    assert ends == [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    merge(tuned_run, tmp_path / "plain")
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == tokenizer.eos_token_id
 
 
 def test_a_tuning_that_rounding_would_swallow_is_not_merged(tuned_run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import trl
 from conftest import GENERAL_TEXT
-from made_tokenizers import TEMPLATES, made_model, made_tokenizer
+from made_tokenizers import TEMPLATES, made_model, made_tokenizer, teach
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from trl import SFTTrainer
@@ -271,16 +271,7 @@ def test_a_model_that_knows_the_answer_is_right_whatever_the_template_writes_bef
     model, tokenizer = load(made_model(tmp_path / "model", made_tokenizer("bytes", "neither", written), context=1024))
     chat = [{"role": "user", "content": "What is 7?"}]
     row = render(tokenizer, Example(chat, "It is seven,\n  so."))
-    ids = torch.tensor([row.ids])
-    labels = ids.masked_fill(torch.arange(len(row.ids)) < row.start, -100)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    while True:
-        found = model(input_ids=ids, labels=labels)
-        if torch.equal(found.logits[0, row.start - 1 : -1].argmax(-1), ids[0, row.start :]):
-            break
-        found.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, row.ids, row.start)
     assert generate_answers(model, tokenizer, [row], EvaluationConfig()) == [row.answer] == ["It is seven,\n  so."]
 
 

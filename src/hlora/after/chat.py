@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from hlora.after.tuned import Tuned
+from hlora.data.rendering import end_tokens_of_template
 
 
 @dataclass
@@ -129,7 +130,8 @@ def _lines() -> Iterator[str]:
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Tokens that end an answer: the model's and the tokenizer's."""
+    """Tokens that end an answer: the model's, the tokenizer's and the chat template's."""
     of_model = getattr(model.generation_config, "eos_token_id", None)
     ends = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
+    found = {*ends, tokenizer.eos_token_id, *end_tokens_of_template(tokenizer)} - {None}
+    return sorted(found) or None

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hlora.after.tuned import load_tuned, model_config
+from hlora.data.rendering import end_tokens_of_template
 from hlora.report.card import merged_card
 from hlora.system.errors import ArtifactError, ConfigError, first_line
 from hlora.system.files import atomic_directory, check_directory
@@ -79,6 +80,7 @@ def merge(run: Path, directory: Path, overrides: list[str] | None = None) -> Mer
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as problem:  # the sum is not finite
         raise ArtifactError(f"{run / 'adapter'}: cannot be merged ({first_line(problem)}). Tune again.") from None
+    _add_ends(merged, tuned.tokenizer)
     with atomic_directory(directory) as fresh, quiet():
         merged.save_pretrained(fresh)
         tuned.tokenizer.save_pretrained(fresh)
@@ -94,6 +96,18 @@ def merge(run: Path, directory: Path, overrides: list[str] | None = None) -> Mer
         result = Merged(directory, precision, error, BOUNDS.get(precision, BOUNDS["float32"]), effect)
         _check(result)
     return result
+
+
+def _add_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add what ends an answer in the chat template to the end tokens of the model's generation_config.json.
+
+    Servers stop there. A base model's has its own EOS alone, and the tuned one would write on after <|im_end|>.
+    """
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    more = sorted(end_tokens_of_template(tokenizer) - {*ends})
+    if more:
+        config.eos_token_id = [*(end for end in ends if end is not None), *more]
 
 
 def _check(result: Merged) -> None:

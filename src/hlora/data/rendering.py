@@ -7,7 +7,7 @@ trained is what is scored. BOS and EOS are put on here and nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,20 @@ def _render_messages(tokenizer: PreTrainedTokenizerBase, example: Example) -> Re
     if not (closing.strip() or example.turn.get("tool_calls") or tokenizer.eos_token_id is None):
         ids = [*ids, tokenizer.eos_token_id]  # as with GLM-4, where the user's next turn ends the answer
     return Rendered(ids, start, max(end, start + 1), opened, body[content:], rest)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Rendered]) -> set[int]:
+    """The special tokens that end the rows' answers, such as <|im_end|>. Qwen's base models have another EOS."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return {row.ids[row.end] for row in rows if row.end < len(row.ids)} & special
+
+
+def end_tokens_of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The same for an answer under the tokenizer's chat template; empty where there is none."""
+    try:
+        return end_tokens(tokenizer, [render(tokenizer, Example([{"role": "user", "content": "Hi"}], "Hello"))])
+    except DataError:
+        return set()
 
 
 def prompt_identity(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> str:

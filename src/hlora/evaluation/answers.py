@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.generation import written
-from hlora.data.rendering import Rendered, render
+from hlora.data.rendering import Rendered, end_tokens, render
 from hlora.data.tasks import Example
 from hlora.evaluation.likelihood import checked_finite, token_losses
 from hlora.system.progress import counted
@@ -54,8 +54,7 @@ def generate_answers(
     """Greedy answers of at most `answer_limit` tokens within the context, cut to as many lines as are expected."""
     limit = answer_limit(rows, settings)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    stops = sorted({row.ids[row.end] for row in rows if row.end < len(row.ids)} & special)  # such as <|im_end|>
+    stops = sorted(end_tokens(tokenizer, rows))
     answers: list[str] = []
     batches = _batches(rows, settings.batch_size, limit, context)
     for batch in counted(batches, "sample answers", len):
