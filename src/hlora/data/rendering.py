@@ -238,8 +238,7 @@ def _marked_call(call: Mapping[str, Any], of: str, mark: Any) -> dict[str, Any]:
     if function.get("name"):
         function["name"] = mark(f"the name of a tool call {of}")
     if function.get("arguments"):
-        arguments = {mark(f"the arguments of a tool call {of}"): 0}
-        function["arguments"] = json.dumps(arguments) if isinstance(function["arguments"], str) else arguments
+        function["arguments"] = {mark(f"the arguments of a tool call {of}"): 0}
     return {**call, "function": function} if "function" in call else function
 
 

@@ -104,7 +104,8 @@ def read_documents(path: str, column: str = "text") -> Rows[str]:
     if kind == ".txt":
         return Rows(path, dict(enumerate(_paragraph_groups(_read_text(path)), 1)))
     if kind not in ROW_FILES:
-        raise DataError(f"{_existing(path)}: expected a .txt, .jsonl, .parquet or .csv file, got {kind or 'no suffix'}")
+        _existing(path)
+        raise DataError(f"{path}: expected a .txt, .jsonl, .parquet or .csv file, got {kind or 'no suffix'}")
     return read_rows(path).read(lambda row: text_of(row, column))
 
 
@@ -129,9 +130,8 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
     if kind == ".csv":
         return _csv_rows(path)
     if kind not in ROW_FILES:
-        raise DataError(
-            f"{_existing(path)}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}"
-        )
+        _existing(path)
+        raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}")
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     no_array = None
     if content[:100].lstrip()[:1] == b"[":
