@@ -124,7 +124,7 @@ def _sharegpt_turn(turn: Any) -> Any:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
         return turn
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"], **others}
+    return {**others, "role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 _TRAINED = ("weight", "train", "training", "loss")  # as OpenAI, Axolotl and ms-swift mark the turns to learn
