@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -121,9 +120,10 @@ def _of_other_models(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def _read_as_text(tokenizer: Any, tokens: set[str]) -> None:
     """Take special tokens out of the tokenizer: where a text has one written out, it is split like any other word."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    described = json.loads(backend.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] not in tokens]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer._tokenizer = type(backend).from_str(json.dumps(described))
     named = ", ".join(sorted(tokens))
     logger.info("the model has no embedding for %s of its tokenizer: read as plain text", named)
 
