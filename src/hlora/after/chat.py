@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from hlora.after.tuned import Tuned
+from hlora.data.generation import as_list
 from hlora.data.rendering import end_tokens_of_template
 
 
@@ -132,6 +133,5 @@ def _lines() -> Iterator[str]:
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """Tokens that end an answer: the model's, the tokenizer's and the chat template's."""
     of_model = getattr(model.generation_config, "eos_token_id", None)
-    ends = of_model if isinstance(of_model, list) else [of_model]
-    found = {*ends, tokenizer.eos_token_id, *end_tokens_of_template(tokenizer)} - {None}
-    return sorted(found) or None
+    ends = {*as_list(of_model), *as_list(tokenizer.eos_token_id), *end_tokens_of_template(tokenizer)}
+    return sorted(ends) or None

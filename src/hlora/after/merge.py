@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hlora.after.tuned import load_tuned, model_config
+from hlora.data.generation import as_list
 from hlora.data.rendering import end_tokens_of_template
 from hlora.report.card import merged_card
 from hlora.system.errors import ArtifactError, ConfigError, first_line
@@ -103,11 +104,9 @@ def _add_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Servers stop there. A base model's has its own EOS alone, and the tuned one would write on after <|im_end|>.
     """
-    config = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    more = sorted(end_tokens_of_template(tokenizer) - {*ends})
-    if more:
-        config.eos_token_id = [*(end for end in ends if end is not None), *more]
+    ends = as_list(model.generation_config.eos_token_id)
+    if more := sorted(end_tokens_of_template(tokenizer) - {*ends}):
+        model.generation_config.eos_token_id = [*ends, *more]
 
 
 def _check(result: Merged) -> None:

@@ -34,11 +34,11 @@ def written(
         temperature: of the samples; None: the likeliest token after token.
         stops: further tokens that end a text.
     """
-    ends = _as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    ends = as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     settings = GenerationConfig(
         do_sample=temperature is not None,
         max_new_tokens=new_tokens,
-        eos_token_id=sorted({*ends, *_as_list(tokenizer.eos_token_id), *(stops or [])}) or None,
+        eos_token_id=sorted({*ends, *as_list(tokenizer.eos_token_id), *(stops or [])}) or None,
         pad_token_id=tokenizer.pad_token_id,
         **({} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
@@ -65,5 +65,6 @@ def _nothing_of_its_own(model: Any) -> Iterator[None]:
             each.generation_config = config
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """The end tokens of a configuration, which holds one, several or none."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

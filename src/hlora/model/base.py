@@ -107,7 +107,7 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, mo
 
 
 def _of_other_models(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens that are not put around a text, listed as the tokenizer's own additions or in the chat template.
+    """Special tokens that stand neither around a text nor in the tokenizer's list of additions nor in its template.
 
     Gemma 3 1B, which reads text only, shares its tokenizer with models that have an image token. Transformers gives
     those of GGUF files one more.
