@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import Invoke
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from hlora.config.reading import parse_config
 from hlora.run.job import Job
@@ -138,9 +138,26 @@ def snapshot(job: Job) -> Iterator[Any]:
     yield json.dumps(random_state(), default=lambda tensor: tensor.tolist())
 
 
-def test_a_trial_changes_neither_random_numbers_nor_model_nor_disk(job_fields: dict[str, Any], tmp_path: Path) -> None:
+def mixture_of_experts(model_dir: str, to: Path) -> str:
+    """A tiny Mixtral with the tiny Llama's tokenizer."""
+    shutil.copytree(model_dir, to)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    vocabulary = AutoConfig.from_pretrained(model_dir).vocab_size
+    MixtralForCausalLM(MixtralConfig(**sizes, **experts, vocab_size=vocabulary)).save_pretrained(to)
+    return str(to)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_trial_changes_neither_random_numbers_nor_model_nor_disk(
+    job_fields: dict[str, Any], tmp_path: Path, model_dir: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "mixtral":
+        job_fields["model"]["name"] = mixture_of_experts(model_dir, tmp_path / "mixtral")
     changes = ["training.common.gradient_checkpointing=true", "training.common.neftune_noise_alpha=5"]
-    job = Job.open(parse_config(job_fields, overrides=changes))
+    with monkeypatch.context() as untried:
+        untried.setattr("hlora.run.job.try_phases", lambda job: None)
+        job = Job.open(parse_config(job_fields, overrides=changes))
     torch.manual_seed(7)
     before, files = list(snapshot(job)), sorted(tmp_path.rglob("*"))
     try_phases(job)

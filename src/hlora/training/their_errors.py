@@ -23,7 +23,7 @@ def their_errors(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, TypeError, NotImplementedError) as error:
+    except (AttributeError, TypeError, NotImplementedError, LookupError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         for frame in reversed(frames):  # the innermost that is not PyTorch's
             if frame.name.startswith("__getattr"):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hlora.parallel.group import world_size
@@ -81,21 +80,20 @@ class _StopAfterOneStep(TrainerCallback):
         control.should_training_stop = True
 
 
-_CHANGED = ("forward", "training", "gradient_checkpointing", "_gradient_checkpointing_func")
-"""Fields of a module that a trainer changes, beside its hooks."""
-
-
 @contextmanager
 def _without_traces(model: PeftModel) -> Iterator[None]:
-    """Restore what trainer and step change on the base model: settings; forward methods, hooks and flags of modules.
+    """Restore every field of the base model's modules and configurations: settings, methods, hooks, flags, buffers.
 
-    What a forward pass keeps, such as rotary frequencies of a longer row, stays. Warnings are left for the phase itself
-    to show.
+    A flag and what it speaks of belong together, such as Transformers' hooks on the routers of experts and the mark
+    that they are there. Tensors that are changed in place stay changed. Warnings are left for the phase itself to show.
     """
     base = model.get_base_model()
-    parts = [part for part in (base, base.config, getattr(base, "generation_config", None)) if part is not None]
-    before = [dict(vars(part)) for part in parts]
-    modules = [(module, _fields(module), _hooks(module)) for module in base.modules()]
+    modules = list(base.modules())
+    configs = {id(config): config for each in modules if (config := getattr(each, "config", None)) is not None}
+    parts = [*modules, *configs.values()]
+    if getattr(base, "generation_config", None) is not None:
+        parts.append(base.generation_config)
+    before = [(part, dict(vars(part)), _tables(part)) for part in parts]
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
@@ -104,22 +102,14 @@ def _without_traces(model: PeftModel) -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-        for module, fields, hooks in modules:
-            for name in _fields(module).keys() - fields:
-                del vars(module)[name]
-            vars(module).update(fields)
-            for there, found in hooks:
-                there.clear()
-                there.update(found)
-        for part, fields in zip(parts, before, strict=True):
+        for part, fields, tables in before:
             vars(part).clear()
             vars(part).update(fields)
+            for there, found in tables:
+                there.clear()
+                there.update(found)
 
 
-def _fields(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name in _CHANGED}
-
-
-def _hooks(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """Each dictionary of hooks, and what is in it."""
-    return [(each, dict(each)) for name, each in vars(module).items() if "_hooks" in name and isinstance(each, dict)]
+def _tables(part: Any) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Each dictionary among the fields, such as hooks and buffers, and what is in it."""
+    return [(each, dict(each)) for each in vars(part).values() if isinstance(each, dict)]
