@@ -506,31 +506,68 @@ def test_what_does_not_go_together_is_refused(model_dir: str, peft_model: PeftMo
     del recorder
 
 
-class Flattening(torch.nn.Module):
-    """As the experts of a mixture do."""
+class Reshaping(torch.nn.Module):
+    """A linear layer that is given its input in another shape."""
 
     def __init__(self, linear: torch.nn.Module) -> None:
         super().__init__()
         self.linear = linear
 
+
+class Flattening(Reshaping):
+    """As OPT does, and the shared experts of Qwen's mixtures."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.flatten(0, 1)).view(*x.shape[:2], -1)
 
 
-class Tiling(Flattening):
+class Nesting(Reshaping):
+    """As DeepSeek's attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, None])[:, 0]
+
+
+class Choosing(Reshaping):
+    """As an expert of a mixture does, which gets some of the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.linear(x.flatten(0, 1)[1:])
+        return torch.cat([torch.zeros_like(chosen[:1]), chosen]).view(*x.shape[:2], -1)
+
+
+class Tiling(Reshaping):
     """As a vision tower does, whose rows are images or their tiles."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.repeat_interleave(2, 0))[::2]
 
 
-@pytest.mark.parametrize(("kind", "got"), [(Flattening, r"\(48, 32\)"), (Tiling, r"\(8, 12, 32\)")])
-def test_a_layer_whose_rows_are_not_the_examples_is_refused_by_name(
-    model_dir: str, token_ids: Tensor, kind: type[Flattening], got: str
-) -> None:
+def with_reshaping(model_dir: str, kind: type[Reshaping]) -> PeftModel:
     base = LlamaForCausalLM.from_pretrained(model_dir)
     base.model.layers[1].mlp.up_proj = kind(base.model.layers[1].mlp.up_proj)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["linear"]))
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["linear", "gate_proj"]))
+
+
+@pytest.mark.parametrize("kind", [Flattening, Nesting])
+@pytest.mark.parametrize("tokens", [1 + SHORT // 2, SHORT])
+def test_a_layer_that_is_given_all_tokens_in_another_shape_is_recorded_by_example(
+    model_dir: str, token_ids: Tensor, kind: type[Reshaping], tokens: int
+) -> None:
+    model = with_reshaping(model_dir, kind).double()
+    move_adapter(model)
+    dense, recorder = Dense(), recorder_of(model)
+    rows = token_ids[:3, :tokens]
+    dense.add(model, whole_rows(rows))
+    stepped(model, recorder, lambda: model(input_ids=rows, labels=rows).loss.backward())
+    dense.assert_matches(recorder)
+
+
+@pytest.mark.parametrize(("kind", "got"), [(Choosing, r"\(47, 32\)"), (Tiling, r"\(8, 12, 32\)")])
+def test_a_layer_whose_rows_are_not_the_examples_is_refused_by_name(
+    model_dir: str, token_ids: Tensor, kind: type[Reshaping], got: str
+) -> None:
+    model = with_reshaping(model_dir, kind)
     recorder = recorder_of(model)
     expected = rf"up_proj\.linear: expected .* \(4, tokens, d_in\) .* got {got}.*path_integral"
     with pytest.raises(AdapterError, match=expected):

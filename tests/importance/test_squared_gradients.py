@@ -200,22 +200,34 @@ def test_a_text_too_short_is_refused_with_the_number_of_sequences_it_has(model_d
         pack(tokenizer, ["assert x"], 0, 8)
 
 
-class _Experts(torch.nn.Module):
-    """Flattens its examples, as the experts of a mixture do."""
+class _Flattened(torch.nn.Module):
+    """A linear layer that is given the tokens of all rows in one, from number `first` on."""
 
-    def __init__(self, linear: torch.nn.Module) -> None:
+    def __init__(self, linear: torch.nn.Module, first: int) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.first = linear, first
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.flatten(0, 1)).view(*x.shape[:2], -1)
+        chosen = self.linear(x.flatten(0, 1)[self.first :])
+        return torch.cat([chosen.new_zeros(self.first, chosen.shape[1]), chosen]).view(*x.shape[:2], -1)
+
+
+def _flattened(model_dir: str, first: int) -> PeftModel:
+    base = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    base.model.layers[1].mlp.up_proj = _Flattened(base.model.layers[1].mlp.up_proj, first)
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["linear"]))
+
+
+def test_a_layer_that_is_given_all_rows_in_one_counts_each_of_them(model_dir: str, token_ids: Tensor) -> None:
+    (matrix,) = fisher_of_sequences(_flattened(model_dir, 0), token_ids[:4], SEED).matrices.values()
+    name = "model.layers.1.mlp.up_proj"
+    expected = fisher_by_one_backward_an_example(model_dir, [name], token_ids[:4])[name]
+    torch.testing.assert_close(matrix.omega, expected, rtol=1e-9, atol=0)
 
 
 def test_a_layer_that_mixes_examples_is_refused_by_name(model_dir: str, token_ids: Tensor) -> None:
-    base = LlamaForCausalLM.from_pretrained(model_dir)
-    base.model.layers[1].mlp.up_proj = _Experts(base.model.layers[1].mlp.up_proj)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["linear"]))
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj\.linear: .* got \(48, 32\).*target_modules"):
+    model = _flattened(model_dir, 1)
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj\.linear: .* got \(47, 32\).*target_modules"):
         fisher_of_sequences(model, token_ids[:4], SEED)
     assert adapted_matrices(model)[0].A.requires_grad
 

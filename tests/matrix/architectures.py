@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 VOCABULARY = 704  # as many as the tokenizer of the runs and trainers has, or more
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 _LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -19,6 +20,14 @@ _LLAMA = {
     "max_position_embeddings": 256,
 }
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+_SHARED = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}
+_DELTA = {  # Qwen's linear attention
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 _LATENT = {  # DeepSeek's attention
     "q_lora_rank": 16,
@@ -100,19 +109,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(
         "qwen3_next",
         [*ATTENTION, "in_proj_qkvz", "out_proj"],
-        {
-            **_LLAMA,
-            **_EXPERTS,
-            "head_dim": 8,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
+        {**_LLAMA, **_SHARED, **_DELTA, "head_dim": 8},
     ),
+    "qwen3_5_text": Architecture("qwen3_5_text", [*ATTENTION, *MLP], {**_LLAMA, **_DELTA, "head_dim": 8}),
+    "qwen3_5_moe_text": Architecture(
+        "qwen3_5_moe_text", [*ATTENTION, *MLP], {**_LLAMA, **_SHARED, **_DELTA, "head_dim": 8}
+    ),
+    "qwen2_moe": Architecture("qwen2_moe", [*ATTENTION, *MLP], {**_LLAMA, **_SHARED}),
     "mixtral": Architecture("mixtral", ATTENTION, {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": Architecture("gemma2", ATTENTION, _GEMMA),
     "gemma3_text": Architecture("gemma3_text", ATTENTION, _GEMMA),

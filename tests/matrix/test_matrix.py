@@ -17,7 +17,7 @@ def assert_right(cells: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt", "qwen3_5_moe_text"])
 def test_architectures_are_recorded_and_held_as_a_dense_computation_says(name: str) -> None:
     assert_right(of_architecture(name))
 

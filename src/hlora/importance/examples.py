@@ -21,8 +21,8 @@ from torch import Tensor, nn
 class Batch:
     """One forward pass of a model in training."""
 
-    rows: int | None
-    """Rows of the batch; None where the model was given no token ids by name."""
+    shape: tuple[int, int] | None
+    """Rows of the batch and tokens of a row; None where the model was given no token ids by name."""
     labelled: Tensor | None  # (rows, T) of 0 and 1
     """Where a token is predicted that has a label; None where the model was given no labels."""
     divisor: Tensor | int | None
@@ -111,8 +111,8 @@ def batch_of(given: dict[str, Any]) -> Batch:
     lengths = None
     if positions is not None and tokens is not None and positions.shape == tokens.shape:
         lengths = _lengths(positions)
-    rows = None if tokens is None else tokens[..., 0].numel()
-    return Batch(rows, labelled, divisor, lengths)
+    shape = None if tokens is None else (tokens[..., 0].numel(), tokens.shape[-1])
+    return Batch(shape, labelled, divisor, lengths)
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hlora.importance.capture import on_device
 from hlora.importance.examples import Batch, batches
 from hlora.model.adapters import AdaptedMatrix
-from hlora.model.layer_gradients import layer_gradients
+from hlora.model.layer_gradients import by_row, layer_gradients
 from hlora.numerics import encodings, ops, squares
 from hlora.numerics.encodings import Encoded, Factored
 from hlora.numerics.precision import widened
@@ -120,9 +120,12 @@ class RecordedSquares:
                 "whole. Call the model that the recorder was made with, not a part of it. torch.nn.DataParallel makes "
                 "copies: use DistributedDataParallel, or one GPU."
             )
-        if x.dim() != 3 or batch.rows not in (None, x.shape[0]) or matrix.name in batch.seen:
+        rows: int | str = "rows"
+        if batch.shape is not None:
+            rows = batch.shape[0]
+            x, gradient = by_row(x, *batch.shape), by_row(gradient, *batch.shape)
+        if x.dim() != 3 or rows not in ("rows", x.shape[0]) or matrix.name in batch.seen:
             what = "a second one" if matrix.name in batch.seen else tuple(x.shape)
-            rows = "rows" if batch.rows is None else batch.rows
             raise AdapterError(
                 f"{matrix.name}: expected one input of shape ({rows}, tokens, d_in) a forward pass, got {what}, so the "
                 "gradients of the examples cannot be told apart. Leave it out of lora.target_modules, or record by "

@@ -21,7 +21,7 @@ from hlora.data.packing import pack
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.model.initialisation import check_base_without_adapter
-from hlora.model.layer_gradients import layer_gradients
+from hlora.model.layer_gradients import by_row, layer_gradients
 from hlora.numerics import encodings, squares
 from hlora.numerics.encodings import Encoded, Factored
 from hlora.numerics.precision import wide_dtype, widened
@@ -111,6 +111,7 @@ def fisher_of_sequences(
 
     def add(matrix: AdaptedMatrix, x: Tensor, output_gradient: Tensor) -> None:
         name, dtype = matrix.name, wide[matrix.name]
+        x, output_gradient = by_row(x, *batch.shape), by_row(output_gradient, *batch.shape)
         if x.dim() != 3 or len(x) != len(batch) or name in seen:
             raise AdapterError(
                 f"{name}: expected one input of shape ({len(batch)}, tokens, d_in) a forward pass, got "

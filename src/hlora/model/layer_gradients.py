@@ -52,6 +52,15 @@ def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool =
             handle.remove()
 
 
+def by_row(tensor: Tensor, rows: int, tokens: int) -> Tensor:  # (…, d) → (rows, tokens, d)
+    """A layer's tensor with a row of the batch in each row, also where the layer is given all tokens in one row.
+
+    OPT's linear layers are, and the shared experts of Qwen's mixtures. A tensor of other sizes is returned as it is.
+    """
+    sizes = [size for size in tensor.shape[:-1] if size > 1]
+    return tensor.reshape(rows, tokens, -1) if sizes in ([rows, tokens], [rows * tokens]) else tensor
+
+
 def _watch(
     matrix: AdaptedMatrix, use: Use, adapter: bool, module: Any, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor | None:
