@@ -22,6 +22,7 @@ import pydoc_data.topics
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def record(kind: str, run: Callable[[], Any]) -> None:
             key = f"{kind}/{matrix.name}/{part}"
             state[key] = state[key] + value if key in state else value
 
-    with layer_gradients(matrices, use):
+    with layer_gradients(matrices, lambda matrix: partial(use, matrix)):
         run()
 
 

@@ -251,7 +251,9 @@ def by_trainer(
         losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
         training = trainer(adapted(directory, recorder.matrices[0].A.dtype, ["q_proj", "v_proj"]))
         importance.load_adapter_into(training.model)
-        penalty = protect(training, importance, phi=5.0)
+        time.sleep(0 if rank() else 0.3)  # the others must wait for what the main process saves
+        saved = importance.save(f"{output}/importance")
+        penalty = protect(training, saved, phi=5.0)
         training.train()
         all_gather_text("")  # the first one's directory is still in use
     tuning = [each[name] for each in training.state.log_history for name in ("loss", "total_loss") if name in each]

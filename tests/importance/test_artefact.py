@@ -21,6 +21,7 @@ from hlora.importance import artefact_files
 from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.importance.squared_gradients import fisher_of_sequences
+from hlora.model.adapters import adapted_matrices
 from hlora.numerics import encodings, equations
 from hlora.numerics.encodings import ENCODINGS, Factored
 from hlora.system.errors import ArtifactError
@@ -157,7 +158,36 @@ def test_sum_of_importances_in_different_units_is_refused(peft_model: PeftModel,
     squares = fisher_of_sequences(peft_model, token_ids, 0, encoding="factored", gradient="effective")
     with pytest.raises(ArtifactError, match="of method path_integral to one of method squared_gradients"):
         _ = path + squares
+    called = replace(path, provenance={**path.provenance, "unit": "loss as called"})
+    with pytest.raises(ArtifactError, match="of unit token to one of unit loss as called"):
+        _ = path + called
     assert (exact + exact).nbytes() == path.nbytes()
+
+
+def test_a_home_directory_is_where_the_user_means(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    importance = record(peft_model, token_ids, "factored")
+    assert importance.save("~/here") == tmp_path / "here" and not (tmp_path / "~").exists()
+    assert_same(Importance.load("~/here"), importance)
+
+
+def test_the_adapter_of_an_importance_loads_in_plain_peft_whatever_else_was_trained(
+    model_dir: str, token_ids: Tensor, tmp_path: Path
+) -> None:
+    model = fresh(model_dir, modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="an importance does not keep them"):
+        recorder = ImportanceRecorder(model, unprotected="warn")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    recorder.attach(optimizer)
+    model(input_ids=token_ids, labels=token_ids).loss.backward()
+    optimizer.step()
+    directory = recorder.consolidate().save(tmp_path / "importance")
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), directory)
+    for mine, theirs in zip(adapted_matrices(loaded), recorder.matrices, strict=True):
+        assert torch.equal(mine.B, theirs.B) and mine.B.any()
 
 
 # The directory

@@ -219,13 +219,38 @@ def test_training_twice_records_both_runs_and_leaves_no_hook_behind(
     assert trainer.args.max_grad_norm == 1.0
 
 
+def test_whoever_reads_the_arguments_between_steps_sees_the_clip_that_the_user_wrote(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
+) -> None:
+    class Reader(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(args.max_grad_norm)
+            if state.global_step == STEPS:
+                raise KeyboardInterrupt
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(args.max_grad_norm)
+
+    penalty = ImportancePenalty(peft_model, record(peft_model, token_ids), 1.0)
+    recorder, reader = ImportanceRecorder(peft_model), Reader()
+    callbacks = [recorder.callback(), penalty.callback(), reader]
+    trainer = make_trainer(peft_model, token_ids, tmp_path, callbacks, max_grad_norm=TIGHT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert reader.seen == [TIGHT] * (1 + STEPS) and trainer.args.max_grad_norm == TIGHT
+
+
 @pytest.mark.parametrize("again", ["same trainer", "new trainer on the same arguments"])
 def test_training_goes_on_with_its_clip_after_an_error(
     peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, again: str
 ) -> None:
     class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                raise KeyboardInterrupt
 
     recorder, interrupt = ImportanceRecorder(peft_model, method="path_integral"), Interrupt()
     callbacks = [recorder.callback(), interrupt]
@@ -679,7 +704,7 @@ def test_one_loss_that_is_not_finite_does_not_end_a_training_that_survives_it(
 def test_a_users_trainer_keeps_the_recording_in_its_checkpoints(
     model_dir: str, token_ids: Tensor, tmp_path: Path
 ) -> None:
-    def run(output: Path, steps: int, resume: bool = False) -> ImportanceRecorder:
+    def run(output: Path, steps: int, resume: bool | str = False) -> ImportanceRecorder:
         torch.manual_seed(1)
         settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
         model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), settings)
@@ -695,6 +720,9 @@ def test_a_users_trainer_keeps_the_recording_in_its_checkpoints(
     assert resumed.steps == whole.steps == 4
     for name, omega in whole.omega.items():
         assert torch.equal(resumed.omega[name], omega) and omega.any(), name
+    for output in ("whole", "elsewhere"):  # with a recording of its own, or with none
+        with pytest.raises(ArtifactError, match=r"checkpoint-2: training resumes from step 2 .* not this one\. Copy"):
+            run(tmp_path / output, 2, resume=str(tmp_path / "cut" / "checkpoint-2"))
 
 
 class StopAfter(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def layer_sums(model: Any, rows: Tensor) -> dict[str, Tensor]:
         G = equations.exact_gradient(x.flatten(0, -2), gradient.flatten(0, -2))
         found[matrix.name] = found.get(matrix.name, 0) + G
 
-    with layer_gradients(adapted_matrices(model), add):
+    with layer_gradients(adapted_matrices(model), lambda matrix: partial(add, matrix)):
         for part in rows[:8].chunk(2):
             model(input_ids=part, labels=part).loss.backward()
     return found

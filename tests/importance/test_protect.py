@@ -201,6 +201,25 @@ def test_the_record_callback_refuses_a_directory_of_other_files_before_training(
     assert trainer.state.global_step == 0 and not any(m.B.any() for m in adapted_matrices(peft_model))
 
 
+@pytest.mark.parametrize("output", [".", "logs"])
+def test_the_record_callback_refuses_the_trainers_own_directory_before_training(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path, output: str
+) -> None:
+    record = hlora.RecordCallback(tmp_path)
+    trainer = make_trainer(peft_model, token_ids, tmp_path / output, [record])
+    with pytest.raises(ArtifactError, match=r"the trainer writes its checkpoints there.*/importance\."):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(("wrong", "field"), [({"xi": 0.0}, "xi"), ({"data": "wikitext-2"}, "data")])
+def test_the_record_callback_refuses_wrong_arguments_as_it_is_made(
+    tmp_path: Path, wrong: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{field}: expected a"):
+        hlora.RecordCallback(tmp_path, **wrong)
+
+
 def test_callbacks_work_where_the_trainer_makes_the_adapter(model_dir: str, token_ids: Tensor, tmp_path: Path) -> None:
     """SFTTrainer with a peft_config: the callbacks are made before there is an adapter."""
     from transformers import AutoTokenizer

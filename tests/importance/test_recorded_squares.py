@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,15 @@ from conftest import move_adapter
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from hlora.importance.artefact import Importance
 from hlora.importance.examples import batch_of
@@ -575,6 +584,90 @@ def test_a_layer_whose_rows_are_not_the_examples_is_refused_by_name(
     del recorder
 
 
+@pytest.mark.parametrize("between", ["a reference with gradients", "a second forward pass"])
+def test_each_backward_pass_counts_for_its_own_forward_pass(model: PeftModel, token_ids: Tensor, between: str) -> None:
+    dense, recorder = Dense(), recorder_of(model)
+    first, second = token_ids[:2, :SHORT], token_ids[2:6, :SHORT]
+    dense.add(model, whole_rows(first))
+
+    def loss() -> None:
+        mine = model(input_ids=first, labels=first).loss
+        if between == "a reference with gradients":
+            with model.disable_adapter():
+                model(input_ids=second, labels=second)
+            mine.backward()
+        else:
+            dense.add(model, whole_rows(second))
+            (mine + model(input_ids=second, labels=second).loss).backward()
+
+    stepped(model, recorder, loss)
+    dense.assert_matches(recorder)
+    assert recorder.consolidate().provenance["unit"] == "token"
+
+
+@pytest.mark.parametrize("dropped", ["gradients that are not finite", "a batch that is left out"])
+def test_gradients_that_are_dropped_without_a_step_cost_no_other_step(
+    model: PeftModel, token_ids: Tensor, dropped: str
+) -> None:
+    dense, recorder, optimizer = Dense(), recorder_of(model), sgd(model)
+    recorder.attach(optimizer)
+    for number, rows in enumerate(token_ids[:8, :SHORT].split(2)):
+        loss = model(input_ids=rows, labels=rows).loss
+        if number % 2 == 0:
+            (loss * (math.inf if "finite" in dropped else 1)).backward()
+        else:
+            dense.add(model, whole_rows(rows))
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert (recorder.steps, recorder.skipped_steps) == (2, 0)
+    dense.assert_matches(recorder)
+
+
+def test_a_batch_whose_loss_is_multiplied_by_zero_counts_nothing(model: PeftModel, token_ids: Tensor) -> None:
+    dense, recorder = Dense(), recorder_of(model)
+    rows = token_ids[:2, :SHORT]
+    dense.add(model, whole_rows(rows))
+
+    def loss() -> None:
+        (0 * model(input_ids=token_ids[2:6], labels=token_ids[2:6]).loss).backward()
+        model(input_ids=rows, labels=rows).loss.backward()
+
+    stepped(model, recorder, loss)
+    dense.assert_matches(recorder)
+    assert recorder.skipped_steps == 0
+    facts = recorder.consolidate().provenance
+    assert (facts["tokens"], facts["examples"]) == (dense.tokens, 2)
+
+
+def test_labels_of_an_encoder_decoder_are_in_the_place_that_predicts_them() -> None:
+    """Of one row, so that the model's own gradient is the row's. The last of its two labels counts, too."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(base.double(), LoraConfig(r=4, target_modules=["q", "v"])).eval()
+    move_adapter(model)
+    recorder, labels = recorder_of(model), torch.tensor([[7, 1]])
+    merged = copy.deepcopy(model).merge_and_unload().requires_grad_(False)
+    stepped(model, recorder, lambda: model(input_ids=torch.tensor([[5, 9, 3, 8]]), labels=labels).loss.backward())
+    weights = {name: merged.get_submodule(name).weight.requires_grad_() for name in recorder.omega}
+    loss = 2 * merged(input_ids=torch.tensor([[5, 9, 3, 8]]), labels=labels).loss  # of both labels
+    dense = Dense()
+    dense.sums = {n: g**2 for n, g in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)}
+    dense.assert_matches(recorder)
+    facts = recorder.consolidate().provenance
+    assert (facts["tokens"], facts["unit"]) == (2, "token")
+
+
+def test_a_class_of_each_row_is_recorded_in_the_unit_of_the_loss(model_dir: str, token_ids: Tensor) -> None:
+    base = LlamaForSequenceClassification.from_pretrained(model_dir, num_labels=3, pad_token_id=0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    recorder, labels = recorder_of(model), torch.tensor([1])
+    stepped(model, recorder, lambda: model(input_ids=token_ids[:1], labels=labels).loss.backward())
+    importance = recorder.consolidate()
+    assert importance.provenance["unit"] == "loss as called" and all(importance.norms().values())
+
+
 def test_recording_never_waits_for_the_device(peft_model: PeftModel) -> None:
     """On a device whose numbers cannot be read: whatever asks for one is an error there."""
     peft_model.to("meta")
@@ -588,7 +681,7 @@ def test_recording_never_waits_for_the_device(peft_model: PeftModel) -> None:
         squares._begin(batch)
         for matrix in recorder.matrices:
             x, gradient = (torch.zeros(2, 12, d, device="meta") for d in (matrix.A.shape[1], matrix.B.shape[0]))
-            squares._add(matrix, x, gradient)
+            squares._add(batch, matrix, x, gradient)
             matrix.A.grad, matrix.B.grad = torch.zeros_like(matrix.A), torch.zeros_like(matrix.B)
         optimizer.step()
     assert all(part.is_meta for omega in recorder.omega.values() for part in encodings.parts(omega).values())

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.numerics import encodings
 from hlora.numerics.encodings import ENCODINGS, Factored
@@ -404,6 +405,41 @@ def test_an_unknown_encoding_is_refused(peft_model: PeftModel) -> None:
 def test_consolidating_without_a_step_says_that_nothing_was_recorded(peft_model: PeftModel) -> None:
     with pytest.raises(ArtifactError, match=r"nothing recorded: 0 steps integrated, 0 skipped.*recorder\.callback"):
         ImportanceRecorder(peft_model, method="path_integral").consolidate()
+
+
+@pytest.mark.parametrize(
+    ("method", "encoding"),
+    [("path_integral", "float32"), ("path_integral", "factored"), ("squared_gradients", "factored")],
+)
+def test_a_wrong_argument_of_consolidate_costs_nothing(
+    model_dir: str, token_ids: Tensor, method: Any, encoding: Any
+) -> None:
+    found = []
+    for wrong in ({}, {"data": "wikitext-2"}, {"xi": -1.0}):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules=["q_proj"])
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), lora)
+        recorder, optimizer = ImportanceRecorder(model, encoding, method=method), adamw(model)
+        recorder.attach(optimizer)
+        train(model, token_ids, optimizer, optimizer.step)
+        if wrong:
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a"):
+                recorder.consolidate(**wrong)
+        found.append(recorder.consolidate())
+    assert found[0].norms() == found[1].norms() == found[2].norms() and all(found[0].norms().values())
+
+
+def test_an_importance_that_could_not_be_saved_is_still_there(
+    peft_model: PeftModel, token_ids: Tensor, tmp_path: Path
+) -> None:
+    recorder, _ = recorded(peft_model, token_ids, adamw(peft_model))
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ArtifactError, match="holds checkpoint-2"):
+        recorder.consolidate().save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"nothing recorded.*recorder\.importance has"):
+        recorder.consolidate()
+    kept = recorder.importance
+    assert kept is not None and Importance.load(kept.save(tmp_path / "importance")).norms() == kept.norms()
 
 
 def test_recording_does_not_change_what_training_does(peft_model: PeftModel, token_ids: Tensor) -> None:

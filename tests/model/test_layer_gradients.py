@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,6 +49,9 @@ def true_gradients(model: PeftModel, rows: Tensor) -> dict[str, Tensor]:
 class Sums(dict[str, Tensor]):
     """G of each matrix by name, summed over all backward passes."""
 
+    def of(self, matrix: AdaptedMatrix) -> Callable[[Tensor, Tensor], None]:
+        return partial(self.add, matrix)
+
     def add(self, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
         assert not torch.is_grad_enabled()
         wide = torch.promote_types(matrix.B.dtype, torch.float32)
@@ -62,7 +66,7 @@ def watching() -> Iterator[Callable[..., Sums]]:
 
         def start(model: Any, adapter: bool = True) -> Sums:
             sums = Sums()
-            stack.enter_context(layer_gradients(adapted_matrices(model), sums.add, adapter))
+            stack.enter_context(layer_gradients(adapted_matrices(model), sums.of, adapter))
             return sums
 
         yield start
@@ -269,7 +273,7 @@ def hooks_on(model: PeftModel) -> int:
 
 def test_the_hooks_leave_with_the_context_whatever_ends_it(model: PeftModel, token_ids: Tensor) -> None:
     sums, before = Sums(), hooks_on(model)
-    with pytest.raises(KeyError), layer_gradients(adapted_matrices(model), sums.add):
+    with pytest.raises(KeyError), layer_gradients(adapted_matrices(model), sums.of):
         assert hooks_on(model) == before + 4
         raise KeyError
     assert hooks_on(model) == before

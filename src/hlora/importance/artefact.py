@@ -32,7 +32,7 @@ from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import distribute_like
 from hlora.parallel.fsdp import reshard
-from hlora.parallel.group import is_main
+from hlora.parallel.group import is_main, main_first
 from hlora.report.card import named_card, public_name
 from hlora.system.choices import EncodingName
 from hlora.system.errors import ArtifactError
@@ -89,6 +89,8 @@ class Importance:
         Args:
             source: An Importance, a directory or a hub repository.
 
+        In several processes every one calls it. The main one, which saves, loads first.
+
         Raises:
             ArtifactError: `source` is something else, or cannot be loaded.
         """
@@ -97,7 +99,7 @@ class Importance:
         if not isinstance(source, str | Path):
             kind = type(source).__name__
             raise ArtifactError(f"importance: expected an Importance, a directory or a hub repository, got {kind}")
-        return cls.load(source)
+        return main_first(lambda: cls.load(source))
 
     def norms(self) -> dict[str, float]:
         """The norm ‖Ω_l‖₂ of each matrix, by name. Source: Eq. 15, Fig. 7."""
@@ -124,14 +126,15 @@ class Importance:
         """The importance of two general tasks in sequence, anchored at the adapter of the later one, `other`.
 
         Raises:
-            ArtifactError: The two differ in encoding, method, gradient or matrices.
+            ArtifactError: The two differ in encoding, method, gradient, unit or matrices.
 
         Source: Eq. 13, Σ_ν.
         """
         if self.encoding != other.encoding:
             raise ArtifactError(f"cannot add importance in {self.encoding} to one in {other.encoding}")
-        for what, usual in (("method", "path_integral"), ("gradient", "effective")):  # their units differ
-            mine, theirs = (part.provenance.get(what, usual) for part in (self, other))
+        usual = {"method": "path_integral", "gradient": "effective", "unit": "token"}
+        for what, without in usual.items():  # their units differ
+            mine, theirs = (part.provenance.get(what, without) for part in (self, other))
             if mine != theirs:
                 raise ArtifactError(f"cannot add importance of {what} {mine} to one of {what} {theirs}")
         _same_names(self.matrices, other.matrices, "the first importance", "the second")
@@ -203,9 +206,11 @@ class Importance:
 
     def _check_base(self, matrix: AdaptedMatrix) -> None:
         if not matrix.is_on_base_of(self.matrices[matrix.name].base_sample):
+            pissa = " PiSSA by pissa_niter_N changes them by random numbers: set the recording's seed before it."
             raise ArtifactError(
                 f"{matrix.name}: the base weights are not those the importance was recorded on "
                 f"({self.provenance.get('base_model') or 'unnamed'}). Load that base model, or record again."
+                f"{pissa if matrix.initialisation == 'pissa' else ''}"
             )
 
     def load_adapter_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
@@ -240,7 +245,7 @@ class Importance:
         Raises:
             ArtifactError: `directory` holds something else, or a number is negative or not finite. Nothing is written.
         """
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         if not is_main():
             return directory
         refuse_foreign(directory)
@@ -380,9 +385,11 @@ def _same_names(first: Mapping[str, Any], second: Mapping[str, Any], one: str, o
     for a, b, has, lacks in ((first, second, one, other), (second, first, other, one)):
         missing = [name for name in a if name not in b]
         if missing:
-            modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in b}))
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            modules = {name.rsplit(".", 1)[-1] for name in b}
+            other_prefix = missing[0].rsplit(".", 1)[-1] in modules
+            found = repr(next(iter(b))) if other_prefix else ", ".join(sorted(modules))
             raise ArtifactError(
-                f"{has} has {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, "
-                f"{lacks} lacks it (it has {modules}). Use the same base model and target_modules for both, "
-                "or record again."
+                f"{has} has {missing[0]!r}{more}, {lacks} lacks it (it has {found}). Use the same base model and "
+                "target_modules for both, or record again."
             )

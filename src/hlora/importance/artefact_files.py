@@ -27,6 +27,9 @@ from hlora.system.files import sha256, write_json
 FORMAT = 1
 FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
+_NOT_KEPT = ("modules_to_save", "trainable_token_indices")
+"""Parts that train beside LoRA, whose weights PEFT would look for in the adapter's file."""
+
 
 def write_files(
     directory: Path,
@@ -48,7 +51,8 @@ def write_files(
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, directory / "importance.safetensors")
     save_file({k: v.contiguous().cpu() for k, v in factors.items()}, directory / "adapter_model.safetensors")
     if lora_config:
-        LoraConfig(**constructible(lora_config)).save_pretrained(str(directory))
+        kept = {k: v for k, v in constructible(lora_config).items() if k not in _NOT_KEPT}
+        LoraConfig(**kept).save_pretrained(str(directory))
     (directory / "README.md").write_text(importance_card(document), encoding="utf-8")
     sums = {name: sha256(directory / name) for name in FILES[1:] if (directory / name).exists()}
     write_json(
@@ -99,8 +103,9 @@ def refuse_foreign(directory: Path) -> None:
 
 def locate(source: str | Path) -> Path:
     """The directory of an importance; downloads a hub repository. Raises ArtifactError if there is neither."""
-    if Path(source).is_dir():
-        return Path(source)
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ArtifactError(f"{source}: no such directory. Record one with `hlora record CONFIG`.")
     from huggingface_hub import snapshot_download

@@ -13,8 +13,15 @@ from hlora.importance.layer_weights import diverged
 from hlora.model.optimizers import check_trained_by, steps_in_backward
 from hlora.parallel.group import broadcast_bool
 from hlora.system.errors import AdapterError, TrainingError
-from hlora.training.checkpoint_files import checkpoint_directory, load_state, save_state
-from hlora.training.clipping import clip_after_callbacks, clip_as_before, unscale, unwrapped_optimizer
+from hlora.training.checkpoint_files import checkpoint_directory, load_state, resumed_checkpoint, save_state
+from hlora.training.clipping import (
+    clip_after_callbacks,
+    clip_as_before,
+    give_back_clipping,
+    take_clipping,
+    unscale,
+    unwrapped_optimizer,
+)
 from hlora.training.trackers import LayerCoefficients
 
 if TYPE_CHECKING:
@@ -48,16 +55,20 @@ class RecordingCallback(TrainerCallback):
             self._detach()
             self._watch.end()
         if state.global_step > 0:
-            self.recorder.load_state_dict(load_state(checkpoint_directory(args, state), self._file()))
+            self.recorder.load_state_dict(load_state(resumed_checkpoint(args, state), self._file()))
         self._detach = self.recorder.attach(kwargs["optimizer"])
         self._watch = _Watch(kwargs["optimizer"])
         clip_after_callbacks(args, kwargs["optimizer"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        take_clipping(args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unscale(kwargs["optimizer"])
         self.recorder.capture_from(kwargs["optimizer"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        give_back_clipping(args)
         self._watch.check_step()
         self.recorder.discard()  # not empty only if a gradient scaler skipped the step
         if self.stop_at_move is not None and broadcast_bool(self.recorder.move() >= self.stop_at_move):
@@ -113,6 +124,7 @@ class PenaltyCallback(TrainerCallback):
         clip_after_callbacks(args, optimizer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        take_clipping(args)
         self.penalty.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,6 +132,7 @@ class PenaltyCallback(TrainerCallback):
         self._step = state.global_step + 1
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        give_back_clipping(args)
         if self._watch is not None:
             self._watch.check_step()
 

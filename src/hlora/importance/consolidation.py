@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,6 +63,14 @@ def importance_of(
         lora_config=_lora_config(model, matrices[0].adapter_name),
         provenance={**provenance, "base_model": base_model},
     )
+
+
+def check_consolidation(xi: float, data: Any) -> None:
+    """Raises ValueError if ξ or the description of the general data cannot be used."""
+    if not 0 < xi < math.inf:
+        raise ValueError(f"xi: expected a finite number above 0, got {xi!r}")
+    if data is not None and not isinstance(data, Mapping):
+        raise ValueError(f"data: expected a mapping, such as {{'name': 'wikitext-2'}}, got {data!r}")
 
 
 def check_same_everywhere(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:

@@ -81,7 +81,7 @@ def batches(model: nn.Module, use: Callable[[Batch], None]) -> Iterator[None]:
     def before(module: nn.Module, inputs: Any, given: dict[str, Any]) -> None:
         begun.clear()
         if module is model and torch.is_grad_enabled():  # not a copy of the model, which has copies of the hooks
-            begun.append(batch_of(given))
+            begun.append(batch_of(given, module))
             use(begun[0])
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -98,11 +98,11 @@ def batches(model: nn.Module, use: Callable[[Batch], None]) -> Iterator[None]:
             handle.remove()
 
 
-def batch_of(given: dict[str, Any]) -> Batch:
-    """The batch of a forward pass by its named arguments, as Transformers and TRL call their models."""
+def batch_of(given: dict[str, Any], model: nn.Module | None = None) -> Batch:
+    """The batch of a forward pass of `model` by its named arguments, as Transformers and TRL call their models."""
     labels = given.get("shift_labels")
-    if labels is None and given.get("labels") is not None:
-        labels = nn.functional.pad(given["labels"][..., 1:], (0, 1), value=-100)
+    if labels is None:
+        labels = _labels(given.get("labels"), model)
     labelled = None if labels is None else (labels != -100).long()
     divisor = given.get("num_items_in_batch")
     if divisor is None and labelled is not None:
@@ -113,6 +113,17 @@ def batch_of(given: dict[str, Any]) -> Batch:
         lengths = _lengths(positions)
     shape = None if tokens is None else (tokens[..., 0].numel(), tokens.shape[-1])
     return Batch(shape, labelled, divisor, lengths)
+
+
+def _labels(labels: Tensor | None, model: Any) -> Tensor | None:  # (rows, T)
+    """Labels in the place that predicts them; None where they are not of tokens, such as a class of each row."""
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return None
+    kind = getattr(model, "loss_type", None)  # Transformers', of the model's class
+    in_place = kind in ("ForMaskedLM", "ForTokenClassification")
+    if in_place or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return labels
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:  # (rows, T)

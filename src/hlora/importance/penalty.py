@@ -6,6 +6,7 @@ The anchor θ* is the general adapter θ^ν (the paper's), or the base model W�
 from __future__ import annotations
 
 import math
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -272,7 +273,7 @@ class ImportancePenalty:
 
 def check_phi(phi: float) -> None:
     """Raises ValueError if `phi` is negative, not finite or not a number."""
-    if not isinstance(phi, int | float) or not 0 <= phi < math.inf:
+    if not isinstance(phi, Real) or not 0 <= phi < math.inf:
         raise ValueError(f"phi: expected a finite weight of at least 0, got {phi!r}")
 
 

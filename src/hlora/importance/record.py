@@ -12,9 +12,11 @@ from torch import nn
 from hlora.importance.artefact import Importance
 from hlora.importance.artefact_files import refuse_foreign
 from hlora.importance.callbacks import RecordingCallback
+from hlora.importance.consolidation import check_consolidation
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import unwrapped
 from hlora.parallel.group import on_main
+from hlora.system.errors import ArtifactError
 
 logger = logging.getLogger("hlora")
 
@@ -37,7 +39,8 @@ class RecordCallback(RecordingCallback):
     In several processes every one has the callback, and the main one saves.
 
     Raises:
-        ArtifactError: When training begins: `directory` holds anything but an importance.
+        ValueError: `xi` is not above 0, or `data` is no mapping.
+        ArtifactError: When training begins: `directory` holds anything but an importance, or the trainer writes there.
         AdapterError: When training begins: the model has no LoRA, or trains parts that cannot be protected.
     """
 
@@ -50,14 +53,15 @@ class RecordCallback(RecordingCallback):
         data: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.directory, self.xi, self.data, self.options = Path(directory), xi, data, options
+        check_consolidation(xi, data)
+        self.directory, self.xi, self.data, self.options = Path(directory).expanduser(), xi, data, options
         self.stop_at_move = stop_at_move
         self.importance: Importance | None = None
         self._detach, self._watch = None, None
         self._model: nn.Module | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_main(lambda: refuse_foreign(self.directory))
+        on_main(lambda: self._check_directory(Path(args.output_dir or ".")))
         if self._model is not unwrapped(kwargs["model"]):
             self._model = unwrapped(kwargs["model"])
             self.recorder = ImportanceRecorder(kwargs["model"], **self.options)
@@ -65,6 +69,14 @@ class RecordCallback(RecordingCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        self.importance = self.recorder.consolidate(self.xi, self.data)
-        self.importance.save(self.directory)
-        logger.info("importance of %d steps is in %s", self.importance.provenance["steps"], self.directory)
+        self.importance = found = self.recorder.consolidate(self.xi, self.data)
+        on_main(lambda: str(found.save(self.directory)))  # the others may read it next
+        logger.info("importance of %d steps is in %s", found.provenance["steps"], self.directory)
+
+    def _check_directory(self, output: Path) -> None:
+        if output.resolve().is_relative_to(self.directory.resolve()):
+            raise ArtifactError(
+                f"{self.directory}: the trainer writes its checkpoints there (output_dir {output}). "
+                f"Save to a directory of its own, such as {output / 'importance'}."
+            )
+        refuse_foreign(self.directory)

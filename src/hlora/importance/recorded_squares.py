@@ -9,16 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hlora.importance.capture import on_device
 from hlora.importance.examples import Batch, batches
 from hlora.model.adapters import AdaptedMatrix
-from hlora.model.layer_gradients import by_row, layer_gradients
+from hlora.model.layer_gradients import Use, by_row, layer_gradients
 from hlora.numerics import encodings, ops, squares
 from hlora.numerics.encodings import Encoded, Factored
 from hlora.numerics.precision import widened
@@ -70,7 +70,7 @@ class RecordedSquares:
         self._batch: Batch | None = None
         self._signs: list[Tensor] = []
         self._passes = 0  # backward passes of the current step
-        self._input: tuple[Tensor, Tensor] | None = None  # the last layer's x, and its sketch
+        self._input: tuple[Batch, Tensor, Tensor] | None = None  # the last layer's x, and its sketch
         self._gradient_norm: Tensor | None = None
         self.reset()
 
@@ -91,13 +91,13 @@ class RecordedSquares:
         """Watch the model's backward passes until `listening.close()`."""
         own = set(map(id, self.matrices))
 
-        def add(matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
-            if id(matrix) in own:  # a copy of the model has copies of the hooks
-                self._add(matrix, x, gradient)
+        def adding(matrix: AdaptedMatrix) -> Use | None:
+            # A copy of the model has copies of the hooks.
+            return partial(self._add, self._batch, matrix) if id(matrix) in own else None
 
         self.listening.close()
         self.listening.enter_context(batches(self.model, lambda batch: self._begin(batch)))
-        self.listening.enter_context(layer_gradients(self.matrices, add))
+        self.listening.enter_context(layer_gradients(self.matrices, adding))
 
     def follow(self, started: bool) -> None:
         """Move to the model's device. `started` is not used."""
@@ -109,11 +109,12 @@ class RecordedSquares:
 
     def _begin(self, batch: Batch) -> None:
         self.follow(True)
+        if self._passes > 0 and all(factor.grad is None for m in self.matrices for factor in m.parameters):
+            self.discard()  # the gradients were dropped without a step, such as those that are not finite
         self._batch, self._input = batch, None
 
-    def _add(self, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
+    def _add(self, batch: Batch | None, matrix: AdaptedMatrix, x: Tensor, gradient: Tensor) -> None:
         """Add the recorded examples of one batch to the step's sums of one matrix."""
-        batch = self._batch
         if batch is None:
             raise AdapterError(
                 "the recorder saw the backward pass of a part or a copy of its model, without a forward pass of the "
@@ -127,9 +128,9 @@ class RecordedSquares:
         if x.dim() != 3 or rows not in ("rows", x.shape[0]) or matrix.name in batch.seen:
             what = "a second one" if matrix.name in batch.seen else tuple(x.shape)
             raise AdapterError(
-                f"{matrix.name}: expected one input of shape ({rows}, tokens, d_in) a forward pass, got {what}, so the "
-                "gradients of the examples cannot be told apart. Leave it out of lora.target_modules, or record by "
-                "method path_integral."
+                f"{matrix.name}: expected one input of shape ({rows}, tokens, d_in) and one backward pass a forward "
+                f"pass, got {what}, so the gradients of the examples cannot be told apart. Leave it out of "
+                "lora.target_modules, or record by method path_integral."
             )
         batch.seen.add(matrix.name)
         if batch.taken is None:
@@ -145,32 +146,35 @@ class RecordedSquares:
             sums = squares.exact_sums(x, gradient)
         else:
             gradient_seen = squares.seen_through(gradient, self._signs_of(place).to(x))
-            sums = squares.sketched_sums(
-                x, gradient, x_seen=self._sketched_input(shared, x, place + 1), gradient_seen=gradient_seen
-            )
+            x_seen = self._sketched_input(batch, shared, x, place + 1)
+            sums = squares.sketched_sums(x, gradient, x_seen=x_seen, gradient_seen=gradient_seen)
         for part, mine in zip(self._split(self._coming)[place : place + 2], sums, strict=True):
             if batch.token_weight is not None:
-                mine = mine / on_device(mine.device, batch.token_weight) ** 2
+                weight = batch.token_weight.to(mine.device)
+                mine = torch.where(weight == 0, 0, mine / weight**2)  # a loss times 0 says nothing
             part.add_(mine.to(part.device))
 
-    def _sketched_input(self, shared: Tensor, x: Tensor, part: int) -> Tensor:
+    def _sketched_input(self, batch: Batch, shared: Tensor, x: Tensor, part: int) -> Tensor:
         """The sketch of x, computed once for layers with the same input, such as q_proj and v_proj."""
         if self._input is not None:
-            last, seen = self._input
-            if last.data_ptr() == shared.data_ptr() and last.shape == shared.shape:
+            last_batch, last, seen = self._input
+            if last_batch is batch and last.data_ptr() == shared.data_ptr() and last.shape == shared.shape:
                 return seen
         seen = squares.seen_through(x, self._signs_of(part).to(x))
-        self._input = shared, seen
+        self._input = batch, shared, seen
         return seen
 
     def _count(self, batch: Batch, x: Tensor) -> None:
         """Count the batch's tokens and examples, at its first gradient."""
+        predicted, device = batch.predicted_taken(), self.counts.device
+        tokens = x.shape[0] * x.shape[1] if predicted is None else predicted.to(device)
+        counts: Tensor | int = 1
         if batch.token_weight is None:
             self.as_called = True
-        predicted = batch.predicted_taken()
-        tokens = x.shape[0] * x.shape[1] if predicted is None else predicted.to(self.counts.device)
-        self._coming_counts[0] += tokens
-        self._coming_counts[1] += x.shape[0]
+        else:
+            counts = batch.token_weight.to(device) != 0
+        self._coming_counts[0] += tokens * counts
+        self._coming_counts[1] += x.shape[0] * counts
 
     def _signs_of(self, part: int) -> Tensor:
         """Random signs (k, d) of the current step, for the rows or columns of one matrix."""
@@ -263,12 +267,11 @@ class RecordedSquares:
             xi: Not used.
         """
         self._add_up_processes()
-        self.total /= self.counts[0].clamp(min=1)
+        parts = self._split(self.total / self.counts[0].clamp(min=1))
         found = {}
         for matrix, A, B in zip(self.matrices, As, Bs, strict=True):
-            sums = self.omega[matrix.name]
-            assert isinstance(sums, Factored)
-            importance = Factored(sums.row.clone().to(A.device), sums.column.clone().to(A.device))
+            row, column = parts[self._places[matrix.name] :][:2]
+            importance = Factored(row.clone().to(A.device), column.clone().to(A.device))
             delta = ops.difference(A, B, starts[matrix.name], scale=matrix.scale)
             undo_cost, norm = float(ops.penalty(importance, delta)), float(encodings.norm(importance))
             found[matrix.name] = Consolidated(importance, 0.0, undo_cost, norm)

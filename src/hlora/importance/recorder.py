@@ -14,7 +14,12 @@ from torch.optim import Optimizer
 
 from hlora.importance.artefact import Importance
 from hlora.importance.capture import copies_of
-from hlora.importance.consolidation import check_same_everywhere, importance_of, warn_of_unreached
+from hlora.importance.consolidation import (
+    check_consolidation,
+    check_same_everywhere,
+    importance_of,
+    warn_of_unreached,
+)
 from hlora.importance.movement import Movement
 from hlora.importance.path_integral import PathIntegral
 from hlora.importance.recorded_squares import RecordedSquares
@@ -56,6 +61,9 @@ class ImportanceRecorder:
         share: Share of each batch's rows whose squared gradients are taken, at least one row. By default as many as
             take about 1 % of a training step: all rows for a model of 3 billion weights, a third for 135 million.
 
+    Attributes:
+        importance: What `consolidate` last returned, such as to save it elsewhere; None before.
+
     In several processes (DDP, FSDP2) every process must call every method. Each integrates the path integral of its
     share of the matrices, or the squared gradients of its own rows. A trainer may move or shard the model, or join a
     group, after the recorder is made.
@@ -86,6 +94,7 @@ class ImportanceRecorder:
         if method == "squared_gradients" and encoding != "factored":
             raise ValueError(f"encoding: squared gradients are recorded factored, got {encoding!r}")
         self.model = unwrapped(model)
+        self.importance: Importance | None = None
         self.encoding = encoding
         self.method = method
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
@@ -287,15 +296,18 @@ class ImportanceRecorder:
         In several processes every one gets all of it.
 
         Raises:
+            ValueError: `xi` is not above 0, or `data` is no mapping.
             ArtifactError: No step was recorded.
             AdapterError: The processes hold different adapters.
 
         Source: Eq. 13; for squared gradients, docs/equations.md.
         """
+        check_consolidation(xi, data)
         if self.steps == 0:
+            kept = "" if self.importance is None else " recorder.importance has what was consolidated before."
             raise ArtifactError(
                 f"nothing recorded: 0 steps integrated, {self.skipped_steps} skipped as not finite. "
-                "Train with recorder.step, recorder.attach or recorder.callback before consolidating."
+                f"Train with recorder.step, recorder.attach or recorder.callback before consolidating.{kept}"
             )
         self._follow()
         As, Bs = (
@@ -304,7 +316,6 @@ class ImportanceRecorder:
         )
         check_same_everywhere(As, Bs)
         found = self._recording.consolidated(As, Bs, self._movement.start, xi=xi)
-        warn_of_unreached([name for name, each in found.items() if each.norm == 0])
         provenance = {
             "method": self.method,
             **({"xi": xi} if self.method == "path_integral" else {"labels": "text", "gradient": "exact"}),
@@ -313,11 +324,12 @@ class ImportanceRecorder:
             "skipped_steps": self.skipped_steps,
             "data": dict(data or {}),
         }
-        importance = importance_of(
+        self.importance = importance_of(
             self.model, self.matrices, found, As=As, Bs=Bs, encoding=self.encoding, provenance=provenance
         )
         self.reset()
-        return importance
+        warn_of_unreached([name for name, each in found.items() if each.norm == 0])
+        return self.importance
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, as tensors and plain values: what is recorded, starting factors, counts.

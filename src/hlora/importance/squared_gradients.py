@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -126,7 +127,7 @@ def fisher_of_sequences(
         add_squares_(sums[name], x, output_gradient)
 
     batches = [range(examples)[start : start + batch_size] for start in range(0, examples, batch_size)]
-    watched = layer_gradients(list(matrices.values()), add, adapter=False)
+    watched = layer_gradients(list(matrices.values()), lambda matrix: partial(add, matrix), adapter=False)
     with _at_pretrained_weights(model), watched, torch.enable_grad():
         for rows in counted(batches, "squared gradients, sequence", len):
             batch = sequences[rows.start : rows.stop].to(model.device)

@@ -30,6 +30,7 @@ class HloraSettings(BaseModel):
     method: Literal["squared_gradients", "path_integral"] = "squared_gradients"
     xi: float = 1e-3
     stop_at_move: float | None = None
+    unprotected: Literal["refuse", "warn"] = "refuse"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> HloraSettings:
@@ -53,10 +54,8 @@ class HloraPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         settings = HloraSettings(**dict(cfg.hlora))
         if settings.record is not None:
-            record = hlora.RecordCallback(
-                settings.record, settings.xi, stop_at_move=settings.stop_at_move, method=settings.method
-            )
-            trainer.add_callback(record)
+            options = settings.model_dump(include={"xi", "stop_at_move", "method", "unprotected"})
+            trainer.add_callback(hlora.RecordCallback(settings.record, **options))
         if settings.importance is not None and settings.phi is not None:
             options = settings.model_dump(include={"layer_weights", "phi_scale", "group", "anchor"})
             hlora.protect(trainer, settings.importance, settings.phi, **options)

@@ -32,12 +32,13 @@ def main() -> None:
     what.add_argument("--record", help="directory to save importance to")
     what.add_argument("--importance", help="importance to protect: a directory, or a hub repository")
     parser.add_argument("--method", default="squared_gradients", choices=("squared_gradients", "path_integral"))
+    parser.add_argument("--unprotected", default="refuse", choices=("refuse", "warn"), help="of parts beside LoRA")
     parser.add_argument("--phi", type=float, help="weight of the penalty")
     ours, theirs = parser.parse_known_args()
     if (ours.importance is None) != (ours.phi is None):
         parser.error("--importance and --phi go together")
     if ours.record is not None:
-        train(theirs, hlora.RecordCallback(ours.record, method=ours.method))
+        train(theirs, hlora.RecordCallback(ours.record, method=ours.method, unprotected=ours.unprotected))
     else:
         train(theirs, hlora.ProtectCallback(ours.importance, ours.phi))
 

@@ -74,7 +74,7 @@ def adapted_matrices(
                 f"{which} Leave them out of target_modules or freeze them. Or train them unprotected: "
                 "unprotected='warn', in the YAML of a run importance.unprotected: warn."
             )
-        warnings.warn(f"{which} They are trained unprotected.", stacklevel=2)
+        warnings.warn(f"{which} They are trained unprotected, and an importance does not keep them.", stacklevel=2)
     return found
 
 

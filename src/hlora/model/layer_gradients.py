@@ -17,20 +17,23 @@ from torch import Tensor
 from hlora.model.adapters import AdaptedMatrix
 from hlora.system.errors import AdapterError
 
-Use = Callable[[AdaptedMatrix, Tensor, Tensor], None]
+Use = Callable[[Tensor, Tensor], None]
 
 
 @contextmanager
-def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool = True) -> Iterator[None]:
-    """Call use(matrix, x, gradient) at each layer that a backward pass reaches.
+def layer_gradients(
+    matrices: Sequence[AdaptedMatrix], use_of: Callable[[AdaptedMatrix], Use | None], adapter: bool = True
+) -> Iterator[None]:
+    """Call use(x, gradient) at each layer that a backward pass reaches, with `use_of` asked in the forward pass.
 
     Every backward pass counts once: with gradient accumulation, with either kind of gradient checkpointing, and in
     compiled models. A model that was compiled and has run needs torch.compiler.reset() to see the hooks.
 
     Args:
         matrices: The adapted matrices to watch.
-        use: Called with the matrix; the layer's input x (…, d_in), before LoRA's dropout, as W₀ reads it; and the
-            gradient at the layer's output (…, d_out), in the unit of the loss. Both are in the model's precision.
+        use_of: Called with a matrix as its layer runs forward. Returns what to call in the backward pass of that run,
+            or None. It is called with the layer's input x (…, d_in), before LoRA's dropout, as W₀ reads it; and with
+            the gradient at the layer's output (…, d_out), in the unit of the loss, both in the model's precision.
         adapter: Watch forward passes with the adapter, or those without it.
 
     Raises:
@@ -44,7 +47,7 @@ def layer_gradients(matrices: Sequence[AdaptedMatrix], use: Use, adapter: bool =
                 "as q_proj and v_proj."
             )
     watch = torch.compiler.disable(_watch)  # a compiled graph would take in what it does in the backward pass
-    handles = [m.module.register_forward_hook(partial(watch, m, use, adapter)) for m in matrices]
+    handles = [m.module.register_forward_hook(partial(watch, m, use_of, adapter)) for m in matrices]
     try:
         yield
     finally:
@@ -62,12 +65,18 @@ def by_row(tensor: Tensor, rows: int, tokens: int) -> Tensor:  # (…, d) → (r
 
 
 def _watch(
-    matrix: AdaptedMatrix, use: Use, adapter: bool, module: Any, inputs: tuple[Tensor, ...], output: Tensor
+    matrix: AdaptedMatrix,
+    use_of: Callable[[AdaptedMatrix], Use | None],
+    adapter: bool,
+    module: Any,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
 ) -> Tensor | None:
     active = matrix.adapter_name in module.active_adapters and not module.disable_adapters
     if active != adapter or not output.requires_grad:  # evaluation; the first run of a reentrant checkpoint
         return None
-    return _Watch.apply(output, inputs[0].detach(), partial(use, matrix))
+    use = use_of(matrix)
+    return None if use is None else _Watch.apply(output, inputs[0].detach(), use)
 
 
 class _Watch(torch.autograd.Function):
@@ -78,7 +87,7 @@ class _Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, use: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, use: Use) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(x)
         ctx.use = use

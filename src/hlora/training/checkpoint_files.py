@@ -27,6 +27,27 @@ def checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
+def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that Trainer resumes from, which is where a callback finds its own files.
+
+    Trainer does not tell callbacks its path. So the checkpoint is looked for in `output_dir`.
+
+    Raises:
+        ArtifactError: Trainer resumes from a checkpoint elsewhere.
+    """
+    checkpoint = checkpoint_directory(args, state)
+    try:
+        there = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    except (OSError, ValueError, TypeError):
+        there = None
+    if there is None or json.dumps(there) != json.dumps(state.log_history):
+        raise ArtifactError(
+            f"{checkpoint}: training resumes from step {state.global_step} of a checkpoint that is not this one. "
+            f"Copy its directory to {checkpoint}, and resume from there."
+        )
+    return checkpoint
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint in Trainer's output directory. Logs why newer ones are not usable.
 

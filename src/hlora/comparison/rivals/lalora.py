@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def curvature(
 
     draw = torch.Generator(model.device).manual_seed(seed)
     model.eval()
-    with layer_gradients(matrices, use):
+    with layer_gradients(matrices, lambda matrix: partial(use, matrix)):
         for batch in sequences.to(model.device).split(batch_size):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
