@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import DomainConfig
+from hlora.data.arrow import rows_of_table
 from hlora.data.hub import load_from_hub
 from hlora.data.rendering import prompt_identity, render
 from hlora.data.rows import Rows, is_rows_file, read_rows
@@ -217,7 +218,7 @@ def _domain_source(config: DomainConfig, source: str, split: str | None) -> Rows
     if is_rows_file(source):
         found = read_rows(source)
     else:
-        rows = load_from_hub(source, config.subset, split or "train").to_list()
+        rows = rows_of_table(load_from_hub(source, config.subset, split or "train").with_format("arrow")[:])
         found = Rows(f"{source} ({split})", dict(enumerate(rows, 1)))
     return found.read(partial(_with_columns, config.columns)) if config.columns else found
 

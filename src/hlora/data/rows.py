@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow.parquet
 
 from hlora.config.units import allowed
+from hlora.data.arrow import rows_of_table
 from hlora.system.errors import DataError, first_line
 from hlora.system.files import PACKINGS, ROW_FILES, is_lfs_pointer, kind_of_file
 
@@ -220,13 +221,13 @@ def _parquet_rows(path: str) -> Rows[dict[str, Any]]:
     except problems as error:
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     try:
-        return Rows(path, dict(enumerate(table.to_pylist(), 1)))
+        return Rows(path, dict(enumerate(rows_of_table(table), 1)))
     except problems:  # text that is not UTF-8, or a date that Python cannot hold: find the row
         pass
 
     def one(number: int) -> dict[str, Any]:
         try:
-            return table.slice(number - 1, 1).to_pylist()[0]
+            return rows_of_table(table.slice(number - 1, 1))[0]
         except problems as error:
             raise DataError(f"not readable: {first_line(error)}") from None
 
