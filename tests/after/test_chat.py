@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from hlora.after.chat import Chat
 from hlora.after.tuned import Tuned, load_tuned, model_config
 from hlora.config.sections import ModelConfig
+from hlora.data.example import Example
 from hlora.data.rendering import render
-from hlora.data.tasks import Example
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from hlora.before.check import checked
 from hlora.before.rows import trained_row
 from hlora.config.reading import parse_config
+from hlora.data.example import Example
 from hlora.data.rendering import render
-from hlora.data.tasks import Example
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from lm_eval.tasks import TaskManager
 
-from hlora.data.tasks import Example, read_example, write_harness_task
+from hlora.data.example import Example
+from hlora.data.tasks import read_example, write_harness_task
 from hlora.system.errors import DataError
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -174,15 +175,66 @@ def test_a_content_of_one_text_part_is_that_text() -> None:
         {"prompt": CHAT},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"messages": json.dumps(CHAT)},
+        {"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])},
+        {"messages": [*CHAT[:1], {"role": "assistant", "content": [{"text": "Hel"}, {"type": "text", "text": "lo"}]}]},
     ],
 )
 def test_a_conversation_is_read_from_each_format_that_it_comes_in(row: dict[str, Any]) -> None:
     assert read_example("rows", row) == Example(CHAT[:1], "Hello")
 
 
-def test_a_column_of_nulls_does_not_hide_a_good_one() -> None:
-    row = {"messages": None, "conversations": "", "prompt": "a", "completion": "b"}
+@pytest.mark.parametrize("absent", [None, "", float("nan")])
+def test_a_column_of_nulls_does_not_hide_a_good_one(absent: Any) -> None:
+    row = {"messages": absent, "conversations": absent, "system": absent, "prompt": "a", "completion": "b"}
     assert read_example("rows", row) == Example("a", "b")
+
+
+@pytest.mark.parametrize("absent", [None, "", " ", float("nan")])
+def test_an_alpaca_row_may_lack_an_input(absent: Any) -> None:
+    row = {"instruction": "Add.", "input": absent, "output": "5", "history": None if absent == " " else absent}
+    assert read_example("rows", row) == read_example("rows", {"instruction": "Add.", "output": "5"})
+
+
+def test_an_alpaca_row_may_hold_its_whole_text_as_prompt_too() -> None:
+    row = {"instruction": "Add.", "input": "", "output": "5"}
+    assert read_example("rows", {**row, "prompt": "### Instruction: Add. ### Output: 5"}) == read_example("rows", row)
+    assert read_example("rows", {**row, "prompt": "a", "completion": "b"}) == Example("a", "b")
+
+
+@pytest.mark.parametrize("mark", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"messages": CHAT},
+        {"instruction": "Add.", "output": "5"},
+    ],
+)
+def test_an_answer_that_kto_marks_as_unwanted_is_not_trained(row: dict[str, Any], mark: str) -> None:
+    with pytest.raises(DataError, match=rf"^not to be trained: {mark} is false"):
+        read_example("rows", {**row, mark: False})
+    for other in (True, 0, "False", None):
+        assert read_example("rows", {**row, mark: other}) == read_example("rows", row)
+
+
+def test_a_text_prompt_begins_with_its_system_prompt_and_has_no_place_for_tools() -> None:
+    row = {"prompt": "What?", "completion": "Seven."}
+    assert read_example("rows", {**row, "system": "Be short."}) == Example("Be short.\n\nWhat?", "Seven.")
+    for text in (row, {"instruction": "What?", "output": "Seven."}):
+        for column in ("tools", "functions"):
+            with pytest.raises(DataError, match=f"wrong {column}: a text prompt has no place for them. Write messages"):
+                read_example("rows", {**text, column: '[{"name": "x"}]'})
+            assert read_example("rows", {**text, column: "hammer, saw"}) == read_example("rows", text)
+
+
+def test_options_for_the_chat_template_are_kept_with_the_row() -> None:
+    options = {"enable_thinking": False}
+    for cell in (options, json.dumps(options)):
+        example = read_example("rows", {"messages": CHAT, "chat_template_kwargs": cell})
+        assert example.template_options == options
+    assert example.as_json() != read_example("rows", {"messages": CHAT}).as_json()
+    assert read_example("rows", {"messages": CHAT, "documents": []}) == read_example("rows", {"messages": CHAT})
 
 
 def test_alpaca_rows_are_laid_out_as_its_own_prompt() -> None:
@@ -235,6 +287,13 @@ def test_choices_named_by_the_row_itself_are_found_by_name(tmp_path: Path) -> No
     assert read_example("multiple_choice", row).answer == "a"
 
 
+@pytest.mark.parametrize("choices", [{"A": "a", "B": "b", "C": None}, '{"A": "a", "B": "b"}'])
+def test_choices_may_be_an_object_with_their_names(choices: Any, tmp_path: Path) -> None:
+    row = {"question": "x", "choices": choices, "label": "B"}
+    assert read_example("multiple_choice", row).choices == ("a", "b")
+    assert_same_as_the_harness("multiple_choice", [row], tmp_path)
+
+
 def test_numbers_among_the_choices_are_read_as_text() -> None:
     example = read_example("multiple_choice", {"question": "2 + 2", "choices": [3, 4], "label": 1})
     assert (example.choices, example.answer) == (("3", "4"), "4")
@@ -259,12 +318,12 @@ SYSTEM = {"role": "system", "content": "Be short."}
         (
             "multiple_choice",
             {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "label": 0},
-            "wrong label: 0, expected one of choices.label, ['A', 'B'], one for a text",
+            "wrong label: 0, expected one of the choices' names, ['A', 'B'], each once",
         ),
         (
             "multiple_choice",
             {"question": "x", "choices": {"text": ["a"], "label": ["A", "B"]}, "label": "B"},
-            "wrong label: 'B', expected one of choices.label",
+            "wrong label: 'B', expected one of the choices' names",
         ),
         ("multiple_choice", {"question": "x", "choices": {"text": ["a"]}, "label": "A"}, "wrong choices.label: None"),
         ("multiple_choice", {"question": "x", "choices": [], "label": 0}, "wrong label: 0"),
@@ -279,6 +338,14 @@ SYSTEM = {"role": "system", "content": "Be short."}
         ("rows", {"prompt": "x", "completion": 4}, "wrong cell: completion is 4"),
         ("rows", {"prompt": None, "completion": "x"}, "wrong cell: prompt is None"),
         ("rows", {"prompt": CHAT, "completion": [1]}, "wrong messages: [{"),
+        ("rows", {"prompt": CHAT[:1], "completion": "Hello"}, "wrong completion: 'Hello', expected a list of messages"),
+        ("rows", {"prompt": CHAT[:1], "chosen": CHAT}, "missing column: 'completion', it has prompt, chosen"),
+        ("rows", {"prompt": []}, "missing column: 'completion', it has prompt"),
+        ("rows", {"conversations": [{"from": ["human"], "value": "x"}]}, "wrong messages: [{'from': ['human']"),
+        ("rows", {"instruction": "x", "output": "y", "input": ["a"]}, "wrong cell: input is ['a'], expected text"),
+        ("rows", {"instruction": "x", "output": "y", "input": {"a": 1}}, "wrong cell: input is {'a': 1}"),
+        ("rows", {"messages": CHAT, "chat_template_kwargs": "x"}, "wrong chat_template_kwargs: 'x', expected an obj"),
+        ("rows", {"messages": CHAT, "documents": [{"text": "x"}]}, "not rendered: documents; hlora passes none"),
         ("rows", {"prompt": "x"}, "missing column: 'completion'"),
         (
             "rows",

@@ -20,10 +20,10 @@ from trl import SFTTrainer
 from hlora.budget.probes import TextProbe
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralSource
 from hlora.data.domain import DomainRows, TokenLimits, domain_rows
+from hlora.data.example import Example
 from hlora.data.packing import pack
 from hlora.data.rendering import render
 from hlora.data.samples import model_samples
-from hlora.data.tasks import Example
 from hlora.evaluation.answers import generate_answers
 from hlora.evaluation.evaluate import evaluate
 from hlora.evaluation.harness import harness_accuracy

@@ -31,8 +31,8 @@ from transformers import (
 
 from hlora.config.sections import DomainConfig, EvaluationConfig
 from hlora.data.domain import DomainRows, domain_rows
+from hlora.data.example import Example
 from hlora.data.rendering import render
-from hlora.data.tasks import Example
 from hlora.evaluation.answers import answer_nll, generate_answers, scoring_passes
 from hlora.evaluation.evaluate import _normal, evaluate
 from hlora.evaluation.harness import harness_accuracy

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hlora.config.sections import EvaluationConfig
 from hlora.data.domain import DomainRows
-from hlora.data.tasks import Example
+from hlora.data.example import Example
 from hlora.evaluation.likelihood import text_likelihood
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices

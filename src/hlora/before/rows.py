@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hlora.data.example import Example
 from hlora.data.rendering import render
-from hlora.data.tasks import Example
 
 
 @dataclass(frozen=True)

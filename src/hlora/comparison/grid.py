@@ -21,8 +21,8 @@ from hlora.comparison.shared import Busy
 from hlora.config.comparison import ArmConfig, CellConfig, CompareConfig
 from hlora.config.sections import GeneralConfig
 from hlora.data.domain import DomainRows, TokenLimits, domain_rows, hold_out
+from hlora.data.example import Example
 from hlora.data.general import GeneralText, general_text, hold_out_documents, measured_text, without_lines_of
-from hlora.data.tasks import Example
 from hlora.methods import METHODS
 from hlora.model.base import load_base, pick_device
 from hlora.run.data_check import check_data

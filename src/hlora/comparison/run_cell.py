@@ -11,7 +11,7 @@ import torch
 from hlora.comparison.shared import shared_importance
 from hlora.config.comparison import CellConfig
 from hlora.data.domain import DomainRows
-from hlora.data.tasks import Example
+from hlora.data.example import Example
 from hlora.evaluation.evaluate import evaluate
 from hlora.methods import METHODS
 from hlora.run.drift import measure_with_drift

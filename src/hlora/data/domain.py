@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import DomainConfig
 from hlora.data.arrow import rows_of_table
+from hlora.data.example import Example
 from hlora.data.hub import load_from_hub
 from hlora.data.rendering import prompt_identity, render
 from hlora.data.rows import Rows, is_rows_file, read_rows
-from hlora.data.tasks import TASKS, Example, read_example
+from hlora.data.tasks import TASKS, read_example
 from hlora.data.tokens import tokenise
 from hlora.system.digest import sha256_of_texts
 from hlora.system.errors import DataError

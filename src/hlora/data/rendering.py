@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hlora.data.tasks import Example, Message
+from hlora.data.example import Example, Message
 from hlora.data.tokens import begins_with, text_start, tokenise
 from hlora.system.errors import DataError, first_line
 

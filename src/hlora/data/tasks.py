@@ -1,4 +1,4 @@
-"""Domain tasks: how a row becomes a prompt and an answer. rendering.py makes token ids of them.
+"""Domain tasks: how a row becomes a prompt and an answer.
 
 Prompts of multiple-choice tasks are those of lm-evaluation-harness.
 """
@@ -9,202 +9,114 @@ import glob
 import json
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from hlora.data.cells import from_json, is_absent, listed, short, text
+from hlora.data.conversations import conversation, sharegpt_turn, turns_in
+from hlora.data.example import Example, Row
 from hlora.system.errors import DataError
-
-Row = Mapping[str, Any]
-Message = Mapping[str, Any]
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 3
-_short = _SHORT.repr
-
-
-@dataclass(frozen=True)
-class Example:
-    """One domain row. `prompt` is text, or chat messages that the tokenizer's template renders."""
-
-    prompt: str | list[dict[str, Any]]
-    answer: str
-    """What the model should say: the completion, the right choice, or the content of the last message."""
-    choices: tuple[str, ...] = ()
-    """The options, for a multiple-choice row; `answer` is one of them."""
-    join: str = ""
-    """Between a text prompt and its answer."""
-    turn: Message = field(default_factory=dict)
-    """What else the last message holds, such as tool_calls."""
-    tools: list[Any] | None = None
-    """Tools that the template presents to the model."""
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The whole conversation of a row of messages."""
-        assert not isinstance(self.prompt, str)
-        return [*self.prompt, {"role": "assistant", "content": self.answer, **self.turn}]
-
-    def as_json(self) -> str:
-        """All that is trained of the row, for a digest."""
-        return json.dumps([self.prompt, self.join, self.answer, dict(self.turn), self.tools], default=str)
 
 
 def _sciq(row: Row) -> Example:
-    choices = [_text(row, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    support = row["support"] if row["support"] == "" else _text(row, "support")
-    return _choose(f"{support.lstrip()}\nQuestion: {_text(row, 'question')}\nAnswer:", choices, 3)
+    choices = [text(row, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    support = row["support"] if row["support"] == "" else text(row, "support")
+    return _choose(f"{support.lstrip()}\nQuestion: {text(row, 'question')}\nAnswer:", choices, 3)
 
 
 def _piqa(row: Row) -> Example:
-    return _choose(f"Question: {_text(row, 'goal')}\nAnswer:", [_text(row, "sol1"), _text(row, "sol2")], row["label"])
+    return _choose(f"Question: {text(row, 'goal')}\nAnswer:", [text(row, "sol1"), text(row, "sol2")], row["label"])
 
 
 def _medmcqa(row: Row) -> Example:
     letters = "ABCD"
     options = "".join(
-        f"{letter}. {_text(row, key)}\n" for letter, key in zip(letters, ("opa", "opb", "opc", "opd"), strict=True)
+        f"{letter}. {text(row, key)}\n" for letter, key in zip(letters, ("opa", "opb", "opc", "opd"), strict=True)
     )
-    return _choose(f"Question: {_text(row, 'question')}\nChoices:\n{options}Answer:", letters, row["cop"])
+    return _choose(f"Question: {text(row, 'question')}\nChoices:\n{options}Answer:", letters, row["cop"])
 
 
 def _multiple_choice(row: Row) -> Example:
-    listed = _with_listed_choices(row)
-    choices = [_text({"choices": choice}, "choices") for choice in listed["choices"]]
-    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", choices, listed["label"])
+    found = _with_listed_choices(row)
+    choices = [text({"choices": choice}, "choices") for choice in found["choices"]]
+    return _choose(f"Question: {text(row, 'question')}\nAnswer:", choices, found["label"])
 
 
 def _with_listed_choices(row: Row) -> dict[str, Any]:
-    """The row with its choices as a list. ARC, QASC and others have {"text": [...], "label": [...]} on the hub."""
-    choices, label = row["choices"], row["label"]
+    """The row with its choices as a list.
+
+    On the hub, ARC, QASC and others have {"text": [...], "label": [...]}, MedQA has {"A": ..., "B": ...}.
+    """
+    choices, label = from_json(row["choices"]), row["label"]
     if not isinstance(choices, Mapping):
-        return {**row, "choices": _listed(choices, "choices")}
-    texts, names = (_listed(choices.get(part), f"choices.{part}") for part in ("text", "label"))
+        return {**row, "choices": listed(row["choices"], "choices")}
+    if "text" in choices:
+        texts, names = (listed(choices.get(part), f"choices.{part}") for part in ("text", "label"))
+    else:
+        there = {name: choice for name, choice in choices.items() if not is_absent(choice)}
+        texts, names = list(there.values()), list(there)
     if len(texts) != len(names) or names.count(label) != 1:
-        raise DataError(f"wrong label: {_short(label)}, expected one of choices.label, {_short(names)}, one for a text")
+        raise DataError(f"wrong label: {short(label)}, expected one of the choices' names, {short(names)}, each once")
     return {**row, "choices": texts, "label": names.index(label)}
 
 
 def _rows(row: Row) -> Example:
     """A row of prompt and completion, of messages, or of a format known by its columns.
 
-    A null is an absent column, and so is an empty cell of a CSV.
+    A null is an absent column, and so are NaN and an empty cell of a CSV.
     """
-    there = {name: cell for name, cell in row.items() if cell is not None and cell != ""}
+    there = {name: cell for name, cell in row.items() if not is_absent(cell)}
+    for mark in ("label", "kto_tag"):
+        if row.get(mark) is False:
+            raise DataError(
+                f"not to be trained: {mark} is false, which marks an unwanted answer (KTO). Keep the rows with true, "
+                "or take the column out"
+            )
     if "messages" in there:
-        return _conversation(_listed(there["messages"], "messages"), there)
+        return conversation(listed(there["messages"], "messages"), there)
     if "conversations" in there:  # ShareGPT
-        return _conversation([_sharegpt_turn(turn) for turn in _listed(there["conversations"], "conversations")], there)
-    if isinstance(there.get("prompt"), list):  # TRL's conversational prompt and completion
-        completion = there.get("completion")
-        return _conversation([*there["prompt"], *(completion if isinstance(completion, list) else [])], there)
-    if "prompt" not in there and {"instruction", "output"} <= there.keys():
+        return conversation([sharegpt_turn(turn) for turn in listed(there["conversations"], "conversations")], there)
+    if (prompt := turns_in(there.get("prompt"))) is not None:
+        return conversation([*prompt, *_completion_of(prompt, there)], there)
+    if {"instruction", "output"} <= there.keys() and not {"prompt", "completion"} <= there.keys():
         return _alpaca(there)
-    return Example(_text(row, "prompt"), _text(row, "completion", str))
+    return Example(_after_system(there, text(row, "prompt")), text(row, "completion", str))
+
+
+def _completion_of(prompt: list[Any], row: Row) -> list[Any]:
+    """The messages of TRL's conversational completion; none where the prompt ends with the answer itself."""
+    last = prompt[-1] if prompt else None
+    if "completion" not in row and isinstance(last, Mapping) and last.get("role") == "assistant":
+        return []
+    completion = turns_in(row["completion"])
+    if completion is None:
+        raise DataError(f"wrong completion: {short(row['completion'])}, expected a list of messages, as prompt is one")
+    return completion
 
 
 def _alpaca(row: Row) -> Example:
     """An Alpaca row, in the layout of its own prompt, after the system prompt if the row has one."""
     if row.get("history") not in (None, []):
-        raise DataError(f"wrong history: {_short(row['history'])}, expected none. Write earlier turns as messages")
-    system = f"{_text(row, 'system', str)}\n\n" if "system" in row else ""
-    further = f"### Input:\n{row['input']}\n\n" if str(row.get("input", "")).strip() else ""
-    prompt = f"{system}### Instruction:\n{_text(row, 'instruction')}\n\n{further}### Response:\n"
-    return Example(prompt, _text(row, "output", str))
+        raise DataError(f"wrong history: {short(row['history'])}, expected none. Write earlier turns as messages")
+    is_blank = not str(row.get("input", "")).strip()
+    further = "" if is_blank else f"### Input:\n{text(row, 'input')}\n\n"
+    prompt = f"### Instruction:\n{text(row, 'instruction')}\n\n{further}### Response:\n"
+    return Example(_after_system(row, prompt), text(row, "output", str))
 
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-
-
-def _sharegpt_turn(turn: Any) -> Any:
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-        return turn
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {**others, "role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-
-
-_TRAINED = ("weight", "train", "training", "loss")  # as OpenAI, Axolotl and ms-swift mark the turns to learn
-
-
-def _conversation(messages: list[Any], beside: Row) -> Example:
-    """A conversation, with the system prompt and the tools that stand in columns beside it."""
-    tools = _listed(beside["tools"], "tools") if beside.get("tools") else None
-    if "system" in beside:
-        messages = _after_system(_text(beside, "system", str), messages)
-    turns = [_turn(turn) for turn in messages]
-    if not all(turns):
-        raise DataError(
-            f"wrong messages: {_short(messages)}, expected a list of role and content, both texts; "
-            "the content may be a list of texts, or absent beside tool_calls"
-        )
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise DataError("wrong messages: they must end with an answer of the assistant to something")
-    last = dict(turns[-1])
-    for mark in _TRAINED:
-        if last.get(mark) in (0, False):
-            raise DataError(f"not to be trained: the last message has {mark} {last[mark]}, and it is the one trained")
-    answer, _ = last.pop("content"), last.pop("role")
-    if not isinstance(answer, str):
-        raise DataError(f"wrong messages: the last content is {_short(answer)}, expected text")
-    if not last.get("tool_calls"):
-        _text({"answer": answer}, "answer")
-    return Example(turns[:-1], answer, turn=last, tools=tools)
-
-
-def _after_system(system: str, messages: list[Any]) -> list[Any]:
-    first = _turn(messages[0]) if messages else {}
-    if first.get("role") != "system":
-        return [{"role": "system", "content": system}, *messages]
-    if first["content"] != system:
-        raise DataError(f"wrong system: {_short(system)}, but the messages begin with {_short(first['content'])}")
-    return messages
-
-
-def _turn(turn: Any) -> dict[str, Any]:
-    """The message without nulls, as Parquet fills them in; empty where it is none."""
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        return {}
-    found = {key: value for key, value in turn.items() if value is not None}
-    if found.get("tool_calls"):
-        found["tool_calls"] = calls = _listed(found["tool_calls"], "tool_calls")
-        if not all(isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping) for call in calls):
-            raise DataError(f"wrong tool_calls: {_short(calls)}, expected objects with a function")
-        found.setdefault("content", "")
-    content = found.get("content")
-    if isinstance(content, list) and all(map(_is_text_part, content)):
-        if len(content) == 1:  # as OpenAI and Gemma 3 write a text
-            found["content"] = content[0]["text"]
-        return found
-    return found if isinstance(content, str) else {}
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
-
-
-def _listed(cell: Any, column: str) -> list[Any]:
-    """A list, or the JSON of one, as a CSV cell holds it."""
-    found = cell
-    if isinstance(cell, str):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(cell)
-    if not isinstance(found, list):
-        raise DataError(f"wrong {column}: {_short(cell)}, expected a list")
-    return found
-
-
-def _text(row: Row, column: str, kind: Any = str | int | float) -> str:
-    """A cell that holds text, or a number where that will do."""
-    cell = row[column]
-    if not isinstance(cell, kind) or isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):
-        raise DataError(f"wrong cell: {column} is {_short(cell)}, expected text")
-    if not str(cell).strip():
-        raise DataError(f"empty cell: {column} is {_short(cell)}")
-    return str(cell)
+def _after_system(row: Row, prompt: str) -> str:
+    """A prompt of text after the system prompt, if the row has one. Raises DataError for tools, which have no place."""
+    for column in ("tools", "functions"):
+        tools = from_json(row.get(column))
+        if tools and isinstance(tools, list | dict):
+            raise DataError(
+                f"wrong {column}: a text prompt has no place for them. Write messages, or take the column out"
+            )
+    return f"{text(row, 'system', str)}\n\n{prompt}" if "system" in row else prompt
 
 
 def _choose(prompt: str, choices: Sequence[str], label: Any) -> Example:
@@ -223,7 +135,7 @@ def _index(label: Any, count: int) -> int:
             number = math.nan
         found = int(number) if number.is_integer() else -1  # neither NaN nor inf is
     if not 0 <= found < count:
-        raise DataError(f"wrong label: {_short(label)}, expected 0 to {count - 1}, or a letter from A on")
+        raise DataError(f"wrong label: {short(label)}, expected 0 to {count - 1}, or a letter from A on")
     return found
 
 
@@ -284,8 +196,8 @@ def _typed(task: Task, row: Row) -> dict[str, Any]:
     count = len(task.read(row).choices)
     row = _with_listed_choices(row) if task.read is _multiple_choice else row
     needed = {name: row[name] for name in re.findall(r"\w+", task.columns) if name in row}
-    texts = {n: list(map(str, value)) if isinstance(value, list) else str(value) for n, value in needed.items()}
-    return texts | ({task.label: _index(row[task.label], count)} if task.label else {})
+    cells = {n: list(map(str, value)) if isinstance(value, list) else str(value) for n, value in needed.items()}
+    return cells | ({task.label: _index(row[task.label], count)} if task.label else {})
 
 
 def write_harness_task(task: str, rows: list[dict[str, Any]], directory: Path, join: str = " ") -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hlora.config.sections import EvaluationConfig
+from hlora.data.example import Example
 from hlora.data.generation import written
 from hlora.data.rendering import Rendered, end_tokens, render
-from hlora.data.tasks import Example
 from hlora.evaluation.likelihood import checked_finite, token_losses
 from hlora.system.progress import counted
 
