@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tokenizers import TEMPLATES, Adds, Kind, made_tokenizer
 
+from hlora.data.example import Example
 from hlora.data.rendering import Rendered, prompt_identity, render, render_text
-from hlora.data.tasks import Example, read_example
+from hlora.data.tasks import read_example
 from hlora.data.tokens import text_start
 from hlora.system.errors import DataError
 
@@ -60,8 +61,10 @@ def test_a_text_row_is_trained_and_scored_as_the_file_has_it(
 ) -> None:
     tokenizer = made_tokenizer(kind, adds)
     row = render(tokenizer, Example(prompt, answer, join=join))
-    bare = tokenizer(prompt + join + answer, add_special_tokens=False)["input_ids"]
     before = [0] if adds in ("bos", "both") else []
+    prompt_ids, bare = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, prompt + join + answer))
+    if not before and bare[0] != prompt_ids[0]:  # one token of both, with nothing before it that would predict it
+        bare = [*prompt_ids, *tokenizer(join + answer, add_special_tokens=False)["input_ids"]]
     assert row.ids == [*before, *bare, 1]  # BOS and EOS once each
     trained = row.training_row()
     assert trained["completion_mask"] == [0] * row.start + [1] * (len(row.ids) - row.start)
@@ -222,6 +225,92 @@ def test_what_a_template_does_not_render_is_refused_with_role_and_template(
     with pytest.raises(DataError) as caught:
         render(tokenizer, read_example("rows", row))
     assert problem in str(caught.value)
+
+
+MEANT = [user("Hi"), assistant("Hello."), user("What is 7?")]
+FORGETFUL = TURN % (  # of reasoning before the user's last turn, as Qwen 3 is
+    "<{{ m.role }}>{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [user("Hi"), assistant("Hello.", reasoning_content="I greet."), user("What is 7?")],
+        [user("Hi"), assistant("<think>I greet.</think>Hello."), user("What is 7?")],
+    ],
+)
+@pytest.mark.parametrize(
+    "answer", [assistant("seven", reasoning_content="I count."), assistant("<think>I count.</think>seven")]
+)
+def test_reasoning_of_earlier_turns_may_be_left_out_as_reasoning_models_leave_it(
+    chat: list[dict[str, Any]], answer: dict[str, Any]
+) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", FORGETFUL)
+    row = render(tokenizer, read_example("rows", {"messages": [*chat, answer]}))
+    expected = "<user>Hi<assistant>Hello.<user>What is 7?<assistant><think>I count.</think>seven<eos>"
+    assert tokenizer.decode(row.ids) == expected
+    assert "I count." in answer_of(tokenizer, row)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_of_the_answer_is_not_left_out(key: str) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", TURN % "<{{ m.role }}>{{ m.content }}")
+    with pytest.raises(DataError, match=rf"leaves out the {key} of turn 4 \(role 'assistant'\)"):
+        render(tokenizer, read_example("rows", {"messages": [*MEANT, assistant("seven", **{key: "I count."})]}))
+
+
+PARTS = [{"type": "text", "text": "What "}, {"type": "text", "text": "is 7?"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content",
+        "m.content | tojson if m.content is not string else m.content",
+        "m.role + m.content",
+        "m.content if m.content is string else ''",
+        "m.content if m.content is string else m.content | map(attribute='text') | join",
+    ],
+)
+def test_a_content_of_texts_is_rendered_as_the_texts_that_it_joins(content: str) -> None:
+    tokenizer = made_tokenizer("bytes", "neither", TURN % f"<{{{{ m.role }}}}>{{{{ {content} }}}}")
+    rows = [
+        render(tokenizer, read_example("rows", {"messages": [user(asked), assistant("seven")]}))  # type: ignore[arg-type]
+        for asked in (PARTS, "What is 7?")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_tool_whose_name_the_template_does_not_write_is_named() -> None:
+    flat = TURN % "<{{ m.role }}>{{ m.content }}{% for t in tools or [] %}- {{ t.name }}\n{% endfor %}"
+    tokenizer = made_tokenizer("bytes", "neither", flat)
+    row: dict[str, Any] = {"messages": [user("Hi"), assistant("x")]}
+    with pytest.raises(DataError, match=r"leaves out the tool 'weather'"):
+        render(tokenizer, read_example("rows", {**row, "tools": TOOLS}))
+    assert "weather" in render(tokenizer, read_example("rows", {**row, "tools": [TOOLS[0]["function"]]})).prompt
+
+
+def test_a_rows_own_options_reach_its_template_wherever_it_is_rendered() -> None:
+    template = "{% if enable_thinking %}Think.{% endif %}" + TURN % "<{{ m.role }}>{{ m.content }}"
+    tokenizer = made_tokenizer("bytes", "neither", template)
+    row = {"messages": [user("Hi"), assistant("x")]}
+    plain, thinking = (
+        read_example("rows", {**row, "chat_template_kwargs": {"enable_thinking": value}}) for value in (False, True)
+    )
+    assert render(tokenizer, thinking).prompt == "Think." + render(tokenizer, plain).prompt
+    assert prompt_identity(tokenizer, thinking) == "Think." + prompt_identity(tokenizer, plain)
+
+
+def test_an_answer_is_trained_from_its_start_where_one_token_would_hold_it_and_the_prompt() -> None:
+    tokenizer = made_tokenizer("bytes", "neither")
+    word = next(each for each in tokenizer.get_vocab() if each.isalpha() and each.isascii() and len(each) > 4)
+    assert len(tokenizer(word)["input_ids"]) == 1
+    row = render(tokenizer, Example(word[:2], word[2:]))
+    assert tokenizer.decode(row.prompt_ids) == word[:2] and answer_of(tokenizer, row) == word[2:]
+    with_bos = render(made_tokenizer("bytes", "bos"), Example(word[:2], word[2:]))  # BOS predicts that token
+    assert len(with_bos.ids) == 3 and with_bos.start == 1
 
 
 def test_the_same_prompt_is_known_by_its_rendering() -> None:

@@ -7,20 +7,18 @@ trained is what is scored. BOS and EOS are put on here and nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hlora.data.cells import short
+from hlora.data.chat_template import ChatTemplate, squeezed
 from hlora.data.example import Example, Message
-from hlora.data.tokens import begins_with, text_start, tokenise
-from hlora.system.errors import DataError, first_line
-
-_MARK = "HLORAMARK{}X"  # stands for a part of a row, to see whether and where a chat template writes it
-_WRITTEN = ("content", "reasoning_content", "thinking")  # texts of a turn that its reader expects to be trained on
+from hlora.data.left_out import MARK, refuse_what_is_left_out
+from hlora.data.tokens import begins_with, is_written, text_start, tokenise
+from hlora.system.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,24 @@ def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Rendered:
     The answer starts at the first token in which prompt and whole row differ. A token that holds the end of the prompt
     and the start of the answer is thus the answer's, as in TRL.
 
-    Raises DataError for messages that the chat template refuses, or renders only in part.
+    Raises DataError for messages that the chat template refuses, or renders only in part, and for a prompt or an answer
+    of which the tokenizer has no token.
     """
     if isinstance(example.prompt, str):
-        return render_text(tokenizer, example.prompt, example.join + example.answer)
-    return _render_messages(tokenizer, example)
+        found = render_text(tokenizer, example.prompt, example.join + example.answer)
+    else:
+        found = _render_messages(tokenizer, example)
+    if found.start == 0:
+        raise DataError("no prompt: the tokenizer has no token for it, and nothing predicts the answer's first token")
+    if example.answer.strip() and not is_written(tokenizer, example.answer):
+        raise DataError(f"no answer: the tokenizer has no tokens for {short(example.answer)}")
+    return found
 
 
 def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Rendered:
     """A text prompt and its continuation, between the tokenizer's BOS, where it adds one, and EOS."""
-    ids = tokenise(tokenizer, prompt + continuation)
-    alone = tokenise(tokenizer, prompt)
-    start = _shared(alone, ids)
     before = text_start(tokenizer)
+    ids, alone, start = _tokens(tokenizer, prompt, prompt + continuation, before)
     before = [] if begins_with(ids, before) else before
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     end = len(ids) - 1 if stop and ids[-1:] == stop else len(ids)
@@ -84,20 +87,35 @@ def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: s
     )
 
 
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str, before: list[int]
+) -> tuple[list[int], list[int], int]:
+    """Token ids of the whole row and of the prompt alone, and how many they begin with together.
+
+    Where one token would hold all of the prompt and the answer's start, and no BOS comes before, they are tokenised
+    apart, as the model reads a prompt: nothing would predict that token.
+    """
+    ids, alone = tokenise(tokenizer, whole), tokenise(tokenizer, prompt)
+    start = _shared(alone, ids)
+    if start == 0 and not before and whole.startswith(prompt):
+        return [*alone, *tokenise(tokenizer, whole[len(prompt) :])], alone, len(alone)
+    return ids, alone, start
+
+
 def _render_messages(tokenizer: PreTrainedTokenizerBase, example: Example) -> Rendered:
     messages = example.messages()
-    opened = _template(tokenizer, messages[:-1], example.tools, add_generation_prompt=True)
-    whole = _template(tokenizer, messages, example.tools)
-    closing = _checked_closing(tokenizer, messages, example.tools, whole)
+    template = ChatTemplate(tokenizer, example.template_options)
+    opened = template.rendered(messages[:-1], example.tools, add_generation_prompt=True)
+    whole = template.rendered(messages, example.tools)
+    refuse_what_is_left_out(template, messages, example.tools, whole)
+    closing = _closing(template, messages, example.tools, whole)
     body = whole[: len(whole) - len(closing)]
-    if not _squeezed(body).endswith(_squeezed(_call_free(example))):
+    if not squeezed(body).endswith(squeezed(_call_free(example))):
         raise DataError(
-            f"not rendered: {_of(tokenizer)} changes the content of the last turn (role {messages[-1]['role']!r}). "
+            f"not rendered: {template} changes the content of the last turn (role {messages[-1]['role']!r}). "
             "Write it as the template does, or use another template"
         )
-    ids = tokenise(tokenizer, whole)
-    alone = tokenise(tokenizer, opened)
-    start = _shared(alone, ids)
+    ids, alone, start = _tokens(tokenizer, opened, whole, [])
     rest = str(tokenizer.decode(alone[start:]))
     content = _content_start(body, opened, example)
     if not whole.startswith(opened):  # an opener such as <think> that the whole row lacks, or has in another form
@@ -134,112 +152,16 @@ def prompt_identity(tokenizer: PreTrainedTokenizerBase | None, example: Example)
     turns = [{**turn, "content": _stripped(turn["content"])} for turn in example.prompt]
     if tokenizer is None:
         return json.dumps([[turn["role"], turn["content"]] for turn in turns])
-    return _template(tokenizer, turns, example.tools, add_generation_prompt=True).strip()
+    template = ChatTemplate(tokenizer, example.template_options)
+    return template.rendered(turns, example.tools, add_generation_prompt=True).strip()
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False
-) -> str:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "no chat template: rows of messages need a tokenizer that has one, and this model's has none; "
-            "use prompt and completion columns instead"
-        )
-    refused: list[str] = []
-    for turns in _with_arguments(messages):
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            refused.append(first_line(error))
-    raise DataError(f"wrong messages: the model's chat template refuses them ({refused[0]})")
-
-
-def _with_arguments(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The turns with the arguments of their tool calls as objects, and then as JSON text, for a template that needs it.
-
-    OpenAI's files have text. The templates of Qwen 2.5, Llama 3.1 and gpt-oss would quote it once more, those of Qwen
-    3.5 and GLM-4 refuse it; DeepSeek V3's refuses objects.
-    """
-    yield [_each_call(turn, _as_object) for turn in messages]
-    if any(turn.get("tool_calls") for turn in messages):
-        yield [_each_call(turn, _as_text) for turn in messages]
-
-
-def _each_call(turn: Message, form: Callable[[Any], Any]) -> dict[str, Any]:
-    """The turn with the arguments of each call in that form."""
-    calls = []
-    for call in turn.get("tool_calls") or ():
-        function = call.get("function") or call
-        if "arguments" in function:
-            function = {**function, "arguments": form(function["arguments"])}
-        calls.append({**call, "function": function} if "function" in call else function)
-    return {**turn, "tool_calls": calls} if calls else dict(turn)
-
-
-def _as_object(arguments: Any) -> Any:
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(arguments) if arguments.strip() else {}
-            return found if isinstance(found, dict) else arguments
-    return arguments
-
-
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _checked_closing(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, whole: str) -> str:
-    """What the template writes after the last turn's content or calls.
-
-    Raises DataError where the template leaves out a part of a turn, or the tools. Each part is replaced by a mark of
-    its own: a template that writes the part writes the mark.
-    """
-    marks: list[tuple[str, str]] = []
-
-    def mark(what: str) -> str:
-        marks.append((_MARK.format(len(marks)), what))
-        return marks[-1][0]
-
-    marked = [_marked(turn, number, mark) for number, turn in enumerate(messages, 1)]
-    seen = _template(tokenizer, marked, tools)
-    for name, what in marks:
-        if name not in seen:
-            raise DataError(f"not rendered: {_of(tokenizer)} leaves out {what}")
-    if tools and whole == _template(tokenizer, messages, None):
-        raise DataError(f"not rendered: {_of(tokenizer)} leaves out the row's tools. Take the column out, if so meant")
-    for turn in messages:
-        for text in _texts(turn.get("content")):
-            if _squeezed(text) not in _squeezed(whole):
-                raise DataError(f"not rendered: {_of(tokenizer)} leaves out content of a turn (role {turn['role']!r})")
-    last = _MARK.format(len(marks))
-    plain = _template(tokenizer, [*messages[:-1], {"role": messages[-1]["role"], "content": last}], tools)
+def _closing(template: ChatTemplate, messages: Sequence[Message], tools: Any, whole: str) -> str:
+    """What the template writes after the last turn's content or calls."""
+    last = MARK.format("END")
+    plain = template.rendered([*messages[:-1], {"role": messages[-1]["role"], "content": last}], tools)
     after = plain.rpartition(last)[2]
     return whole[len(whole) - _shared(whole[::-1], after[::-1]) :]
-
-
-def _marked(turn: Message, number: int, mark: Any) -> dict[str, Any]:
-    """The turn with a mark in place of each of its texts, and of the names and arguments of its calls."""
-    of = f"of turn {number} (role {turn['role']!r})"
-    found = dict(turn)
-    for key in _WRITTEN:
-        if isinstance(turn.get(key), str) and turn[key].strip():
-            found[key] = mark(f"the {key} {of}")
-    if turn.get("tool_calls"):
-        found["tool_calls"] = [_marked_call(call, of, mark) for call in turn["tool_calls"]]
-    return found
-
-
-def _marked_call(call: Mapping[str, Any], of: str, mark: Any) -> dict[str, Any]:
-    function = dict(call.get("function") or call)
-    if function.get("name"):
-        function["name"] = mark(f"the name of a tool call {of}")
-    if function.get("arguments"):
-        function["arguments"] = {mark(f"the arguments of a tool call {of}"): 0}
-    return {**call, "function": function} if "function" in call else function
 
 
 def _call_free(example: Example) -> str:
@@ -255,22 +177,8 @@ def _content_start(body: str, opened: str, example: Example) -> int:
     return _shared(body, opened)
 
 
-def _texts(content: Any) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    return [str(part.get("text", "")) for part in content or [] if isinstance(part, Mapping)]
-
-
 def _stripped(content: Any) -> Any:
     return content.strip() if isinstance(content, str) else content
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"the chat template of {tokenizer.name_or_path or 'this tokenizer'}"
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
