@@ -136,6 +136,11 @@ def test_a_row_is_cut_and_masked_as_the_arguments_say(model_dir: str) -> None:
     whole = render(tokenizer, example).training_row()
     row = trained_row(tokenizer, example, {"max_length": 6, "truncation_mode": "keep_end"})
     assert (row.ids, row.mask) == (whole["input_ids"][-6:], whole["completion_mask"][-6:])
+    for strategy, kept in (
+        {"wrapped": len(whole["input_ids"]), "bfd": 6, "bfd_split": len(whole["input_ids"])}
+    ).items():
+        packed = {"max_length": 6, "truncation_mode": "keep_end", "packing": True, "packing_strategy": strategy}
+        assert trained_row(tokenizer, example, packed).ids == whole["input_ids"][:kept]
     row = trained_row(tokenizer, example, {"completion_only_loss": False})
     assert row.trained == whole["input_ids"]
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import GENERAL_TEXT
-from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hlora.config.sections import DomainConfig, EvaluationConfig, GeneralConfig
 from hlora.data.domain import DomainRows, TokenLimits, domain_rows
+from hlora.data.example import Example
 from hlora.data.general import GeneralText, general_text, probe_texts
-from hlora.data.tasks import Example
 from hlora.system.errors import ConfigError, DataError
 
 LINE = "Long lines of an evaluation text are sentences that nobody writes twice, word for word, by chance alone"
@@ -356,6 +357,39 @@ def test_columns_of_other_names_are_mapped_to_the_tasks(tmp_path: Path) -> None:
         read_domain(*files, columns={"prompt": "question", "completion": "answer"})
 
 
+def test_a_mapped_column_that_some_rows_lack_is_null_there(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"q": f"{n}?", "a": str(n), **({"c": "See."} if n % 2 else {})} for n in range(4)]
+    files = write_jsonl(tmp_path / "a.jsonl", rows[:2]), write_jsonl(tmp_path / "b.jsonl", rows[2:])
+    found = read_domain(*files, columns={"instruction": "q", "output": "a", "input": "c"})
+    assert ["See." in str(example.prompt) for example in found.train] == [False, True]
+
+
+def test_a_directory_of_test_rows_is_named_as_such(hub_directory: str, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    write_jsonl(tmp_path / "test" / "rows.jsonl", pairs(20, 2))
+    with pytest.raises(DataError, match=rf"^domain.test: '{tmp_path}/test' is a directory. Name a file in it, or"):
+        read_domain(hub_directory, tmp_path / "test")
+
+
+@pytest.mark.parametrize("unknown", ["answer", "prompt"])
+def test_a_text_that_the_tokenizer_cannot_write_is_no_row(unknown: str, limits: Any) -> None:
+    found = limits(max_length=64)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))  # of Latin letters, without bytes to fall back to
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    tokenizer.train_from_iterator([GENERAL_TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    lossy = replace(found, tokenizer=fast)
+    assert lossy.train(Example("What", " seven"))
+    if unknown == "answer":
+        row, problem = Example("What", " 七是"), "no answer: the tokenizer has no tokens for ' 七是'"
+    else:
+        fast.unk_token = fast.backend_tokenizer.model.unk_token = None  # it is left out
+        row, problem = Example("何", "seven"), "no prompt: the tokenizer has no token for it"
+    for check in (lossy.train, lossy.test):
+        with pytest.raises(DataError, match=problem):
+            check(row)
+
+
 def test_an_unused_column_called_label_is_ignored_in_a_csv(tmp_path: Path) -> None:
     for name, n in (("a", 1), ("b", 2)):
         (tmp_path / f"{name}.csv").write_text(f"prompt,completion,label\n{n}?,{n},arithmetic\n", encoding="utf-8")
@@ -458,8 +492,16 @@ def test_a_row_whose_answer_training_would_cut_off_is_left_out_and_one_token_les
         domain_rows(config, None, 0, limits(max_length=whole - 1))
     with pytest.raises(DataError, match=rf"Row 1: no answer left: .* the {length} tokens of training's max_length"):
         domain_rows(config, None, 0, limits(max_length=length))
-    for kept in ({"packing": True}, {"truncation_mode": "keep_end"}):
+    for kept in (
+        {"packing": True},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd_split"},
+        {"truncation_mode": "keep_end"},
+    ):
         assert len(domain_rows(config, None, 0, limits(max_length=length, **kept)).train) == 1
+    bfd = {"packing": True, "packing_strategy": "bfd", "truncation_mode": "keep_end"}  # keeps the start nonetheless
+    with pytest.raises(DataError, match=rf"answer cut: it needs {whole} tokens"):
+        domain_rows(config, None, 0, limits(max_length=whole - 1, **bfd))
     with pytest.raises(DataError, match=rf"answer cut: it needs {whole - length} tokens"):
         domain_rows(config, None, 0, limits(max_length=whole - length - 1, truncation_mode="keep_end"))
 

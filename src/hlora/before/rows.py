@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hlora.data.domain import packing_of
 from hlora.data.example import Example
 from hlora.data.rendering import render
 
@@ -50,7 +51,8 @@ def trained_row(tokenizer: PreTrainedTokenizerBase, example: Example, arguments:
     if arguments.get("completion_only_loss") is False:
         mask = [1] * len(ids)
     length, mode = (arguments.get(name, getattr(SFTConfig, name)) for name in ("max_length", "truncation_mode"))
-    if length is not None and not arguments.get("packing"):
-        kept = slice(-length, None) if mode == "keep_end" else slice(length)
+    packing = packing_of(arguments)
+    if length is not None and packing in (None, "bfd"):  # the others cut no row, but go on with it in the next one
+        kept = slice(-length, None) if mode == "keep_end" and packing is None else slice(length)
         ids, mask = ids[kept], mask[kept]
     return TrainedRow(ids, mask)

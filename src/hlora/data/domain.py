@@ -7,7 +7,8 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -20,7 +21,7 @@ from hlora.data.hub import load_from_hub
 from hlora.data.rendering import prompt_identity, render
 from hlora.data.rows import Rows, is_rows_file, read_rows
 from hlora.data.tasks import TASKS, read_example
-from hlora.data.tokens import tokenise
+from hlora.data.tokens import tokenise, writes_all_texts
 from hlora.system.digest import sha256_of_texts
 from hlora.system.errors import DataError
 
@@ -66,6 +67,10 @@ class TokenLimits:
     packed: bool = False
     """Training joins rows and cuts them anywhere, so that none is too long."""
 
+    @cached_property
+    def _writes_all_texts(self) -> bool:
+        return writes_all_texts(self.tokenizer)
+
     @classmethod
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
@@ -73,16 +78,16 @@ class TokenLimits:
         """arguments: of trl.SFTConfig, those of the domain phase."""
         from trl import SFTConfig
 
-        length, mode, packing = (
-            arguments.get(name, getattr(SFTConfig, name)) for name in ("max_length", "truncation_mode", "packing")
-        )
+        length, mode = (arguments.get(name, getattr(SFTConfig, name)) for name in ("max_length", "truncation_mode"))
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return cls(tokenizer, context, length, mode == "keep_end", bool(packing))
+        # Packing by bfd keeps the start of a longer row, whatever the truncation_mode; the others keep all of it.
+        packing = packing_of(arguments)
+        return cls(tokenizer, context, length, mode == "keep_end" and packing is None, packing not in (None, "bfd"))
 
     def train(self, example: Example) -> Example:
         """The example. Raises DataError when training would cut its answer, or it exceeds the context."""
         limit = None if self.packed else min(filter(None, (self.context, self.kept)), default=None)
-        if isinstance(example.prompt, str) and (limit is None or _surely_fits(example, limit)):
+        if self._needs_no_rendering(example) and (limit is None or _surely_fits(example, limit)):
             return example
         if limit is not None and not self.keeps_end and self._far_beyond(_characters(example), limit):
             prompt_alone = self._far_beyond(_characters(replace(example, answer="")), limit)
@@ -99,13 +104,17 @@ class TokenLimits:
         """The example. Raises DataError when the prompt and an answer exceed the model's context."""
         longest = replace(example, answer=max((example.answer, *example.choices), key=len))
         limit = self.context
-        if isinstance(example.prompt, str) and (limit is None or _surely_fits(longest, limit)):
+        if self._needs_no_rendering(example) and (limit is None or _surely_fits(longest, limit)):
             return example
         if limit is not None and self._far_beyond(_characters(longest), limit):
             raise DataError(self._too_long())
         if render(self.tokenizer, longest).end > (limit or math.inf):
             raise DataError(self._too_long())
         return example
+
+    def _needs_no_rendering(self, example: Example) -> bool:
+        """Whether nothing of the row can be refused but its length."""
+        return isinstance(example.prompt, str) and self._writes_all_texts
 
     def _why_not(self, limit: int, prompt_alone: bool, needed: str) -> str:
         if limit != self.kept:
@@ -125,6 +134,14 @@ class TokenLimits:
                 return True
             characters *= 4
         return False
+
+
+def packing_of(arguments: Mapping[str, Any]) -> str | None:
+    """How the domain phase joins rows: TRL's packing_strategy, or None. hlora's own default is wrapped.
+
+    arguments: of trl.SFTConfig, those of the domain phase.
+    """
+    return str(arguments.get("packing_strategy", "wrapped")) if arguments.get("packing") else None
 
 
 def _surely_fits(example: Example, tokens: int) -> bool:
@@ -163,7 +180,14 @@ def domain_rows(
     needed = f"Task {config.task!r} needs {TASKS[config.task].columns}; domain.columns maps other names to these. "
     train_rows = _domain_source(config, config.train, config.train_split).read(read)
     train_rows = (train_rows.read(token_limits.train) if token_limits else train_rows).within(*limit, needed)
-    raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
+    try:
+        raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
+    except DataError as error:
+        if hub_split and Path(hub_split).is_dir():
+            raise DataError(
+                f"domain.test: {hub_split!r} is a directory. Name a file in it, or a split of {config.train}"
+            ) from error
+        raise
     test_rows = raw.read(read)
     test_rows = (test_rows.read(token_limits.test) if token_limits else test_rows).within(*limit, needed)
     train, numbers = list(train_rows.kept.values()), list(test_rows.kept)[:max_test_rows]
@@ -221,16 +245,20 @@ def _domain_source(config: DomainConfig, source: str, split: str | None) -> Rows
     else:
         rows = rows_of_table(load_from_hub(source, config.subset, split or "train").with_format("arrow")[:])
         found = Rows(f"{source} ({split})", dict(enumerate(rows, 1)))
-    return found.read(partial(_with_columns, config.columns)) if config.columns else found
+    if not config.columns:
+        return found
+    columns = {column for row in found.kept.values() for column in row}
+    return found.read(partial(_with_columns, config.columns, columns))
 
 
-def _with_columns(columns: Mapping[str, str], row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the columns that the task reads, from those that the file has."""
-    missing = [theirs for theirs in columns.values() if theirs not in row]
+def _with_columns(columns: Mapping[str, str], of_source: set[str], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns that the task reads, from those of the source; null where this row alone lacks one."""
+    missing = [theirs for theirs in columns.values() if theirs not in of_source]
     if missing:
         raise DataError(f"missing column: {missing[0]!r} (domain.columns), it has {', '.join(map(str, row))}")
     taken = set(columns.values())
-    return {n: c for n, c in row.items() if n not in taken} | {ours: row[theirs] for ours, theirs in columns.items()}
+    mapped = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    return {name: cell for name, cell in row.items() if name not in taken} | mapped
 
 
 _SPECIAL = 8  # tokens that a tokenizer adds to a text, at most
