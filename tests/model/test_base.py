@@ -59,6 +59,22 @@ def test_a_tokenizer_without_a_pad_token_pads_with_the_end_token(copy: Path) -> 
     assert tokenizer.pad_token == "<eos>"
 
 
+def test_a_tokenizer_without_an_end_token_takes_that_of_the_models_configuration(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["eos_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with caplog.at_level("INFO", "hlora"):
+        assert load(copy)[1].eos_token == "<eos>"
+    assert "names no end token: '<eos>' is taken" in caplog.text
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((copy / name).read_text(encoding="utf-8")) | {"eos_token_id": None}
+        (copy / name).write_text(json.dumps(found), encoding="utf-8")
+    assert load(copy)[1].eos_token is None
+    assert "text answers are trained without an end" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_the_base_has_the_dtype_asked_for(name: str, model_dir: str) -> None:
     model, _ = load(model_dir, dtype=name)

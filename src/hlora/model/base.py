@@ -63,6 +63,8 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except Exception as error:  # a wrong field of config.json is a KeyError, an AttributeError or a type of its own
         raise ConfigError(_why_not_loaded(config, name, error)) from None
+    if tokenizer.eos_token is None:
+        _take_end_token(config, tokenizer, model)
     _check_tokenizer(config, tokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -84,6 +86,24 @@ def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int | None]) -> 
             raise ConfigError(
                 f"{field}: {length} tokens, but the model's context is {context}. Set it to at most that."
             )
+
+
+def _take_end_token(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Give a tokenizer without an end token the one that generation of the model stops at, if it has one."""
+    generation = getattr(model, "generation_config", None)
+    for named in (generation, model.config.get_text_config()):
+        ids = getattr(named, "eos_token_id", None)
+        for number in ids if isinstance(ids, list) else [ids]:
+            token = tokenizer.convert_ids_to_tokens(number) if number is not None and number < len(tokenizer) else None
+            if token is not None:
+                tokenizer.eos_token = token
+                logger.info("the tokenizer of %s names no end token: %r is taken, as in its config", config.name, token)
+                return
+    logger.warning(
+        "the tokenizer of %s names no end token, nor does its config: text answers are trained without an end. "
+        "Set eos_token in its tokenizer_config.json.",
+        config.name,
+    )
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
