@@ -91,6 +91,15 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path: Path) -> N
     assert talk.answer("Hi") == {"tuned": "Hello."}
 
 
+def test_a_plain_prompt_is_read_as_it_is_trained_without_the_eos_that_the_tokenizer_adds(tmp_path: Path) -> None:
+    tokenizer = made_tokenizer("bytes", "both")
+    model = LlamaForCausalLM.from_pretrained(made_model(tmp_path / "model", tokenizer))
+    row = render(tokenizer, Example("What is it?", " seven"))
+    teach(model, row.ids, row.start)
+    talk = Chat(Tuned(get_peft_model(model, LoraConfig()), tokenizer, ModelConfig(name="made")), plain=True)
+    assert talk.answer("What is it?") == {"tuned": " seven"}
+
+
 def test_a_prompt_beyond_the_context_is_said_and_the_next_one_answered(
     tuned: Tuned, capsys: pytest.CaptureFixture[str]
 ) -> None:

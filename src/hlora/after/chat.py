@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from hlora.after.tuned import Tuned
 from hlora.data.generation import as_list
 from hlora.data.rendering import end_tokens_of_template
+from hlora.data.tokens import text_to_continue, tokenise
 
 
 @dataclass
@@ -71,11 +72,11 @@ class Chat:
     def _encoded(self, prompt: str | list[dict[str, str]]) -> Tensor:
         """Token ids, (1, n)."""
         if isinstance(prompt, str):
-            ids: Any = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            ids = text_to_continue(self.tokenizer, prompt)
         else:
             text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        return ids.to(self.tuned.model.device)
+            ids = tokenise(self.tokenizer, str(text))
+        return torch.tensor([ids], device=self.tuned.model.device)
 
     def _too_long(self, ids: Tensor) -> str | None:
         context = getattr(self.tuned.model.config.get_text_config(), "max_position_embeddings", None)
