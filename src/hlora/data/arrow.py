@@ -32,7 +32,9 @@ def rows_of_table(table: pyarrow.Table) -> list[dict[str, Any]]:
 def _without_filled_in(cell: Any) -> Any:
     from trl.trainer.utils import remove_none_values
 
-    return remove_none_values(cell) if isinstance(cell, dict | list) else cell
+    if isinstance(cell, list):
+        return remove_none_values(cell)
+    return remove_none_values(cell) if isinstance(cell, dict) else cell
 
 
 def _with_json_read(cell: Any, kind: Any) -> Any:
