@@ -228,28 +228,26 @@ def test_what_a_template_does_not_render_is_refused_with_role_and_template(
 
 
 MEANT = [user("Hi"), assistant("Hello."), user("What is 7?")]
-FORGETFUL = TURN % (  # of reasoning before the user's last turn, as Qwen 3 is
+FORGETFUL = TURN % (  # of earlier reasoning, as Qwen 3 is before the user's last turn, and gpt-oss before an answer
     "<{{ m.role }}>{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
 )
 
 
+@pytest.mark.parametrize("role", ["user", "tool"])
 @pytest.mark.parametrize(
-    "chat",
-    [
-        [user("Hi"), assistant("Hello.", reasoning_content="I greet."), user("What is 7?")],
-        [user("Hi"), assistant("<think>I greet.</think>Hello."), user("What is 7?")],
-    ],
+    "turn", [assistant("Hello.", reasoning_content="I greet."), assistant("<think>I greet.</think>Hello.")]
 )
 @pytest.mark.parametrize(
     "answer", [assistant("seven", reasoning_content="I count."), assistant("<think>I count.</think>seven")]
 )
 def test_reasoning_of_earlier_turns_may_be_left_out_as_reasoning_models_leave_it(
-    chat: list[dict[str, Any]], answer: dict[str, Any]
+    turn: dict[str, Any], role: str, answer: dict[str, Any]
 ) -> None:
     tokenizer = made_tokenizer("bytes", "neither", FORGETFUL)
-    row = render(tokenizer, read_example("rows", {"messages": [*chat, answer]}))
-    expected = "<user>Hi<assistant>Hello.<user>What is 7?<assistant><think>I count.</think>seven<eos>"
+    chat = [user("Hi"), turn, {"role": role, "content": "What is 7?"}, answer]
+    row = render(tokenizer, read_example("rows", {"messages": chat}))
+    expected = f"<user>Hi<assistant>Hello.<{role}>What is 7?<assistant><think>I count.</think>seven<eos>"
     assert tokenizer.decode(row.ids) == expected
     assert "I count." in answer_of(tokenizer, row)
 

@@ -1,6 +1,6 @@
 """What a chat template leaves out of a row: each part is replaced by a mark, and what writes the part writes the mark.
 
-Reasoning before the user's last turn is left out on purpose by templates of reasoning models, so none is expected.
+Reasoning of earlier turns is left out on purpose by templates of reasoning models, so only the last turn's is expected.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def refuse_what_is_left_out(template: ChatTemplate, messages: Sequence[Message],
         marks.append((MARK.format(len(marks)), what))
         return marks[-1][0]
 
-    last_user = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
-    marked = [_marked(turn, number, number > last_user, mark) for number, turn in enumerate(messages)]
+    last = len(messages) - 1
+    marked = [_marked(turn, number, number == last, mark) for number, turn in enumerate(messages)]
     marked_tools = [_marked_tool(tool, mark) for tool in tools] if tools else tools
     seen = template.rendered(marked, marked_tools)
     for name, what in marks:
@@ -42,7 +42,7 @@ def refuse_what_is_left_out(template: ChatTemplate, messages: Sequence[Message],
             raise DataError(f"not rendered: {template} leaves out {what}")
     for number, turn in enumerate(messages):
         for text in _texts(turn.get("content")):
-            if turn["role"] == "assistant" and number < last_user:
+            if turn["role"] == "assistant" and number < last:
                 text = text.rpartition(_END_OF_THOUGHT)[2]
             if squeezed(text) not in squeezed(whole):
                 raise DataError(f"not rendered: {template} leaves out content of a turn (role {turn['role']!r})")
