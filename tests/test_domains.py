@@ -147,5 +147,5 @@ def test_a_chain_killed_in_its_second_domain_resumes_to_the_same_bytes(
     assert pipeline.run(parse_config(again)) == resumed  # finished
     with pytest.raises(ConfigError, match=r"after \(changed since\)"):
         changed = tmp_path / "again" / "plus" / "importance-after" / "importance.json"
-        changed.touch()
+        changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         pipeline.run(parse_config(again))

@@ -68,15 +68,15 @@ def test_other_settings_are_refused_by_name_before_the_model_is_loaded(
     assert files_of(tmp_path / "out") == before
 
 
-def test_data_that_changed_since_are_refused_too(settings: Path, tmp_path: Path, hlora: Any) -> None:
+def test_data_that_changed_since_are_refused_too_and_a_copy_is_not(settings: Path, tmp_path: Path, hlora: Any) -> None:
     train = Path(yaml.safe_load(settings.read_text(encoding="utf-8"))["domain"]["train"])
-    mine = str(shutil.copy(train, tmp_path / "train.jsonl"))
+    mine = Path(shutil.copy(train, tmp_path / "train.jsonl"))
     chosen = ("--set", f"domain.train={mine}")
-    kept = tmp_path / "out" / "config.yaml"
-    kept.write_text(kept.read_text(encoding="utf-8").replace(str(train), mine), encoding="utf-8")
-    os.utime(kept, (2e9, 2e9))
+    for kept in (tmp_path / "out" / "config.yaml", tmp_path / "out" / "inputs.json"):
+        kept.write_text(kept.read_text(encoding="utf-8").replace(str(train), str(mine)), encoding="utf-8")
     assert hlora("run", settings, *chosen)[0] == 0
-    os.utime(mine, (2.1e9, 2.1e9))
+    mine.write_text(mine.read_text(encoding="utf-8").replace("plus one", "plus two"), encoding="utf-8")
+    os.utime(mine, (1e9, 1e9))
     status, _, err = hlora("run", settings, *chosen)
     assert status == 2 and "domain.train (changed since)" in err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def check_files(config: RunConfig | CompareConfig) -> None:
 
 def named_files(config: RunConfig | CompareConfig) -> Iterator[tuple[str, str]]:
     """Field and path of every local file. Names of hub data sets, hub models and splits are left out."""
-    if _is_path(config.model.name):
+    if _is_local(config.model.name):
         yield "model.name", config.model.name
     sources: list[tuple[str, GeneralSource]] = [("general", config.general)]
     if config.general.mixture:
@@ -46,13 +47,13 @@ def named_files(config: RunConfig | CompareConfig) -> Iterator[tuple[str, str]]:
     for field, task in tasks.items():
         for part in ("train", "test", "validation"):
             rows = getattr(task, part, None)  # a share of rows is no file
-            if isinstance(rows, str) and (kind_of_file(rows) in ROW_FILES or _is_path(rows)):
+            if isinstance(rows, str) and (kind_of_file(rows) in ROW_FILES or _is_local(rows)):
                 yield f"{field}.{part}", rows
 
 
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a local path: hub names start with neither a slash nor a dot."""
-    return name.startswith(("/", "./", "../", "~"))
+def _is_local(name: str) -> bool:
+    """Whether a name is there as a path, or can only be one: hub names start with neither a slash nor a dot."""
+    return name.startswith(("/", "./", "../", "~")) or os.path.exists(name)  # noqa: PTH110  # Path raises where it is long
 
 
 def _problem(path: str) -> str:

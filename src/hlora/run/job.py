@@ -24,14 +24,15 @@ from hlora.model.base import load_base, pick_device
 from hlora.model.lora import attach_lora
 from hlora.model.saved_adapter import changes_base, load_adapter
 from hlora.parallel.fsdp import is_sharded
-from hlora.parallel.group import main_first, raise_on_all
+from hlora.parallel.group import is_main, main_first, raise_on_all
 from hlora.parallel.launch import sharding
 from hlora.run.data_check import check_data
+from hlora.run.inputs import KEPT, Inputs, inputs_of
 from hlora.run.kept_predictions import KeptPredictions
 from hlora.run.lengths import fit_lengths
 from hlora.run.trial import check_arguments, try_phases
 from hlora.system.errors import ConfigError
-from hlora.system.files import make_directory, write_text
+from hlora.system.files import make_directory, write_json, write_text
 from hlora.system.redaction import redacted
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Job:
     """The phases of the run, for the progress line."""
     predictions: KeptPredictions = field(default_factory=KeptPredictions)
     """Of the models that tuned ones are compared with."""
+    inputs: Inputs = field(default_factory=dict)
+    """The files that the configuration names, as they were before they were read; in the main process."""
 
     @classmethod
     def open(cls, config: RunConfig, resumable: bool = False, given: Importance | None = None) -> Job:
@@ -72,9 +75,11 @@ class Job:
             check_sharding(config)
             make_directory(output)
             check_arguments(config.training, output, pick_device(config.model.device))
+            inputs = inputs_of(config) if is_main() else {}
             check_data(config)
         base, tokenizer = main_first(lambda: load_base(config.model))
-        job = cls(fit_lengths(config, base), base, tokenizer, output, resumable=resumable, given=given)
+        fitted = fit_lengths(config, base)
+        job = cls(fitted, base, tokenizer, output, resumable=resumable, given=given, inputs=inputs)
         with raise_on_all():
             job.domain  # noqa: B018  # an unusable row is reported now, not after the general phase
         job.general  # noqa: B018  # read by every process
@@ -114,7 +119,8 @@ class Job:
             model.unload()
 
     def keep_config(self) -> None:
-        """Write the resolved configuration to the output directory."""
+        """Write the resolved configuration to the output directory, and what its files were like."""
+        write_json(self.output / KEPT, self.inputs)
         write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.model_dump()), sort_keys=False))
 
     @cached_property

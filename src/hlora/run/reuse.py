@@ -8,19 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hlora.config.data_files import named_files
 from hlora.config.reading import parse_config, read_yaml
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
+from hlora.run.inputs import CONTINUED, changed_since
 from hlora.run.job import Job
 from hlora.run.resume import UNFINISHED, by_rows_of_a_step
 from hlora.system.errors import ArtifactError, ConfigError
 from hlora.system.redaction import redacted
 
 logger = logging.getLogger("hlora")
-
-CONTINUED = "importance-after"
-"""In an output directory: the importance of the general text and of every domain so far, anchored at the adapter."""
 
 _UNSEEN = ("report_to", "run_name", "logging_steps")  # training arguments that change no number
 _SHOWN = 6  # settings that a message names
@@ -122,7 +119,7 @@ def _other_recording(found: Importance, job: Job) -> list[str]:
 def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
     """Whether `made`, such as results.json, is in the output directory already, by the same settings.
 
-    Raises ConfigError that names the settings which differ, or the data files that are newer, unless `overwrite`.
+    Raises ConfigError that names the settings which differ, or whose files changed since, unless `overwrite`.
     """
     output = Path(config.output)
     kept = output / "config.yaml"
@@ -130,11 +127,10 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
         return False
     differ = differences(_settings_of(kept), redacted(config.model_dump()))
     differ = [each for each in differ if not _is_ours(each.split(" ")[0], config)]
-    files = [*named_files(config), ("after", f"{config.after}/{CONTINUED}/importance.json")]
-    newer = [f"{field} (changed since)" for field, path in files if _is_newer(Path(path), kept)]
-    if differ or newer:
+    differ += [f"{field} (changed since)" for field in changed_since(output, config)]
+    if differ:
         raise ConfigError(
-            f"output: {output} holds a finished run ({made}) with other settings: {_named(differ + newer)}. Name "
+            f"output: {output} holds a finished run ({made}) with other settings: {_named(differ)}. Name "
             "another output, or replace it: --overwrite."
         )
     logger.info("output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", output)
@@ -181,7 +177,3 @@ def _short(value: Any) -> str:
 def _named(differ: list[str]) -> str:
     rest = len(differ) - _SHOWN
     return ", ".join(differ[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _is_newer(path: Path, kept: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime > kept.stat().st_mtime

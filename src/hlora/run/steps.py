@@ -11,11 +11,12 @@ from hlora.config.run import Baseline
 from hlora.importance.artefact import Importance
 from hlora.model.adapters import adapted_matrices
 from hlora.parallel.group import raise_on_all
+from hlora.run.inputs import CONTINUED
 from hlora.run.job import Job
 from hlora.run.phases import check_fits, lora, lora_after_general, record_phase, save_adapter, tune_phase
 from hlora.run.results import describe
 from hlora.run.resume import timed
-from hlora.run.reuse import CONTINUED, importance_here
+from hlora.run.reuse import importance_here
 from hlora.system.errors import ArtifactError
 
 
