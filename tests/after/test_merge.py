@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from hlora.after.merge import BOUNDS, merge
+from hlora.after.merge import BOUNDS, _savable, merge
 from hlora.system.errors import ArtifactError
 
 IDS = torch.arange(3, 60)[None]
@@ -107,3 +108,33 @@ def test_the_adapter_of_a_run_carries_tokenizer_and_card_and_names_its_base(tune
     assert AutoTokenizer.from_pretrained(adapter).get_vocab() == AutoTokenizer.from_pretrained(model_dir).get_vocab()
     assert yaml.safe_load((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == model_dir
     assert "More Information Needed" not in (adapter / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),  # as Llama-2-chat
+        ({"do_sample": False, "top_k": 20}, {"do_sample": True, "top_k": 20}),
+        ({"do_sample": True, "temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
+        ({"repetition_penalty": 1.3}, {"do_sample": None, "repetition_penalty": 1.3}),
+        ({"num_beams": 1, "length_penalty": 2.0, "pad_token_id": -1}, {"length_penalty": None, "pad_token_id": None}),
+    ],
+)
+def test_the_authors_generation_settings_are_written_as_transformers_takes_them(
+    settings: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+) -> None:
+    written = _savable(GenerationConfig(bos_token_id=0, eos_token_id=[1, 4], **settings))
+    written.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert again.bos_token_id == 0 and again.eos_token_id == [1, 4]
+    assert {name: getattr(again, name) for name in kept} == kept
+
+
+def test_a_temperature_without_sampling_is_merged_too(tuned_run: Path, model_dir: str, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "generation_config.json").unlink()  # in config.json, as models of 2023 have it
+    (base / "config.json").write_text(json.dumps({**config, "temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
+    merge(tuned_run, tmp_path / "merged", [f"model.name={base}"])
+    found = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (found.do_sample, found.temperature, found.top_p) == (True, 0.6, 0.9)

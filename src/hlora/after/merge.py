@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from hlora.after.tuned import load_tuned, model_config
 from hlora.data.generation import as_list
@@ -81,6 +83,7 @@ def merge(run: Path, directory: Path, overrides: list[str] | None = None) -> Mer
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as problem:  # the sum is not finite
         raise ArtifactError(f"{run / 'adapter'}: cannot be merged ({first_line(problem)}). Tune again.") from None
+    merged.generation_config = _savable(merged.generation_config)
     _add_ends(merged, tuned.tokenizer)
     with atomic_directory(directory) as fresh, quiet():
         merged.save_pretrained(fresh)
@@ -97,6 +100,25 @@ def merge(run: Path, directory: Path, overrides: list[str] | None = None) -> Mer
         result = Merged(directory, precision, error, BOUNDS.get(precision, BOUNDS["float32"]), effect)
         _check(result)
     return result
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """The author's generation settings, in a form that Transformers writes.
+
+    Llama 2 and Vicuna have a temperature without do_sample. Transformers reads that and refuses to write it; with
+    do_sample their values count. Of settings that contradict each other otherwise, only the special tokens are kept.
+    """
+    sampled = copy.deepcopy(config)
+    sampled.do_sample = True
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if (tokens["pad_token_id"] or 0) < 0:  # LLaMA's first configurations have -1 for none
+        del tokens["pad_token_id"]
+    for found in (config, sampled):
+        with suppress(ValueError):
+            found.validate(strict=True)
+            return found
+    logger.warning("generation_config: its settings contradict each other; only the special tokens are kept")
+    return GenerationConfig(**tokens)
 
 
 def _add_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
