@@ -12,9 +12,9 @@ import pytest
 import torch
 from made_tokenizers import made_model, made_tokenizer, teach
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from hlora.after.chat import Chat
+from hlora.after.chat import Chat, _lines
 from hlora.after.tuned import Tuned, load_tuned, model_config
 from hlora.config.sections import ModelConfig
 from hlora.data.example import Example
@@ -123,3 +123,41 @@ def test_sampling_is_said_and_differs_from_greedy(tuned: Tuned) -> None:
     talk = Chat(tuned, max_new_tokens=6, temperature=50.0)
     assert "sampling at temperature 50" in talk.heading()
     assert talk.answer("one")["tuned"] != continued(tuned, "one")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 4},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"suppress_tokens": list(range(5, 200)), "repetition_penalty": 3.0, "min_new_tokens": 6},
+    ],
+)
+def test_the_models_own_generation_settings_change_no_answer(
+    tuned: Tuned, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerationConfig(eos_token_id=1, **own)
+    for model in (tuned.model, tuned.model.get_base_model()):
+        monkeypatch.setattr(model, "generation_config", config)
+    assert Chat(tuned, max_new_tokens=6).answer("one")["tuned"] == continued(tuned, "one")
+
+
+def test_several_templates_without_a_default_are_no_chat_template(
+    tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned.tokenizer, "chat_template", {"rag": TEMPLATE, "tool_use": TEMPLATE})
+    assert Chat(tuned, max_new_tokens=6).answer("one")["tuned"] == continued(tuned, "one")
+    monkeypatch.setattr(tuned.tokenizer, "chat_template", {"default": TEMPLATE, "rag": "x"})
+    assert Chat(tuned, max_new_tokens=6).answer("one")["tuned"] == continued(tuned, "<user>one</user><assistant>")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_read_as_unknown_characters(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nsecond\n"), "utf-8", errors=errors))
+    assert list(_lines()) == ["caf\ufffd", "second"]
+
+
+def test_a_closed_stdin_has_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(_lines()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from hlora.after.tuned import Tuned
-from hlora.data.generation import as_list
+from hlora.data.generation import as_list, nothing_of_its_own
 from hlora.data.rendering import end_tokens_of_template
 from hlora.data.tokens import text_to_continue, tokenise
 
@@ -33,7 +34,7 @@ class Chat:
     """The conversation so far, of each model."""
 
     def __post_init__(self) -> None:
-        self.plain = self.plain or not self.tokenizer.chat_template
+        self.plain = self.plain or not _has_template(self.tokenizer)
         self.forget()
 
     @property
@@ -97,7 +98,7 @@ class Chat:
             **sampling,
         )
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with model.disable_adapter() if name == "base" else nullcontext():
+        with model.disable_adapter() if name == "base" else nullcontext(), nothing_of_its_own(model):
             written = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
             )
@@ -120,6 +121,10 @@ def chat(tuned: Tuned, compare: bool, plain: bool, max_new_tokens: int, temperat
 
 def _lines() -> Iterator[str]:
     """Lines of stdin; from a terminal with a prompt, and its line editing."""
+    if sys.stdin is None:  # closed, as by <&-
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # no tokenizer takes what is no text
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -129,6 +134,14 @@ def _lines() -> Iterator[str]:
         except EOFError:
             print()
             return
+
+
+def _has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a chat template for a conversation: the only one, or among several the default."""
+    try:
+        return bool(tokenizer.get_chat_template())
+    except ValueError:
+        return False
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

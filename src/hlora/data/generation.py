@@ -42,7 +42,7 @@ def written(
         pad_token_id=tokenizer.pad_token_id,
         **({} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
-    with _nothing_of_its_own(model):
+    with nothing_of_its_own(model):
         found = model.generate(
             input_ids=prompts.to(model.device),
             attention_mask=(torch.ones_like(prompts) if mask is None else mask).to(model.device),
@@ -52,7 +52,7 @@ def written(
 
 
 @contextmanager
-def _nothing_of_its_own(model: Any) -> Iterator[None]:
+def nothing_of_its_own(model: Any) -> Iterator[None]:
     """The model without a generation configuration, from which Transformers fills what ours leaves at its default."""
     models = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     own = [getattr(each, "generation_config", None) for each in models]
