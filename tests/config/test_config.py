@@ -112,6 +112,25 @@ def test_a_number_with_an_exponent_is_a_number_in_yaml_and_in_overrides(
         assert value == expected and isinstance(value, int | float)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("packing", "false", False),
+        ("bf16", "False", False),
+        ("gradient_checkpointing", "no", False),
+        ("dataloader_drop_last", "true", True),
+        ("max_steps", "3", 3),
+        ("learning_rate", "5e-3", 5e-3),
+        ("save_strategy", "no", "no"),
+        ("optim", "adamw_torch", "adamw_torch"),
+    ],
+)
+def test_an_argument_in_quotes_is_what_the_text_says(name: str, text: str, expected: Any) -> None:
+    fields = {**minimal(), "training": {"tune": {name: text}}}
+    value = parse_config(fields).training.tune[name]
+    assert value == expected and type(value) is type(expected)
+
+
 @pytest.mark.parametrize("text", ["1e3x", "e5", "be-3", "'1e-3'"])
 def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
     assert parse_config(minimal(), overrides=[f"output={text}"]).output == text.strip("'")

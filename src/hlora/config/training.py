@@ -132,4 +132,4 @@ def _checked(name: str, value: Any) -> Any:
         for tracker in values_in([] if value is None else value):
             if tracker not in trackers():
                 raise ValueError(f"report_to: {tracker!r} is not a tracker{nearest(tracker, set(trackers()))}")
-    return read if isinstance(value, str) and isinstance(read, float) else value  # a number in quotes
+    return read if isinstance(value, str) else value  # a number, true or false in quotes
