@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fake_hub import running
+from fake_hub import Hub, running
+from peft import PeftModel
 
 from hlora.importance.artefact import Importance
+from hlora.report.card import named_card, public_card
 
 USE = """
 import sys
@@ -82,6 +86,62 @@ def test_what_is_pushed_is_complete_and_protects_from_the_hub_on_a_fresh_cache(
         assert head["license"] == "mit" and "hlora" in head["tags"]
         assert 'hlora.protect(trainer, "ann/importance", phi=1.0)' in importance["README.md"].decode()
         assert "| answer NLL, nats |" in adapter["README.md"].decode()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process uploads to."""
+    with running() as found:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield found
+
+
+@pytest.mark.parametrize("licence", [(), ("--license", "mit")])
+def test_nothing_of_this_machine_is_in_what_a_script_saved(
+    peft_model: PeftModel, model_dir: str, tuned_run: Path, tmp_path: Path, hub: Hub, hlora: Any, licence: Any
+) -> None:
+    """The card is PEFT's own, with what TRL adds; a checkpoint has the state of its Trainer beside it."""
+    saved = tmp_path / "checkpoint-2"
+    peft_model.save_pretrained(str(saved), save_embedding_layers=False)
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == model_dir and f"base_model:adapter:{model_dir}" in head["tags"]
+    seen = f"\nSee [the log]({tmp_path}/log), <b>bold</b> <br/> and https://example.org/a/b.\n"
+    card = card.replace("tags:", f"datasets:\n- {tmp_path}/rows.jsonl\ntags:")
+    (saved / "README.md").write_text(card + seen, encoding="utf-8")
+    shutil.copy(tuned_run / "adapter" / "tokenizer.json", saved)
+    settings = {"special_tokens_map_file": f"{tmp_path}/map.json", "chat_template": "{{ '/x' }}"}
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (saved / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(saved)}), encoding="utf-8")
+
+    assert hlora("push", saved, "ann/adapter", *licence)[0] == 0
+    sent = hub.repos["ann/adapter"]
+    assert "trainer_state.json" not in sent and {"tokenizer.json", "adapter_model.safetensors"} <= sent.keys()
+    for name, content in sent.items():
+        assert str(tmp_path.parent).encode() not in content, f"{name} holds a path of this machine"
+    written = sent["README.md"].decode()
+    head = yaml.safe_load(written.split("---")[1])
+    assert (
+        "base_model" not in head and head["datasets"] == ["rows.jsonl"] and {"lora", "transformers"} <= {*head["tags"]}
+    )
+    assert head.get("license") == (licence[1] if licence else None)
+    assert "[the log](log), <b>bold</b> <br/> and https://example.org/a/b." in written
+    assert json.loads(sent["tokenizer_config.json"])["chat_template"] == "{{ '/x' }}"
+
+
+def test_a_base_model_of_the_hub_stays_in_the_head_of_a_card() -> None:
+    tags = "- base_model:adapter:ann/base\n- license:mit\n- base_model:adapter:C:\\models\\base"
+    head = f"base_model: ann/base\ntags:\n{tags}"
+    public = yaml.safe_load(public_card(f"---\n{head}\n---\n\n# Mine\n").split("---")[1])
+    assert public == {"base_model": "ann/base", "tags": ["base_model:adapter:ann/base", "license:mit"]}
+
+
+@pytest.mark.parametrize("card", ["# Mine\n\n---\n\nText.\n", "---\n[\n---\nText.\n", ""])
+def test_a_card_without_fields_in_its_head_is_text(card: str) -> None:
+    assert public_card(card) == card and named_card(card, "ann/x", "mit") == f"---\nlicense: mit\n---\n{card}"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(

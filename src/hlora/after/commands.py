@@ -66,10 +66,11 @@ def push(
     """Upload an importance or an adapter to the hub, with its card. Log in first: hf auth login."""
     from hlora.after.push import push_adapter
     from hlora.importance.artefact import Importance
+    from hlora.report.card import public_card
 
     if (artefact / "importance.json").is_file():
         readme = artefact / "README.md"  # with the measurements of the run, which the importance does not know
-        card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        card = public_card(readme.read_text(encoding="utf-8")) if readme.is_file() else None
         address = Importance.load(artefact).push_to_hub(repo, private=private, license=licence, card=card)
     elif (artefact / "adapter_config.json").is_file():
         address = push_adapter(artefact, repo, private=private, licence=licence)

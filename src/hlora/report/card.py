@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -101,10 +102,45 @@ def named_card(card: str, repo: str, licence: str | None) -> str:
     if licence is None:
         return card
     card = re.sub(r"(?m)^(## Licence\n\n).*$", rf"\g<1>{licence}", card, count=1)
+    head, body = _parts(card)
+    return f"---\n{_yaml({**head, 'license': licence})}---\n{body}"
+
+
+def public_card(card: str) -> str:
+    """A card without paths of this machine; PEFT and TRL write that of the base model into the head."""
+    head, body = _parts(card)
+    models = head.pop("base_model", [])
+    if public := [name for name in _list(models) if _is_hub_name(_text(name))]:
+        head["base_model"] = public if isinstance(models, list) else public[0]
+    if "tags" in head:
+        head["tags"] = [tag for tag in _list(head["tags"]) if _names_no_place(_text(tag))]
+    shown = f"---\n{_yaml(without_paths(head))}---\n" if head else ""
+    return redact_text(shown + without_paths(body))
+
+
+def _parts(card: str) -> tuple[dict[str, Any], str]:
+    """The fields in a card's head, and the text below them. A head that is no YAML mapping is text."""
     head, separator, body = card.removeprefix("---\n").partition("\n---\n")
-    if not separator:  # a card that the user wrote
-        return f"---\nlicense: {licence}\n---\n{card}"
-    return f"---\n{_yaml({**(yaml.safe_load(head) or {}), 'license': licence})}---\n{body}"
+    if separator and card.startswith("---\n"):
+        with suppress(yaml.YAMLError):
+            fields = yaml.safe_load(head)
+            if isinstance(fields, dict):
+                return fields, body
+    return {}, card
+
+
+def _names_no_place(tag: str) -> bool:
+    """Whether a tag, such as base_model:adapter:NAME, names no directory of this machine."""
+    name = tag.rpartition(":")[2]
+    return _is_hub_name(name) or not ({"/", "\\"} & {*tag} or Path(name).is_dir())
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(name)) and public_name(name) == name
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def public_name(name: str) -> str:

@@ -31,9 +31,10 @@ _SHAPES = re.compile(
 )
 # name=value, as on a command line or in an address; 'name': 'value', as Python and JSON show a mapping.
 _ASSIGNED = re.compile(r"""([\w.-]+)(=)("[^"]*"|'[^']*'|[^\s'"&,;)]+)|(?<=['"])([\w.-]+)(['"]: )("[^"]*"|'[^']*')""")
-# /home/ann/rows.jsonl, ~/x, ../x and C:\x; neither https://host/x nor user/name.
+# /home/ann/rows.jsonl, ~/x, ../x, name:/x and C:\x; neither https://host/x nor user/name, </b> nor <br/>.
 _PATH = re.compile(
-    r"(?<![\w:/.~>-])(?:~|\.{1,2})?/(?:[^/\s'\"`|]+/)*([^/\s'\"`|]+)" r"|\b[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s'\"`|]+)"
+    r"(?<![\w/.~>-])(?!//|/>|(?<=<)/\w+>)(?:~|\.{1,2})?/(?:[^/\s'\"`|]+/)*([^/\s'\"`|]+)"
+    r"|\b[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s'\"`|]+)"
 )
 _LEAST = 8  # minimum length of a secret value in the environment, since `yes` is not a secret
 
