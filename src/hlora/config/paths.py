@@ -1,0 +1,27 @@
+"""A ~ at the start of a path stands for the home directory, also where no shell has put it there."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def at_home(path: str) -> str:
+    """The path with the home directory in place of a leading ~. Raises ValueError where no home is known."""
+    found = os.path.expanduser(path)  # noqa: PTH111  # a Path would drop a ./ and a last slash, and raise RuntimeError
+    if found == path and re.match(r"~([/\\]|$)", path):
+        raise ValueError("no home directory is known here, which ~ stands for. Write the whole path")
+    return found
+
+
+def argument_at_home(argument: str) -> str:
+    """The same for a word of the command line, --output=~/x among them; as it is where no home is known."""
+    option, path = re.fullmatch(r"(--[\w-]+=)?(.*)", argument, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    return option + os.path.expanduser(path) if path.startswith("~") else argument  # noqa: PTH111
+
+
+PathText = Annotated[str, AfterValidator(at_home)]
+"""A path, or a name of the hub: those do not begin with ~."""
