@@ -16,12 +16,13 @@ import pytest
 import torch
 import yaml
 
+from hlora.comparison.cells import Cell, cell_config
 from hlora.comparison.choosing import choose
 from hlora.comparison.compare import compare, summary
 from hlora.comparison.grid import Grid
 from hlora.config.comparison import CompareConfig
 from hlora.config.reading import load_comparison
-from hlora.system.errors import CannotRun, ConfigError
+from hlora.system.errors import CannotRun, ConfigError, DataError
 from hlora.system.locks import try_lock
 
 
@@ -39,6 +40,16 @@ def four_cells(comparison_file: Path) -> Path:
     fields |= {"arms": {**arms, "HLoRA": {"method": "hlora"}}, "seeds": [0]}
     comparison_file.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return comparison_file
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "", '{"status"'])
+def test_a_file_that_holds_no_cell_is_named(comparison_config: CompareConfig, tmp_path: Path, content: str) -> None:
+    cell = Cell("LoRA(μ)", "sums", 0, None, cell_config(comparison_config, "LoRA(μ)", "sums", 0, None), "0123")
+    path = tmp_path / "cells" / "0123.json"
+    path.parent.mkdir()
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"0123\.json: not readable .*Delete it to compute the cell again"):
+        Grid(comparison_config, tmp_path, None, None).read(cell)
 
 
 def measured(found: dict[str, Any]) -> dict[tuple[Any, ...], Any]:

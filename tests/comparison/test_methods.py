@@ -136,6 +136,18 @@ def test_a_kept_general_phase_consolidates_as_a_fresh_one_at_any_xi(job: Job) ->
     assert len([path for path in (job.output / "general").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.parametrize("damaged", ["adapter.json", "adapter.safetensors", "float32.safetensors"])
+def test_a_damaged_general_phase_is_recorded_again(job: Job, damaged: str) -> None:
+    directory = shared.general_phase(job)
+    first = (directory / damaged).read_bytes()
+    (directory / damaged).write_bytes(first[:40])
+    assert shared.general_phase(job) == directory
+    assert (directory / damaged).read_bytes() == first
+    (directory / damaged).unlink()
+    shared.general_phase(job)
+    assert (directory / damaged).read_bytes() == first
+
+
 def test_one_general_phase_records_every_encoding_that_the_arms_ask_for(job: Job) -> None:
     factored = ImportanceConfig(method="path_integral", encoding="factored")
     job.recorded = (job.config.importance, factored)

@@ -280,9 +280,11 @@ class Grid:
         """The result of a cell under its present names; None if the cell is missing."""
         try:
             kept = json.loads(self._path(cell).read_text(encoding="utf-8"))
+            if not isinstance(kept, dict) or "status" not in kept:
+                raise ValueError("expected an object with a status")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{self._path(cell)}: not readable ({error}). Delete it to compute the cell again."
             ) from None

@@ -9,12 +9,15 @@ Squared gradients and Fisher information at the base model need no general phase
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from hlora.config.comparison import CellConfig
 from hlora.config.sections import ImportanceConfig
@@ -31,6 +34,8 @@ from hlora.system.locks import try_lock
 from hlora.system.redaction import without_secret_fields
 from hlora.training.checkpoint_files import load_state, save_state
 from hlora.training.train import train
+
+logger = logging.getLogger("hlora")
 
 Part = Literal["", "general", "squares", "fisher"]
 
@@ -111,7 +116,8 @@ def general_phase(job: Job) -> Path:
         "stop_at_move": config.importance.stop_at_move,
         "text": job.general.facts,
     }
-    return cached_directory(job, "general", made_from, make=record)
+    states = ["adapter", *(kind for kind, _ in kinds)]
+    return cached_directory(job, "general", made_from, make=record, files=_pairs(*states))
 
 
 def _kind(options: ImportanceConfig) -> str:
@@ -128,7 +134,7 @@ def _squared_gradients(job: Job) -> Importance:
         model.unload()
 
     made_from = {**config.model_dump(include={"model", "lora", "importance", "seed"}), "text": job.general.facts}
-    return Importance.load(cached_directory(job, "squares", made_from, make=record))
+    return Importance.load(cached_directory(job, "squares", made_from, make=record, files=_pairs("importance")))
 
 
 def fisher(job: Job) -> Importance:
@@ -152,28 +158,51 @@ def fisher(job: Job) -> Importance:
         model.unload()
 
     made_from = {**config.model_dump(include={"model", "lora", "fisher", "seed"}), "text": job.general.facts}
-    return Importance.load(cached_directory(job, "fisher", made_from, make=measure))
+    return Importance.load(cached_directory(job, "fisher", made_from, make=measure, files=_pairs("importance")))
 
 
-def cached_directory(job: Job, name: str, made_from: Mapping[str, Any], *, make: Callable[[Path], None]) -> Path:
+def _pairs(*names: str) -> list[str]:
+    return [f"{name}{suffix}" for name in names for suffix in (".json", ".safetensors")]
+
+
+def cached_directory(
+    job: Job, name: str, made_from: Mapping[str, Any], *, make: Callable[[Path], None], files: Sequence[str]
+) -> Path:
     """A directory that is made once for each set of settings and data, and kept in the output directory.
 
     Args:
         job: Names the output directory.
         name: The folder in it.
         made_from: Everything that determines the content; its digest names the directory.
-        make: Fills the directory if it does not exist.
+        make: Fills the directory if it does not exist, or one of its files is missing or cut short.
+        files: What it holds.
     """
     directory = job.output / name / digest(made_from)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    if not directory.is_dir():
+    if not _is_whole(directory, files):
         with try_lock(directory.with_name(f"{directory.name}.lock")) as mine:
             if not mine:
                 raise Busy(directory)
-            if not directory.is_dir():
+            if not _is_whole(directory, files):
+                if directory.is_dir():
+                    logger.warning("%s: files are missing or damaged; made again", directory)
                 with atomic_directory(directory, locked=True) as fresh:
                     make(fresh)
     return directory
+
+
+def _is_whole(directory: Path, files: Sequence[str]) -> bool:
+    """Whether each file is there and not cut short, by the sizes in its header."""
+    try:
+        for path in (directory / file for file in files):
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return False
+    return True
 
 
 def shared_key(config: CellConfig) -> str:
