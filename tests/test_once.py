@@ -81,6 +81,42 @@ def test_data_that_changed_since_are_refused_too_and_a_copy_is_not(settings: Pat
     assert status == 2 and "domain.train (changed since)" in err
 
 
+@pytest.mark.parametrize("part", ["adapter", "importance"])
+def test_a_run_without_its_adapter_or_importance_is_not_called_finished(
+    settings: Path, tmp_path: Path, hlora: Any, part: str
+) -> None:
+    shutil.rmtree(tmp_path / "out" / part)
+    before = files_of(tmp_path / "out")
+    status, _, err = hlora("run", settings)
+    assert status == 2 and f"without its {part}" in err and "--overwrite" in err
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": {}, "arms": []}', '{"config": {}, "arms": {"base": 3}}'])
+def test_results_of_another_shape_are_one_message(settings: Path, tmp_path: Path, hlora: Any, content: str) -> None:
+    (tmp_path / "out" / "results.json").write_text(content, encoding="utf-8")
+    status, _, err = hlora("run", settings)
+    assert status == 2 and "results.json" in err and "hlora evaluate" in err
+
+
+def test_a_moved_run_says_where_its_report_is_now(settings: Path, tmp_path: Path, hlora: Any) -> None:
+    (tmp_path / "out").rename(tmp_path / "moved")
+    status, out, err = hlora("run", settings, "--set", f"output={tmp_path / 'moved'}")
+    assert status == 0, err
+    assert f"report: {tmp_path / 'moved' / 'report.html'}" in out
+
+
+def test_a_local_model_under_another_path_is_the_same_by_what_is_in_it(
+    settings: Path, model_dir: str, tmp_path: Path, hlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert hlora("run", settings, "--set", "model.name=base")[0] == 0
+    (tmp_path / "base" / "config.json").write_text("{}", encoding="utf-8")
+    status, _, err = hlora("run", settings, "--set", "model.name=base")
+    assert status == 2 and "model.name (changed since)" in err
+
+
 def test_overwrite_replaces_a_run_and_keeps_an_importance_of_the_same_settings(
     settings: Path, tmp_path: Path, hlora: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

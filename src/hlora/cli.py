@@ -205,13 +205,15 @@ def _show(results: dict[str, Any]) -> None:
     from hlora.report.run.summary import summary_table
     from hlora.report.run.verdict import verdict
 
-    console.print(summary_table(results))
-    found = verdict(results)
-    for chained in chain_tables(results["chain"]) if "chain" in results else []:
-        matrix = Table(*chained["heading"], title=chained["name"], caption=chained["said"])
-        for row in chained["rows"]:
-            matrix.add_row(*row)
-        console.print(matrix)
+    output = Path(results["config"]["output"])
+    with culprit(output / "results.json", "Make it again with `hlora evaluate`."):
+        console.print(summary_table(results))
+        found = verdict(results)
+        for chained in chain_tables(results["chain"]) if "chain" in results else []:
+            matrix = Table(*chained["heading"], title=chained["name"], caption=chained["said"])
+            for row in chained["rows"]:
+                matrix.add_row(*row)
+            console.print(matrix)
     for sentence in (found.headline, found.kept, found.learned, *found.beside):
         console.print(sentence, markup=False, highlight=False)
-    _print(f"report: {Path(results['config']['output']) / 'report.html'}")
+    _print(f"report: {output / 'report.html'}")

@@ -55,7 +55,8 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
     """One domain. The runs of later domains are checked before it trains."""
     with _locked(config):
         if on_main(lambda: is_finished(config, "results.json", overwrite)):
-            return on_main(lambda: read_results(Path(config.output)))
+            results = on_main(lambda: read_results(Path(config.output)))
+            return {**results, "config": {**results["config"], "output": config.output}}  # it may have been moved
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
         check_following(job, following, overwrite)
@@ -122,7 +123,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         job = _open(config, given_importance(config), resumable=False)
         check_adapter(job, adapter)
         results = on_main(partial(starting_results, job, job.base, command))
-        with suppress(DataError, KeyError):  # it may be missing or damaged; this one replaces it
+        with suppress(DataError, KeyError, AttributeError):  # it may be missing or damaged; this one replaces it
             kept = read_results(job.output)
             seconds = {k: v for k, v in kept["seconds"].items() if not k.startswith("evaluate")}
             results |= {"history": kept["history"], "seconds": seconds}

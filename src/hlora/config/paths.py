@@ -1,9 +1,10 @@
-"""A ~ at the start of a path stands for the home directory, also where no shell has put it there."""
+"""Paths that mean the same everywhere: with the home directory for a ~, and of a local model from the root on."""
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -21,6 +22,11 @@ def argument_at_home(argument: str) -> str:
     """The same for a word of the command line, --output=~/x among them; as it is where no home is known."""
     option, path = re.fullmatch(r"(--[\w-]+=)?(.*)", argument, re.DOTALL).groups(default="")  # type: ignore[union-attr]
     return option + os.path.expanduser(path) if path.startswith("~") else argument  # noqa: PTH111
+
+
+def located(name: str) -> str:
+    """The name of a model; of a local directory its absolute path."""
+    return str(Path(name).absolute()) if os.path.isdir(name) else name  # noqa: PTH112  # Path raises where it is long
 
 
 PathText = Annotated[str, AfterValidator(at_home)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hlora.config.domains import Domains, RunDomain
-from hlora.config.paths import PathText
+from hlora.config.paths import PathText, located
 from hlora.config.sections import (
     EvaluationConfig,
     GeneralConfig,
@@ -126,6 +126,11 @@ class RunConfig(Preset):
                     "on the text that it is evaluated on; name another file"
                 )
         return self
+
+    def for_a_file(self) -> dict[str, Any]:
+        """The fields as the files of a run hold them, with a local model by its absolute path."""
+        fields = self.model_dump()
+        return {**fields, "model": {**fields["model"], "name": located(self.model.name)}}
 
     @property
     def in_one_pass(self) -> bool:

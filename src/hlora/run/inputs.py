@@ -51,6 +51,11 @@ def changed_since(output: Path, config: RunConfig) -> list[str]:
     ]
 
 
+def has_record(output: Path, field: str) -> bool:
+    """Whether the run in `output` kept a record of the files that a field named."""
+    return field in (_kept(output) or {})
+
+
 def _kept(output: Path) -> Inputs | None:
     """The record in an output directory; None for one of an earlier version, or a damaged one."""
     try:

@@ -121,7 +121,7 @@ class Job:
     def keep_config(self) -> None:
         """Write the resolved configuration to the output directory, and what its files were like."""
         write_json(self.output / KEPT, self.inputs)
-        write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.model_dump()), sort_keys=False))
+        write_text(self.output / "config.yaml", yaml.safe_dump(redacted(self.config.for_a_file()), sort_keys=False))
 
     @cached_property
     def general(self) -> GeneralText:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from hlora.budget.budget import ForgettingBudget
 from hlora.budget.probes import SampleProbe, TextProbe
 from hlora.budget.watch import ForgettingWatch
+from hlora.config.paths import located
 from hlora.config.sections import GeneralSource, ImportanceConfig
 from hlora.config.units import parse_budget
 from hlora.data.general import probe_texts
@@ -107,13 +108,14 @@ def squared_gradients(job: Job, model: PeftModel) -> Importance:
 
 
 def _of_this_job(job: Job, importance: Importance) -> Importance:
-    """The importance with the settings that made it, and its base model named as in the configuration.
+    """The importance with the settings that made it, and its base model named as in the configuration or by its place.
 
     Transformers may have recorded a path of its cache.
     """
-    importance.provenance |= {"base_model": job.config.model.name, "recorded_with": recording_settings(job.config)}
+    base = located(job.config.model.name)
+    importance.provenance |= {"base_model": base, "recorded_with": recording_settings(job.config)}
     if importance.lora_config:
-        importance.lora_config["base_model_name_or_path"] = job.config.model.name
+        importance.lora_config["base_model_name_or_path"] = base
     return importance
 
 
@@ -252,7 +254,7 @@ def forgetting_budget(job: Job, model: PeftModel, penalty: ImportancePenalty) ->
 def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     """Save the adapter atomically in PEFT's format, with its tokenizer and card.
 
-    adapter_config.json names the base model as in the configuration, since load_base gave the model that name.
+    adapter_config.json names the base model as in the configuration; a local one by its absolute path.
 
     In several processes the main one writes.
     """
@@ -260,7 +262,8 @@ def save_adapter(job: Job, model: PeftModel, directory: Path) -> Path:
     if is_sharded(model):
         gathered = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     facts = {"general": job.general.facts, "domain": job.domain.facts}
-    card = adapter_card({"config": job.config.model_dump(), "provenance": {"data": facts}})
+    card = adapter_card({"config": job.config.for_a_file(), "provenance": {"data": facts}})
+    model.active_peft_config.base_model_name_or_path = located(job.config.model.name)
     with raise_on_all():
         if is_main():
             with atomic_directory(directory) as fresh:

@@ -58,10 +58,13 @@ def finish(job: Job, results: dict[str, Any]) -> dict[str, Any]:
 def read_results(output: Path) -> dict[str, Any]:
     """Read results.json of a run. Raises DataError if it is missing or damaged."""
     try:
-        return redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
+        found = redacted(json.loads((output / "results.json").read_text(encoding="utf-8")))
+        if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("config", "arms")):
+            raise ValueError("expected an object with config and arms")
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{output}: no readable results.json ({error}). Make it with `hlora run` or `hlora evaluate`."
+            f"{output}: no readable results.json ({error}). Make it with `hlora run`, or anew with `hlora evaluate`."
         ) from None
 
 
@@ -80,7 +83,7 @@ def starting_results(job: Job, base: PreTrainedModel, command: str) -> dict[str,
         "history": {},
         "importance": {},
         "provenance": {"seed": job.config.seed, **provenance(base, facts)},
-        "config": job.config.model_dump(),
+        "config": job.config.for_a_file(),
         "command": command,
     }
 

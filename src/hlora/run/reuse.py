@@ -11,7 +11,7 @@ from typing import Any
 from hlora.config.reading import parse_config, read_yaml
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
-from hlora.run.inputs import CONTINUED, changed_since
+from hlora.run.inputs import CONTINUED, changed_since, has_record
 from hlora.run.job import Job
 from hlora.run.resume import UNFINISHED, by_rows_of_a_step
 from hlora.system.errors import ArtifactError, ConfigError
@@ -119,19 +119,27 @@ def _other_recording(found: Importance, job: Job) -> list[str]:
 def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
     """Whether `made`, such as results.json, is in the output directory already, by the same settings.
 
-    Raises ConfigError that names the settings which differ, or whose files changed since, unless `overwrite`.
+    Raises ConfigError that names the settings which differ or whose files changed since, or a part that is gone, unless
+    `overwrite`.
     """
     output = Path(config.output)
     kept = output / "config.yaml"
     if overwrite or not (output / made).exists() or not kept.is_file() or (output / UNFINISHED).exists():
         return False
-    differ = differences(_settings_of(kept), redacted(config.model_dump()))
+    differ = differences(_settings_of(kept), redacted(config.for_a_file()))
     differ = [each for each in differ if not _is_ours(each.split(" ")[0], config)]
     differ += [f"{field} (changed since)" for field in changed_since(output, config)]
     if differ:
         raise ConfigError(
             f"output: {output} holds a finished run ({made}) with other settings: {_named(differ)}. Name "
             "another output, or replace it: --overwrite."
+        )
+    parts = ["adapter"] if config.is_given_importance else ["adapter", "importance"]
+    gone = [part for part in parts if made == "results.json" and not (output / part).is_dir()]
+    if gone:
+        raise ConfigError(
+            f"output: {output} holds a finished run ({made}) without its {' and '.join(gone)}. Bring back what is "
+            f"missing, or run again in its place: --overwrite. `hlora report {output}` shows the results without it."
         )
     logger.info("output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", output)
     return True
@@ -145,7 +153,12 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _is_ours(field: str, config: RunConfig) -> bool:
-    """Whether the user did not set a field: the place, and a default length that was cut to the model's context."""
+    """Whether the user did not set a field: the place, and a default length that was cut to the model's context.
+
+    Nor does it matter where a local model lies: `changed_since` compares what is in it.
+    """
+    if field == "model.name":
+        return Path(config.model.name).is_dir() and has_record(Path(config.output), field)
     section, _, name = field.rpartition(".")
     if field == "training.common.max_length":
         return name not in config.training.common
@@ -156,7 +169,7 @@ def _is_ours(field: str, config: RunConfig) -> bool:
 def _settings_of(kept: Path) -> dict[str, Any]:
     fields = read_yaml(kept)
     try:
-        found: dict[str, Any] = redacted(parse_config(fields, str(kept)).model_dump())
+        found: dict[str, Any] = redacted(parse_config(fields, str(kept)).for_a_file())
         return found
     except ConfigError:  # of another version of hlora
         return fields
