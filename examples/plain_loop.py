@@ -46,7 +46,6 @@ for step in range(args.steps):
     optimizer.zero_grad()
 recorder.consolidate(data={"text": "pydoc_data.topics"}).save(f"{args.output}/importance")
 del recorder  # which reads every backward pass of the model until then
-
 importance = hlora.Importance.load(f"{args.output}/importance")  # in another script: load_adapter_into(model) too
 penalty = hlora.ImportancePenalty(model, importance, phi=args.phi)
 optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
