@@ -92,7 +92,10 @@ def test_a_run_without_its_adapter_or_importance_is_not_called_finished(
     assert files_of(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"config": {}, "arms": []}', '{"config": {}, "arms": {"base": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"config": {}, "arms": []}', '{"config": 3, "arms": {}}', '{"config": {}, "arms": {"base": 3}}'],
+)
 def test_results_of_another_shape_are_one_message(settings: Path, tmp_path: Path, hlora: Any, content: str) -> None:
     (tmp_path / "out" / "results.json").write_text(content, encoding="utf-8")
     status, _, err = hlora("run", settings)

@@ -56,7 +56,7 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
     with _locked(config):
         if on_main(lambda: is_finished(config, "results.json", overwrite)):
             results = on_main(lambda: read_results(Path(config.output)))
-            return {**results, "config": {**results["config"], "output": config.output}}  # it may have been moved
+            return {**results, "config": {**results.get("config", {}), "output": config.output}}  # perhaps moved since
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
         check_following(job, following, overwrite)
