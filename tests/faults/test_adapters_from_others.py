@@ -193,6 +193,9 @@ def test_a_tokenizer_without_pad_and_end_token_is_refused(copy: Path) -> None:
     path = copy / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
+    for name in ("config.json", "generation_config.json"):  # which may name an end token, too
+        named = json.loads((copy / name).read_text(encoding="utf-8"))
+        (copy / name).write_text(json.dumps({**named, "eos_token_id": None}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"model\.name: the tokenizer of .* neither a pad nor an end token"):
         load_base(ModelConfig(name=str(copy), device="cpu"))
 
