@@ -109,7 +109,8 @@ class RecordedSquares:
 
     def _begin(self, batch: Batch) -> None:
         self.follow(True)
-        if self._passes > 0 and all(factor.grad is None for m in self.matrices for factor in m.parameters):
+        alone = world_size() == 1  # FSDP2 keeps gradients that are not synchronised yet elsewhere
+        if alone and self._passes > 0 and all(f.grad is None for m in self.matrices for f in m.parameters):
             self.discard()  # the gradients were dropped without a step, such as those that are not finite
         self._batch, self._input = batch, None
 
