@@ -91,6 +91,35 @@ def test_an_adapter_of_another_rank_names_both(base: PreTrainedModel, adapter: P
         load_adapter(base, adapter)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 16, "rank_pattern": {"q_proj": 2, "v_proj": 4}},  # as EVA may leave it: no matrix has the rank r
+        {"r": 4, "rank_pattern": {"mlp.up_proj": 16}},  # a pattern of modules that are no targets
+        {"r": 4, "target_modules": ["embed_tokens"]},
+    ],
+    ids=["r of no matrix", "pattern of no matrix", "embedding alone"],
+)
+def test_a_rank_that_no_matrix_has_does_not_make_an_adapter_unreadable(
+    settings: dict[str, Any], base: PreTrainedModel, tmp_path: Path
+) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **settings})
+    saved = get_peft_model(LlamaForCausalLM(base.config), config)
+    saved.save_pretrained(str(tmp_path / "adapter"))
+    factors = {name: factor for name, factor in saved.named_parameters() if "lora_" in name}
+    loaded = dict(load_adapter(base, tmp_path / "adapter").named_parameters())
+    assert factors and all(torch.equal(loaded[name], factor) for name, factor in factors.items())
+
+
+@pytest.mark.parametrize("field", [{"target_modules": "*q_proj"}, {"rank_pattern": {"(": 4}}])
+def test_an_expression_that_cannot_be_read_is_refused(
+    field: dict[str, Any], base: PreTrainedModel, adapter: Path
+) -> None:
+    change(adapter, **field)
+    with pytest.raises(ArtifactError, match=r"adapter: PEFT cannot read this adapter"):
+        load_adapter(base, adapter)
+
+
 def test_an_adapter_without_all_its_matrices_is_refused_and_none_is_made_up(
     base: PreTrainedModel, adapter: Path
 ) -> None:

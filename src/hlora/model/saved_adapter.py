@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def load_adapter(base: PreTrainedModel, directory: Path, rank: int | None = None
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would draw them at random
             return PeftModel.from_pretrained(base, str(directory))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, re.error, UserWarning) as error:
         raise ArtifactError(
             f"{directory}: PEFT cannot read this adapter ({first_line(error)}). Tune it again."
         ) from None
@@ -96,8 +97,9 @@ def check_adapter(base: PreTrainedModel, directory: Path, rank: int | None = Non
                 f"{factor} is {' × '.join(map(str, shape))}. {remedy}"
             )
         found_ranks.add(shape[1 - outer] // _experts(module))
-    claimed = {config["r"], *config.get("rank_pattern", {}).values()}
-    if not found_ranks or not found_ranks <= claimed or max(claimed) > max(found_ranks):
+    claimed = {config["r"], *config["rank_pattern"].values()}  # some may apply to no matrix, as after EVA
+    largest = max((size for name, shape in shapes.items() if ".lora_" in name for size in shape), default=0)
+    if not found_ranks <= claimed or max(claimed) > largest:  # PEFT makes room for what is claimed
         raise ArtifactError(
             f"{directory}: adapter_config.json says rank {_list(claimed)}, the matrices have {_list(found_ranks)}. "
             "The two files do not belong together; copy both again or tune again."
