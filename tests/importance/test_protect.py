@@ -55,6 +55,17 @@ def test_an_adapter_that_was_trained_stays_with_a_word(
     assert_same_factors(factors(peft_model), before)
 
 
+def test_an_adapter_that_was_loaded_frozen_is_refused_with_what_to_do(
+    peft_model: PeftModel, model_dir: str, token_ids: Tensor, importance: Importance, tmp_path: Path
+) -> None:
+    peft_model.save_pretrained(str(tmp_path / "adapter"))
+    frozen = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), tmp_path / "adapter")
+    trainer = make_trainer(frozen, token_ids, tmp_path)
+    hlora.protect(trainer, importance, phi=9.0)
+    with pytest.raises(AdapterError, match=r"adapter 'default' is frozen.*is_trainable=True"):
+        trainer.train()
+
+
 def test_an_adapter_at_the_general_one_stays_without_a_word(
     peft_model: PeftModel, token_ids: Tensor, importance: Importance, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

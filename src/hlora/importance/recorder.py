@@ -24,13 +24,13 @@ from hlora.importance.movement import Movement
 from hlora.importance.path_integral import PathIntegral
 from hlora.importance.recorded_squares import RecordedSquares
 from hlora.model.adapters import adapted_matrices, unwrapped
-from hlora.model.optimizers import check_trained_by, learning_rate
+from hlora.model.optimizers import check_trainable, check_trained_by, learning_rate
 from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.group import raise_on_all
 from hlora.system.choices import EncodingName
-from hlora.system.errors import AdapterError, ArtifactError
+from hlora.system.errors import ArtifactError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -98,12 +98,7 @@ class ImportanceRecorder:
         self.encoding = encoding
         self.method = method
         self.matrices = adapted_matrices(model, adapter_name, unprotected)
-        if not any(factor.requires_grad for matrix in self.matrices for factor in matrix.parameters):
-            adapter = self.matrices[0].adapter_name
-            raise AdapterError(
-                f"adapter {adapter!r} is frozen, so there is nothing to record. Load it with is_trainable=True, "
-                f"or make it the trained one: model.set_adapter({adapter!r})"
-            )
+        check_trainable(self.matrices)
         self._movement = Movement(self.matrices)
         self._recording: PathIntegral | RecordedSquares
         if method == "path_integral":

@@ -16,12 +16,23 @@ def check_trained_by(optimizer: Any, matrices: list[AdaptedMatrix]) -> None:
     check_whole(*(matrix.module for matrix in matrices))
     if type(optimizer).__name__ == "LayerWiseDummyOptimizer":
         raise AdapterError(steps_in_backward("a layer-wise optimizer"))
+    check_trainable(matrices)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(factor) in trained for matrix in matrices for factor in matrix.parameters):
         raise AdapterError(
             f"this optimizer does not train {matrices[0].name} or any other matrix of adapter "
             f"{matrices[0].adapter_name!r} of this model. Give hlora the model that the trainer or optimizer was "
             "built on (trainer.model, if the trainer made the adapter from a peft_config)."
+        )
+
+
+def check_trainable(matrices: list[AdaptedMatrix]) -> None:
+    """Raises AdapterError when every factor is frozen, as PeftModel.from_pretrained leaves an adapter."""
+    if not any(factor.requires_grad for matrix in matrices for factor in matrix.parameters):
+        adapter = matrices[0].adapter_name
+        raise AdapterError(
+            f"adapter {adapter!r} is frozen, so no step would change it. Load it with is_trainable=True, or make it "
+            f"the trained one: model.set_adapter({adapter!r})"
         )
 
 
