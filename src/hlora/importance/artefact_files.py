@@ -30,6 +30,9 @@ FILES = ("importance.json", "importance.safetensors", "adapter_model.safetensors
 _NOT_KEPT = ("modules_to_save", "trainable_token_indices")
 """Parts that train beside LoRA, whose weights PEFT would look for in the adapter's file."""
 
+_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which PEFT adds the head to modules_to_save, and looks for its weights too."""
+
 
 def write_files(
     directory: Path,
@@ -51,7 +54,7 @@ def write_files(
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, directory / "importance.safetensors")
     save_file({k: v.contiguous().cpu() for k, v in factors.items()}, directory / "adapter_model.safetensors")
     if lora_config:
-        kept = {k: v for k, v in constructible(lora_config).items() if k not in _NOT_KEPT}
+        kept = {k: v for k, v in constructible(lora_config).items() if k not in _NOT_KEPT and v not in _WITH_A_HEAD}
         LoraConfig(**kept).save_pretrained(str(directory))
     (directory / "README.md").write_text(importance_card(document), encoding="utf-8")
     sums = {name: sha256(directory / name) for name in FILES[1:] if (directory / name).exists()}
