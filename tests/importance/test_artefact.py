@@ -14,8 +14,14 @@ import torch
 from conftest import move_adapter, record
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 from hlora.importance import artefact_files
 from hlora.importance.artefact import Importance
@@ -186,6 +192,52 @@ def test_the_adapter_of_an_importance_loads_in_plain_peft_whatever_else_was_trai
     optimizer.step()
     directory = recorder.consolidate().save(tmp_path / "importance")
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), directory)
+    for mine, theirs in zip(adapted_matrices(loaded), recorder.matrices, strict=True):
+        assert torch.equal(mine.B, theirs.B) and mine.B.any()
+
+
+class Holder(nn.Module):
+    """A model of one's own around a PEFT model, as for speech or values."""
+
+    def __init__(self, llm: PeftModel) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.llm(**batch)
+
+
+def test_the_importance_of_a_model_that_another_holds_is_that_of_the_model(
+    peft_model: PeftModel, model_dir: str, token_ids: Tensor, tmp_path: Path
+) -> None:
+    alone, held = record(copy.deepcopy(peft_model), token_ids), record(Holder(peft_model), token_ids)  # type: ignore[arg-type]
+    assert_same(held, alone)
+    assert (held.lora_config, held.provenance) == (alone.lora_config, alone.provenance)
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), held.save(tmp_path / "importance"))
+    assert all(torch.equal(m.B, held.matrices[m.name].B) for m in adapted_matrices(loaded))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_the_adapter_of_a_recording_with_a_head_loads_in_plain_peft(
+    model_dir: str, token_ids: Tensor, tmp_path: Path, task: str
+) -> None:
+    kinds = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenClassification}
+    kind = kinds.get(task, LlamaForQuestionAnswering)
+
+    def fresh_model() -> PeftModel:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task)
+        return get_peft_model(kind(LlamaConfig.from_pretrained(model_dir)), config)
+
+    model = fresh_model()
+    with pytest.warns(UserWarning, match="an importance does not keep them"):
+        recorder = ImportanceRecorder(model, unprotected="warn", method="path_integral")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    recorder.attach(optimizer)
+    model(input_ids=token_ids[:1]).to_tuple()[0].square().mean().backward()
+    optimizer.step()
+    directory = recorder.consolidate().save(tmp_path / "importance")
+    loaded = PeftModel.from_pretrained(fresh_model().unload(), directory)
     for mine, theirs in zip(adapted_matrices(loaded), recorder.matrices, strict=True):
         assert torch.equal(mine.B, theirs.B) and mine.B.any()
 

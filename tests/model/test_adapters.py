@@ -194,6 +194,13 @@ def test_an_adapter_that_transformers_injected_has_the_same_names_as_one_of_peft
     assert names(adapted_matrices(model)) == names(adapted_matrices(peft_model))
 
 
+def test_a_module_that_holds_a_model_has_the_names_of_that_model(model_dir: str, peft_model: PeftModel) -> None:
+    held = nn.ModuleDict({"llm": torch.compile(peft_model)})
+    assert names(adapted_matrices(held)) == names(adapted_matrices(peft_model))
+    two = names(adapted_matrices(nn.ModuleDict({"query": peft_model, "document": llama(model_dir)})))
+    assert len(set(two)) == 2 * len(adapted_matrices(peft_model))
+
+
 def test_matrices_follow_a_parameter_that_peft_replaces(peft_model: PeftModel) -> None:
     matrix = adapted_matrices(peft_model)[0]
     matrix.module.lora_B["default"].weight = nn.Parameter(torch.full((32, 4), 7.0))
@@ -298,9 +305,16 @@ def test_nothing_is_warned_of_a_plain_adapter(peft_model: PeftModel) -> None:
         adapted_matrices(peft_model, unprotected="warn")
 
 
-def test_unprotected_warn_still_refuses_when_nothing_is_left_to_protect(model_dir: str) -> None:
-    with pytest.raises(AdapterError, match="embed_tokens"):
-        adapted_matrices(llama(model_dir, target_modules=["embed_tokens"]), unprotected="warn")
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["embed_tokens"]}, {"kasa_config": KasaConfig()}], ids=["embedding", "variant"]
+)
+@pytest.mark.parametrize("unprotected", ["refuse", "warn"])
+def test_where_nothing_is_left_to_protect_training_it_unprotected_is_not_advised(
+    model_dir: str, config: dict[str, Any], unprotected: Any
+) -> None:
+    with pytest.raises(AdapterError, match=r"cannot protect model\..*Use plain LoRA") as refusal:
+        adapted_matrices(llama(model_dir, **config), unprotected=unprotected)
+    assert "unprotected=" not in str(refusal.value)
 
 
 def test_a_long_list_of_refused_parts_is_cut_with_their_number(model_dir: str) -> None:

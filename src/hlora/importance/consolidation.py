@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from hlora.importance.artefact import Importance, ImportanceMatrix
 from hlora.model.adapters import AdaptedMatrix
+from hlora.model.initialisation import lora_settings
 from hlora.numerics.types import Consolidated
 from hlora.parallel.group import all_gather_text, is_main, world_size
 from hlora.system.choices import EncodingName
@@ -56,12 +56,14 @@ def importance_of(
         )
     if provenance["method"] == "path_integral":
         provenance["clamped_share"] = negative / elements
-    base_model = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    settings = lora_settings(model, matrices[0].adapter_name)
+    lora_config = {} if settings is None else settings.to_dict()
+    named = getattr(getattr(model, "config", None), "_name_or_path", "") or lora_config.get("base_model_name_or_path")
     return Importance(
         matrices=kept,
         encoding=encoding,
-        lora_config=_lora_config(model, matrices[0].adapter_name),
-        provenance={**provenance, "base_model": base_model},
+        lora_config=lora_config,
+        provenance={**provenance, "base_model": str(named or "")},
     )
 
 
@@ -97,9 +99,3 @@ def warn_of_unreached(names: Sequence[str]) -> None:
             "nothing moved them. They stay unprotected. Record on more text, or leave them out of target_modules.",
             stacklevel=3,
         )
-
-
-def _lora_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    if not isinstance(model, PeftModel) and not hasattr(model, "peft_config"):
-        return {}
-    return model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]

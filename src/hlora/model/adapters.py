@@ -10,7 +10,7 @@ import warnings
 from typing import Any, Literal
 
 from accelerate.utils import extract_model_from_parallel
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -49,7 +49,7 @@ def adapted_matrices(
     if adapter not in known:
         raise AdapterError(f"no adapter {adapter!r} in this model; it has {', '.join(map(repr, known))}")
 
-    begun = initialisation(model, adapter)
+    begun, prefix = initialisation(model, adapter), _prefix(model)
     found, refused, covered = [], [], set()
     for name, module in layers.items():
         if adapter not in _adapters_of(module):
@@ -57,19 +57,21 @@ def adapted_matrices(
         reason = _why_not(module, adapter) or _why_no_base(begun)
         beside = None if reason else _beside_the_factors(module, adapter)
         if reason or beside:
-            refused.append(f"{_base_name(name)} ({reason or beside})")
+            refused.append(f"{_base_name(name, prefix)} ({reason or beside})")
             covered |= {id(parameter) for parameter in module.parameters()}
         if not reason:
-            found += _matrices_of(_base_name(name), module, adapter, begun)
+            found += _matrices_of(_base_name(name, prefix), module, adapter, begun)
             _check_gradients_pass(found[-1])
             covered |= set(map(id, found[-1].parameters))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in covered:
-            refused.append(f"{_base_name(name)} (trained, but not a LoRA matrix of adapter {adapter!r})")
+            refused.append(f"{_base_name(name, prefix)} (trained, but not a LoRA matrix of adapter {adapter!r})")
     if refused:
         shown = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
         which = f"importance covers one adapter, LoRA on linear layers and experts; it cannot protect {shown}."
-        if unprotected == "refuse" or not found:
+        if not found:
+            raise AdapterError(f"{which} Nothing else is adapted. Use plain LoRA, on linear layers.")
+        if unprotected == "refuse":
             raise AdapterError(
                 f"{which} Leave them out of target_modules or freeze them. Or train them unprotected: "
                 "unprotected='warn', in the YAML of a run importance.unprotected: warn."
@@ -187,5 +189,11 @@ def _check_gradients_pass(matrix: AdaptedMatrix) -> None:
         )
 
 
-def _base_name(name: str) -> str:
-    return _WRAPPER.sub("", name).removeprefix("base_model.model.")
+def _prefix(model: nn.Module) -> str:
+    """What PEFT, and a module that holds a PEFT model, put before the names of the base model's modules."""
+    tuners = [name for name, module in model.named_modules() if isinstance(module, LoraModel)]
+    return f"{_WRAPPER.sub('', tuners[0])}.model." if len(tuners) == 1 else "base_model.model."
+
+
+def _base_name(name: str, prefix: str) -> str:
+    return _WRAPPER.sub("", name).removeprefix(prefix)

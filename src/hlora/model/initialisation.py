@@ -27,18 +27,27 @@ CHANGES_BASE = {"corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
 _TOLERANCE = 2e-5
 
 
-def initialisation(model: nn.Module, adapter: str) -> str:
-    """`init_lora_weights` of an adapter, in lower case and without PiSSA's number of iterations; "" for PEFT's default.
+def lora_settings(model: nn.Module, adapter: str) -> Any:
+    """PEFT's configuration of an adapter, or None.
 
     Args:
-        model: a PEFT model, or one that holds one, as TRL's value-head models do.
+        model: A PEFT model, or one that holds one, as TRL's value-head models do.
+        adapter: The adapter's name.
     """
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and adapter in configs:
-            given: Any = getattr(configs[adapter], "init_lora_weights", True)
-            return given.lower().partition("_niter_")[0] if isinstance(given, str) else ""
-    return ""
+            return configs[adapter]
+    return None
+
+
+def initialisation(model: nn.Module, adapter: str) -> str:
+    """`init_lora_weights` of an adapter, in lower case and without PiSSA's number of iterations; "" for PEFT's default.
+
+    Args: as `lora_settings`.
+    """
+    given = getattr(lora_settings(model, adapter), "init_lora_weights", True)
+    return given.lower().partition("_niter_")[0] if isinstance(given, str) else ""
 
 
 def is_at_base(matrix: AdaptedMatrix) -> bool:
