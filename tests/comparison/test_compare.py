@@ -114,6 +114,14 @@ def test_cells_are_told_apart_by_everything_that_determines_them(comparison_file
     assert not keys() & before
 
 
+def test_arms_that_share_a_cell_both_have_it_and_it_is_computed_once(comparison_file: Path) -> None:
+    one = 'arms.HLoRA at 1={"method": "hlora", "strengths": [1]}'
+    grid = Grid.open(load_comparison(comparison_file, [one]))
+    found = [(cell["arm"], cell["strength"]) for cell in grid.results(grid.first_cells() * 2)]
+    assert found[-3:] == [("HLoRA", 1), ("HLoRA", 1000), ("HLoRA at 1", 1)] and len(found) == len(set(found))
+    assert len(grid.to_compute(grid.first_cells(), retry=False)) == len(found) - 1
+
+
 @pytest.mark.slow
 def test_an_interrupted_grid_ends_as_an_uninterrupted_one(four_cells: Path, tmp_path: Path, no_report: None) -> None:
     """SIGKILL as soon as two cells are there; the same command goes on and computes neither again."""

@@ -291,10 +291,13 @@ class Grid:
         return {**kept, **names_of(cell)}
 
     def results(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-        """The results of the cells, each once; a cell without a result has the status missing."""
+        """The results of the cells, each once; a cell without a result has the status missing.
+
+        Two arms may share a cell that is computed once: both have it.
+        """
         return [
             self.read(cell) or {**names_of(cell), **NOT_COMPUTED}
-            for cell in {cell.key: cell for cell in cells}.values()
+            for cell in {(cell.arm, cell.task, cell.seed, cell.strength): cell for cell in cells}.values()
         ]
 
 
