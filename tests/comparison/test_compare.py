@@ -245,6 +245,44 @@ def test_the_strength_that_keeps_most_general_ability_among_those_that_learned_i
     assert choose(comparison_config, known)["LoRA(μ)"]["sums"] is None
 
 
+def test_an_arm_whose_strength_could_not_be_chosen_is_named(
+    comparison_config: CompareConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = [result("Base", None, 10.0, 3.0, 3.0), result("HLoRA", 1, 5.4, 3.2, 3.4), result("HLoRA", 1000, 5.6, 3, 3)]
+    choose(comparison_config, [])
+    assert not caplog.records
+    assert choose(comparison_config, tried)["HLoRA"]["sums"] == 1
+    assert "no strength could be chosen, as Base, LoRA(μ) or the arm has no result there" in caplog.text
+    assert "HLoRA on sums: 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("arms.HLoRA.seeds=[1]", "strengths of 'HLoRA' are chosen on seed 0 (selection.seeds)"),
+        ("arms.LoRA(μ).seeds=[1]", "which the seeds of 'LoRA(μ)' leave out"),
+        ("selection.seeds=2", ""),
+        ("selection.texts={a: OTHER}", "selection.texts: 'a' is the evaluation text 'other'"),
+    ],
+)
+def test_strengths_that_could_not_be_chosen_honestly_are_refused(
+    comparison_file: Path, tmp_path: Path, change: str, problem: str
+) -> None:
+    changes = [change.replace("OTHER", str(tmp_path / "other.txt"))]
+    if not problem:
+        load_comparison(comparison_file, changes)
+        return
+    with pytest.raises(ConfigError) as refused:
+        load_comparison(comparison_file, changes)
+    assert problem in str(refused.value)
+
+
+def test_an_arm_of_several_strengths_needs_plain_lora_on_its_tasks(comparison_file: Path) -> None:
+    more = "tasks.more={task: rows, train: a.jsonl, test: b.jsonl}"
+    with pytest.raises(ConfigError, match="on 'more' are chosen by what 'LoRA"):
+        load_comparison(comparison_file, [more, "arms.LoRA(μ).tasks=[sums]"])
+
+
 def test_held_out_rows_and_documents_are_trained_on_by_no_arm(comparison_config: CompareConfig) -> None:
     grid = Grid.open(comparison_config)
     for cell in grid.first_cells():

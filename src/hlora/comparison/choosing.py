@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hlora.config.comparison import CompareConfig
+
+logger = logging.getLogger("hlora")
 
 
 def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -22,6 +25,8 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
 
     Returns:
         Arm → task → strength.
+
+    Warns of arms whose strength could not be chosen though there are results.
     """
     measured: dict[tuple[str, str, float | None], list[tuple[float, float]]] = {}
     for result in results:
@@ -33,6 +38,7 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
     means = {place: tuple(map(statistics.fmean, zip(*values, strict=True))) for place, values in measured.items()}
     base = next(name for name, arm in config.arms.items() if arm.method == "base")
     chosen: dict[str, dict[str, float | None]] = {}
+    unchosen: list[str] = []
     for name, arm in config.arms.items():
         chosen[name] = {}
         for task in arm.tasks or config.tasks:
@@ -40,9 +46,18 @@ def choose(config: CompareConfig, results: Iterable[Mapping[str, Any]]) -> dict[
             before, learned = means.get((base, task, None)), means.get((config.unprotected or "", task, None))
             if not tried or before is None or learned is None:
                 chosen[name][task] = arm.strengths[0] if arm.strengths else None
+                if len(arm.strengths) > 1 and measured:
+                    unchosen.append(f"{name} on {task}: {chosen[name][task]:g}")
                 continue
             allowed = before[0] - config.selection.kept_learning * (before[0] - learned[0])
             enough = {s: general for s, (answers, general) in tried.items() if answers <= allowed}
             scores = enough or {s: answers for s, (answers, _) in tried.items()}
             chosen[name][task] = min(scores, key=scores.__getitem__)
+    if unchosen:
+        logger.warning(
+            "no strength could be chosen, as %s, %s or the arm has no result there; the first one is taken: %s",
+            base,
+            config.unprotected,
+            "; ".join(unchosen),
+        )
     return chosen

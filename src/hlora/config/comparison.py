@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -143,6 +144,17 @@ class CompareConfig(Preset):
         return self
 
     @model_validator(mode="after")
+    def _chooses_on_no_test_text(self) -> CompareConfig:
+        for name, path in self.selection.texts.items():
+            same = [text for text, file in self.evaluation.texts.items() if Path(file) == Path(path)]
+            if same:
+                raise ValueError(
+                    f"selection.texts: {name!r} is the evaluation text {same[0]!r}. Strengths must not be chosen on "
+                    "the text that they are compared on; name another file"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _roles_are_arms(self) -> CompareConfig:
         roles = [(field, getattr(self, field)) for field in ("ours", "rival", "unprotected")]
         for field, role in [*roles, *(("ablation", each) for each in self.ablation)]:
@@ -162,6 +174,29 @@ class CompareConfig(Preset):
                     raise ValueError(f"arms: {name!r} names the {word} {unknown[0]!r}; {word}s has {valid}")
         if not any(arm.method == "base" for arm in self.arms.values()):
             self.arms = {"Base": ArmConfig(method="base"), **self.arms}  # what forgetting is counted from
+        return self
+
+    @model_validator(mode="after")
+    def _strengths_can_be_chosen(self) -> CompareConfig:
+        """An arm of several strengths needs a seed to choose one on, and what plain LoRA and the base reach there."""
+        seeds = self.seeds[: self.selection.seeds]
+        base = next(name for name, arm in self.arms.items() if arm.method == "base")
+        for name, arm in self.arms.items():
+            if len(arm.strengths) < 2:
+                continue
+            for needed in (name, base, self.unprotected or ""):
+                other = self.arms[needed]
+                lacking = [task for task in arm.tasks or self.tasks if task not in (other.tasks or self.tasks)]
+                if lacking:
+                    raise ValueError(
+                        f"arms: the strengths of {name!r} on {lacking[0]!r} are chosen by what {needed!r} reaches "
+                        "there, which its tasks leave out. Add the task, or give one strength"
+                    )
+                if other.method != "base" and not {*(other.seeds or seeds)} & {*seeds}:
+                    raise ValueError(
+                        f"arms: the strengths of {name!r} are chosen on seed {', '.join(map(str, seeds))} "
+                        f"(selection.seeds), which the seeds of {needed!r} leave out. Add it, or give one strength"
+                    )
         return self
 
     def _first(self, method: str) -> str | None:
