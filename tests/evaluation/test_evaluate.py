@@ -21,6 +21,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -323,6 +325,26 @@ def test_accuracy_is_that_of_the_likeliest_choice(model: Any, tokenizer: Any, tm
     assert scores["acc"] == pytest.approx(sum(right) / 20)
     share = sum(right) / 20
     assert scores["acc_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+
+
+@torch.no_grad()
+def test_no_prompt_is_cut_where_the_models_configuration_names_no_context(tokenizer: Any, domain: DomainRows) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.5}
+    model = BloomForCausalLM(BloomConfig(vocab_size=384, **sizes)).eval()
+    tokenizer.model_max_length = 8  # of a tokenizer, which says nothing about a model without positions
+    found = harness_accuracy(model, tokenizer, domain, 4)["answer_nll_each"]
+    assert found == pytest.approx(answer_nll(model, tokenizer, domain.test, 4), abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_scores_of_a_model_in_bfloat16_are_not_rounded_to_it(
+    model_dir: str, tokenizer: Any, domain: DomainRows
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
+    found = torch.tensor(harness_accuracy(model, tokenizer, domain, 1)["answer_nll_each"])
+    assert not torch.equal(found, found.bfloat16().float())  # of 18 nats, steps of an eighth of a nat
+    assert found.tolist() == pytest.approx(answer_nll(model, tokenizer, domain.test, 1), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from hlora.evaluation.answers import mean_with_stderr, scoring_passes
 from hlora.system.progress import line
 from hlora.system.quiet import quiet, without_bars
 
+_NO_LIMIT = 2**31  # tokens
+
 
 def harness_accuracy(
     model: Any, tokenizer: PreTrainedTokenizerBase, domain: DomainRows, batch_size: int
@@ -50,8 +52,11 @@ def harness_accuracy(
 
         join = domain.test[0].join
         task = write_harness_task(domain.facts["task"], domain.test_rows, Path(scratch), join)
+        # float32, as bfloat16 rounds a log-likelihood of −80 nats to half a nat, so that choices tie. Rows beyond the
+        # model's context were left out; the harness would cut others where the configuration names no context.
+        exact: Any = {"softmax_dtype": "float32", "max_length": _NO_LIMIT}
         outcome = evaluate(
-            lm=AsTrained(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            lm=AsTrained(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **exact),
             task_dict=get_task_dict([task], TaskManager(include_path=scratch, include_defaults=False)),
             bootstrap_iters=0,
         )
