@@ -399,6 +399,7 @@ def test_a_budget_that_cannot_be_watched_honestly_is_refused(hlora: Invoke, conf
     for changes, problem in (
         (same, "'b' is the evaluation text 'a'"),
         (["penalty.budget=much"], "penalty.budget: budget: expected a rise of perplexity"),
+        (["penalty.budget=1%", "penalty.phi=0"], "penalty: phi: a budget steers it from where it starts"),
         (
             ["importance.method=squared_gradients", "importance.encoding=float32"],
             "importance.encoding: squared gradients along a general phase are kept as row and column sums",

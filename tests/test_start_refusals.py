@@ -73,6 +73,18 @@ def test_a_refusal_of_a_library_comes_first_and_names_the_field(
     assert not (tmp_path / "out" / "logs").exists() and not (tmp_path / "out" / "config.yaml").exists()
 
 
+def test_a_metric_that_no_evaluation_has_is_refused_before_the_general_phase(
+    hlora: Invoke, config: Path, tmp_path: Path
+) -> None:
+    best = "training.tune={load_best_model_at_end: true, max_steps: 4, metric_for_best_model: NAME}"
+    rows = "domain.validation=0.25"
+    status, _, err = hlora("run", config, "--set", rows, "--set", best.replace("NAME", "eval_accuracy"))
+    assert status == 2 and "training.tune.metric_for_best_model: 'eval_accuracy' cannot be used here" in err, err
+    assert "eval_loss" in err and not (tmp_path / "out" / "logs").exists()
+    known = [rows, best.replace("NAME", "mean_token_accuracy")]
+    assert Job.open(parse_config(yaml.safe_load(config.read_text(encoding="utf-8")), overrides=known))
+
+
 def test_a_tracker_without_a_login_is_refused(
     hlora: Invoke, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

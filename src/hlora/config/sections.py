@@ -291,6 +291,12 @@ class PenaltyConfig(Section):
             parse_budget(value)
         return value
 
+    @model_validator(mode="after")
+    def _budget_has_a_start(self) -> PenaltyConfig:
+        if self.budget is not None and self.phi == 0:
+            raise ValueError("phi: a budget steers it from where it starts, so expected more than 0; got 0")
+        return self
+
 
 class EvaluationConfig(Section):
     texts: dict[str, PathText] = {}

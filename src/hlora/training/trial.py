@@ -31,6 +31,8 @@ def build_on_trial(
 ) -> None:
     """Build the trainer of a phase with optimizer and learning-rate schedule, and train one step of one row.
 
+    A phase with validation rows evaluates one of them, too, by the metric that is to choose the best checkpoint.
+
     The step moves the adapter. The base model and the disk stay as they were. Uses random numbers. In several processes
     no step is trained, as a sharded model would stay sharded.
 
@@ -63,12 +65,16 @@ def build_on_trial(
 
 
 def _train_one_step(trainer: SFTTrainer) -> None:
-    """Of one row. No tracker sees the step, and nothing is evaluated or saved."""
+    """Of one row, and evaluate one where the phase does. No tracker sees the step, and nothing is saved."""
     assert isinstance(trainer.train_dataset, Dataset)
     trainer.train_dataset = trainer.train_dataset.select([0])
     args = trainer.args
     args.dataloader_drop_last = args.eval_on_start = False
-    args.save_strategy = args.eval_strategy = "no"
+    args.save_strategy = "no"
+    if args.eval_strategy != "no":
+        assert isinstance(trainer.eval_dataset, Dataset)
+        trainer.eval_dataset = trainer.eval_dataset.select([0])
+        args.eval_strategy, args.eval_steps, args.eval_delay = "steps", 1, 0
     for tracker in TRACKERS:
         trainer.remove_callback(tracker)
     trainer.add_callback(_StopAfterOneStep)
