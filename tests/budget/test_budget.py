@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from conftest import GENERAL_TEXT, move_adapter, record
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hlora.budget.budget import ForgettingBudget
@@ -25,6 +27,7 @@ from hlora.importance.penalty import ImportancePenalty
 from hlora.model.adapters import adapted_matrices
 from hlora.system import progress
 from hlora.system.errors import ConfigError, DataError
+from hlora.training.train import train
 
 
 @pytest.fixture
@@ -471,3 +474,24 @@ def test_a_budget_that_cannot_be_steered_is_refused(peft_model, tokenizer, impor
     penalty = ImportancePenalty(peft_model, importance, phi, layer_weights="uniform", anchor="base")
     with pytest.raises(ConfigError, match=r"more than 0|at least 1"):
         ForgettingBudget(penalty, sample_probe(peft_model), budget, every=every)
+
+
+def test_ctrl_c_leaves_the_landing_to_the_resumed_training(peft_model, tokenizer, importance, tmp_path):
+    class Press(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    penalty = ImportancePenalty(peft_model, importance, 0.01, anchor="base")
+    budget = ForgettingBudget(penalty, sample_probe(peft_model), 0.01)
+    callbacks = [Press(), penalty.callback(), budget.callback()]
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 2, "report_to": []}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    try:
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of 6"):
+            rows, output = Dataset.from_list(ROWS), tmp_path / "logs" / "tune"
+            options: Any = {"arguments": arguments, "callbacks": callbacks, "resumable": True}
+            train(peft_model, tokenizer, rows, output=output, seed=0, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert budget.history and not any("alpha" in entry for entry in budget.history)

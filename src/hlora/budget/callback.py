@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from hlora.system.errors import ConfigError
+from hlora.training.interrupt import is_interrupted
 
 if TYPE_CHECKING:
     from hlora.budget.budget import ForgettingBudget
@@ -66,6 +67,8 @@ class BudgetCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if is_interrupted(control):  # the resumed training lands the adapter, which can take many probes
+            return
         entry = self.budget.finish(state.global_step)
         said = {"step": state.global_step, "phi": entry["phi"], "alpha": entry["alpha"], **_for_log(entry)}
         state.log_history.append(said)

@@ -34,6 +34,7 @@ from hlora.training.checkpoint_files import (
     save_state,
     split_tensors,
 )
+from hlora.training.interrupt import stop_interrupted
 
 _EVERY = 300.0  # seconds between checkpoints
 
@@ -49,7 +50,8 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False  # ends the training after the present step
-        self._saved = 0.0
+        self._saved = self._began = 0.0
+        self._spent = 0.0  # seconds of training before the checkpoint that it resumed from
         self._epoch: dict[str, Any] = {}  # random numbers at the start of the epoch, which order its batches
         self._epoch_number = -1
         self._resumed: dict[str, Any] | None = None  # until its random numbers are restored
@@ -95,7 +97,8 @@ class Checkpoints(TrainerCallback):
         due = time.monotonic() - self._saved >= _EVERY
         asked = all_gather_text("interrupted" if self.interrupted else "due" if due else "")
         if "interrupted" in asked:  # of any process: each gets the signal in its own time
-            self.interrupted = control.should_training_stop = True
+            self.interrupted = True
+            stop_interrupted(control)
         control.should_save = control.should_save or self.interrupted or asked[0] == "due"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

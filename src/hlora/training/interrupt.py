@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import TrainerControl
+
 logger = logging.getLogger("hlora")
+
+_MARK = "hlora_interrupted"
 
 
 @contextmanager
@@ -33,3 +37,14 @@ def first_interrupt(note: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def stop_interrupted(control: TrainerControl) -> None:
+    """End the training after this step, as one that will resume."""
+    control.should_training_stop = True
+    setattr(control, _MARK, True)
+
+
+def is_interrupted(control: TrainerControl) -> bool:
+    """Whether `stop_interrupted` ended the training, so that work at its end is better left to the resumed one."""
+    return bool(getattr(control, _MARK, False))
