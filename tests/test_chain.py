@@ -121,6 +121,7 @@ def test_a_chain_that_does_not_hold_is_refused_by_name(
     (tmp_path / "unfinished").mkdir()
     for arguments, problem in (
         (("--after", tmp_path / "unfinished"), "is not a finished run"),
+        (("--after", tuned_run.parent), f"is not a finished run. Name one of the runs in it: {tuned_run}."),
         (("--after", tuned_run, "--set", f"output={tuned_run}", "--overwrite"), "comes after this run itself"),
         (("--after", tuned_run, "--set", "penalty.anchor=base"), "set penalty.anchor to general"),
         (("--after", tuned_run, "--importance", "ann/x"), "importance.use: after brings the importance"),
@@ -143,7 +144,7 @@ def test_other_test_rows_than_then_are_refused(second: dict[str, Any], tuned_run
     (copy / "results.json").write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(DataError, match="not the test rows that"):
         pipeline.run(parse_config({**second, "after": str(copy)}))
-    assert first.domain.test
+    assert first.domain.test and not (tmp_path / "second" / "adapter").exists()  # before anything was trained
 
 
 def test_a_run_that_recorded_nothing_on_the_way_cannot_be_gone_on_from(

@@ -12,7 +12,7 @@ from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
 from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
-from hlora.run.chain import BEFORE, check_following, earlier_runs, measure_earlier, steps_of
+from hlora.run.chain import BEFORE, check_following, earlier_runs, measure_earlier, rows_again, steps_of
 from hlora.run.job import Job
 from hlora.run.phases import at_general_adapter, check_fits
 from hlora.run.plan import plan_of
@@ -59,6 +59,7 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
             return {**results, "config": {**results.get("config", {}), "output": config.output}}  # perhaps moved since
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config))
+        sets = rows_again(job, earlier)
         check_following(job, following, overwrite)
         here = recorded_before(job, overwrite)
         results = resumed_results(job, command)
@@ -73,7 +74,7 @@ def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwr
         adapter = tuned(job, results, importance)
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
 
-        measure_earlier(job, results, earlier)
+        measure_earlier(job, results, earlier, sets)
 
         for arm in config.baselines:
             measure_once(job, results, arm, partial(baseline, job, results, arm, importance), importance)
@@ -121,6 +122,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
     with _locked(config):
         earlier = earlier_runs(config)
         job = _open(config, given_importance(config), resumable=False)
+        sets = rows_again(job, earlier)
         check_adapter(job, adapter)
         results = on_main(partial(starting_results, job, job.base, command))
         with suppress(DataError, KeyError, AttributeError):  # it may be missing or damaged; this one replaces it
@@ -134,7 +136,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         if importance is None and (job.output / "importance").is_dir():
             importance = Importance.load(job.output / "importance")
         measure_once(job, results, "hlora", lambda: job.with_adapter(adapter), importance)
-        measure_earlier(job, results, earlier)
+        measure_earlier(job, results, earlier, sets)
         if importance is not None:
             results["importance"] = describe(importance, config)
         on_main(job.keep_config)  # not earlier: after Ctrl-C, config.yaml must still be that of results.json

@@ -24,7 +24,7 @@ from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.lora import attach_lora
-from hlora.run.chain import earlier_runs
+from hlora.run.chain import earlier_runs, rows_again
 from hlora.run.job import Job
 from hlora.run.phases import check_fits, protected, recorder_for, save_adapter, squared_gradients
 from hlora.run.reuse import given_importance, is_finished
@@ -85,7 +85,7 @@ def checked(config: RunConfig) -> Iterator[Check]:
     refuse_links(Path(config.output))
     notes = _notes(config)
     given = given_importance(config)
-    earlier = len(earlier_runs(config))
+    earlier = earlier_runs(config)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hlora-check-") as scratch:
         general = config.general.model_copy(
@@ -98,9 +98,10 @@ def checked(config: RunConfig) -> Iterator[Check]:
         job = Job.open(config.model_copy(update={"output": str(place), "general": general}), given=given)
         if given is not None:
             check_fits(job, given)
+        rows_again(job, earlier)
         found = Check(job, Path(config.output), time.perf_counter() - started, notes=notes)
         rows = _count(found)
-        importance = _measure(found, rows, earlier)
+        importance = _measure(found, rows, len(earlier))
         _measure_disk(found, importance)
         yield found
 

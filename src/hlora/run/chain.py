@@ -19,7 +19,7 @@ from hlora.parallel.fsdp import shard
 from hlora.parallel.group import on_main, raise_on_all
 from hlora.parallel.launch import sharding
 from hlora.run.job import Job
-from hlora.run.results import read_results
+from hlora.run.results import read_results, runs_inside
 from hlora.run.resume import UNFINISHED, timed
 from hlora.system.errors import ConfigError, DataError
 
@@ -94,7 +94,8 @@ def earlier_runs(config: RunConfig) -> list[Earlier]:
             raise ConfigError(f"after: {after} comes after this run itself. Name another output.")
         seen.add(place.resolve())
         if (place / UNFINISHED).exists() or not (place / "results.json").is_file():
-            raise ConfigError(f"after: {after} is not a finished run. Finish it first with `hlora run`.")
+            instead = runs_inside(place) or "Finish it first with `hlora run`."
+            raise ConfigError(f"after: {after} is not a finished run. {instead}")
         results = read_results(place)
         before: RunConfig = parse_config(dict(results.get("config") or {}), f"{after}/results.json")
         found.insert(0, Earlier(_name(after, found), before, results))
@@ -102,15 +103,23 @@ def earlier_runs(config: RunConfig) -> list[Earlier]:
     return found
 
 
-def measure_earlier(job: Job, results: dict[str, Any], earlier: list[Earlier]) -> None:
-    """Score the tuned model on the domains before this one, and put the chain so far into `results`.
+def rows_again(job: Job, earlier: list[Earlier]) -> dict[str, DomainRows]:
+    """The domains before this one, by name.
 
     Raises:
-        DataError: the test rows of an earlier domain are not those that were scored then.
+        DataError: the test rows of one are not those that were scored then.
+    """
+    with raise_on_all():
+        return {each.name: _rows_again(job, each) for each in earlier}
+
+
+def measure_earlier(job: Job, results: dict[str, Any], earlier: list[Earlier], sets: dict[str, DomainRows]) -> None:
+    """Score the tuned model on the domains before this one, and put the chain so far into `results`.
+
+    sets: what `rows_again` returned.
     """
     if not earlier or "chain" in results:
         return
-    sets = {each.name: _rows_again(job, each) for each in earlier}
     model = job.with_adapter(job.output / "adapter")
     with timed(job, results, EARLIER):
         if sharding():
@@ -130,16 +139,14 @@ def _domain_measures(job: Job, model: Any, rows: DomainRows) -> dict[str, Any]:
 
 
 def _rows_again(job: Job, earlier: Earlier) -> DomainRows:
-    """The domain of an earlier run, whose test rows have to be the same as then."""
     config = earlier.config
-    with raise_on_all():
-        rows = rows_of(job, config)
-        then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]
-        if rows.facts["test_sha256"] != then:
-            raise DataError(
-                f"{config.domain.test}: not the test rows that {config.output} was evaluated on, so what was forgotten "
-                "of them cannot be measured. Bring them back, or evaluate that run again."
-            )
+    rows = rows_of(job, config)
+    then = earlier.results["provenance"]["data"]["domain"]["test_sha256"]
+    if rows.facts["test_sha256"] != then:
+        raise DataError(
+            f"{config.domain.test}: not the test rows that {config.output} was evaluated on, so what was forgotten "
+            "of them cannot be measured. Bring them back, or evaluate that run again."
+        )
     return rows
 
 

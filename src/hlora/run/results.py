@@ -66,8 +66,15 @@ def read_results(output: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{output}: no readable results.json ({error}). Make it with `hlora run`, or anew with `hlora evaluate`."
+            f"{output}: no readable results.json ({error}). "
+            f"{runs_inside(output) or 'Make it with `hlora run`, or anew with `hlora evaluate`.'}"
         ) from None
+
+
+def runs_inside(output: Path) -> str:
+    """A sentence that names the finished runs in a directory, as that of several domains has them; empty for none."""
+    found = sorted(str(each.parent) for each in output.glob("*/results.json"))
+    return f"Name one of the runs in it: {', '.join(found)}." if found else ""
 
 
 def starting_results(job: Job, base: PreTrainedModel, command: str) -> dict[str, Any]:
