@@ -544,9 +544,9 @@ def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:
     some = write_jsonl(tmp_path / "some.jsonl", pairs(0, 3))
     with pytest.raises(DataError, match=r"empty.jsonl: no rows to evaluate on"):
         read_domain(some, empty)
-    with pytest.raises(DataError, match=r"empty.jsonl: no rows to train on \(0 read"):
+    with pytest.raises(DataError, match=r"empty.jsonl: no rows left \(0 read"):
         read_domain(empty, some)
-    with pytest.raises(DataError, match=r"some.jsonl: no rows to train on \(3 read, 3 of them in the test set\)"):
+    with pytest.raises(DataError, match=r"some.jsonl: no rows left \(3 read, 3 of them in the test set\)"):
         read_domain(some, some)
 
 

@@ -64,6 +64,28 @@ def test_validation_rows_come_from_a_file_and_their_prompts_leave_the_training_r
     file.write_text("\n".join(train), encoding="utf-8")
     with pytest.raises(DataError, match=r"domain\.validation.*leaves none of 24 rows"):
         rows(fields)
+    fields["domain"]["validation"] = str(tmp_path / "none.jsonl")
+    (tmp_path / "none.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"domain\.validation: .*none\.jsonl: no rows left \(0 read"):
+        rows(fields)
+    fields["domain"]["validation"] = fields["domain"]["test"]  # as people evaluate on it elsewhere
+    with pytest.raises(DataError, match=r"domain\.validation: .*no rows left \(8 read, 8 of them in the test set\)"):
+        rows(fields)
+
+
+def test_validation_rows_beside_a_hub_data_set_are_a_split_of_it_or_a_file(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    domain = fields["domain"]
+    lines = Path(domain["train"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "set").mkdir()  # a directory of files is read as the hub's data sets are
+    for name, part in (("train", lines[:16]), ("validation", lines[16:]), ("test", lines[:2])):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+    domain |= {"train": str(tmp_path / "set"), "test": "test", "validation": "validation"}
+    found = rows(fields)
+    assert (len(found.train), len(found.validation), len(found.test)) == (14, 8, 2)
+    domain["validation"] = str(tmp_path / "set" / "validation.jsonl")
+    assert rows(fields).validation == found.validation
 
 
 @pytest.mark.parametrize(

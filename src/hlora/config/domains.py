@@ -12,8 +12,9 @@ from hlora.config.sections import DomainConfig, each_once
 
 class RunDomain(DomainConfig):
     validation: PathText | float | None = None
-    """Rows that the domain phase is evaluated on while it trains: a file, or a share of the training rows, such as 0.1.
-    They are not trained on. The report then shows learning and forgetting over the steps."""
+    """Rows that the domain phase is evaluated on while it trains: a file, a split of the hub data set in `train`, or a
+    share of the training rows, such as 0.1. They are not trained on. The report then shows learning and forgetting over
+    the steps."""
     patience: int | None = Field(default=None, ge=1)
     """End the domain phase after so many evaluations in a row without a lower loss on the validation rows."""
 

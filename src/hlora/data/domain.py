@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -175,11 +175,7 @@ def domain_rows(
         raise DataError(
             f"domain.test: {hub_split!r} is no .jsonl, .parquet or .csv file, and train names no hub data set"
         )
-    read = partial(read_example, config.task, join=config.join)
-    limit = (config.max_unusable, "domain.max_unusable")
-    needed = f"Task {config.task!r} needs {TASKS[config.task].columns}; domain.columns maps other names to these. "
-    train_rows = _domain_source(config, config.train, config.train_split).read(read)
-    train_rows = (train_rows.read(token_limits.train) if token_limits else train_rows).within(*limit, needed)
+    train_rows = training_rows(config, config.train, config.train_split, token_limits)
     try:
         raw = _domain_source(config, config.train if hub_split else config.test, hub_split)
     except DataError as error:
@@ -188,19 +184,13 @@ def domain_rows(
                 f"domain.test: {hub_split!r} is a directory. Name a file in it, or a split of {config.train}"
             ) from error
         raise
-    test_rows = raw.read(read)
-    test_rows = (test_rows.read(token_limits.test) if token_limits else test_rows).within(*limit, needed)
-    train, numbers = list(train_rows.kept.values()), list(test_rows.kept)[:max_test_rows]
+    test_rows = _usable(config, raw, token_limits.test if token_limits else None)
+    numbers = list(test_rows.kept)[:max_test_rows]
     test = [test_rows.kept[number] for number in numbers]
     if not test:
         raise DataError(f"{test_rows.source}: no rows to evaluate on")
-    tokenizer = token_limits.tokenizer if token_limits else None
-    kept = without_prompts_of(train, test, tokenizer)
-    left_out, name = len(train) - len(kept), train_rows.source
-    if left_out:
-        logger.warning("%s: left out %d of %d rows whose prompt is in the test set", name, left_out, len(train))
-    if not kept:
-        raise DataError(f"{name}: no rows to train on ({len(train)} read, {left_out} of them in the test set)")
+    kept = apart_from(test, train_rows, token_limits.tokenizer if token_limits else None)
+    left_out = len(train_rows.kept) - len(kept)
     if config.max_train_rows and config.max_train_rows < len(kept):
         kept = random.Random(seed).sample(kept, config.max_train_rows)
     unusable = {**train_rows.facts(), **test_rows.facts()}
@@ -214,6 +204,34 @@ def domain_rows(
         **({"unusable": unusable} if unusable else {}),
     }
     return DomainRows(kept, test, [raw.kept[number] for number in numbers], facts)
+
+
+def training_rows(
+    config: DomainConfig, source: str, split: str, token_limits: TokenLimits | None = None
+) -> Rows[Example]:
+    """The usable rows of a file, or of a split of a hub data set. Arguments and errors as `domain_rows` has them."""
+    rows = _domain_source(config, source, split)
+    return _usable(config, rows, token_limits.train if token_limits else None)
+
+
+def apart_from(test: list[Example], rows: Rows[Example], tokenizer: PreTrainedTokenizerBase | None) -> list[Example]:
+    """The rows whose prompt is not in the test set. Raises DataError if none is left."""
+    found = list(rows.kept.values())
+    kept = without_prompts_of(found, test, tokenizer)
+    left_out = len(found) - len(kept)
+    if left_out:
+        logger.warning("%s: left out %d of %d rows whose prompt is in the test set", rows.source, left_out, len(found))
+    if not kept:
+        raise DataError(f"{rows.source}: no rows left ({len(found)} read, {left_out} of them in the test set)")
+    return kept
+
+
+def _usable(
+    config: DomainConfig, rows: Rows[dict[str, Any]], fits: Callable[[Example], Example] | None
+) -> Rows[Example]:
+    found = rows.read(partial(read_example, config.task, join=config.join))
+    needed = f"Task {config.task!r} needs {TASKS[config.task].columns}; domain.columns maps other names to these. "
+    return (found.read(fits) if fits else found).within(config.max_unusable, "domain.max_unusable", needed)
 
 
 def hold_out(
