@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,15 +86,19 @@ def heard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heard")
 def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_to_the_same_bytes(
-    hlora: Any, file: Path, job_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hlora: Any, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert hlora("run", file, "--set", f"output={whole}")[0] == 0
     shown = ProgressLine.on_step_end
 
+    ahead, clock = [0.0], time.monotonic
+    monkeypatch.setattr("hlora.training.checkpoint.time", SimpleNamespace(monotonic=lambda: clock() + ahead[0]))
+
     def press(self: ProgressLine, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         shown(self, args, state, control, **kwargs)
         if self.phase == "tune" and state.global_step == 3:
+            ahead[0] = 1000.0  # seconds that the first steps took
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(ProgressLine, "on_step_end", press)
@@ -105,6 +110,8 @@ def test_ctrl_c_writes_a_checkpoint_says_so_and_the_same_command_resumes_there_t
     )
     monkeypatch.setattr(ProgressLine, "on_step_end", shown)
     assert hlora("run", file, "--set", f"output={stopped}")[0] == 0
+    assert "tune: 3 more steps in 0:" in caplog.text
+    assert 1000 < json.loads((stopped / "results.json").read_text())["seconds"]["tune"] < 2000
     steps = [entry["step"] for entry in json.loads((stopped / "results.json").read_text())["history"]["tune"]]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert sha256(stopped / "adapter/adapter_model.safetensors") == sha256(whole / "adapter/adapter_model.safetensors")

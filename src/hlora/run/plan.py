@@ -52,7 +52,7 @@ class Plan:
             phase: The present phase.
             spent: Seconds since it began.
             here: Seconds that the present work will still take: the whole phase, if it is a training.
-            parts: Steps or batches of the present work.
+            parts: Steps or batches of the present work, without those that an interrupted run had done.
         """
         seconds = dict(self.seconds)
         if _is_evaluation(phase):

@@ -22,6 +22,7 @@ from hlora.run.results import measure, starting_results
 from hlora.system.errors import first_line
 from hlora.system.files import write_json
 from hlora.system.redaction import without_secret_fields
+from hlora.training.checkpoint import seconds_before
 from hlora.training.checkpoint_files import remove_checkpoints
 
 logger = logging.getLogger("hlora")
@@ -32,10 +33,12 @@ UNFINISHED = "unfinished.json"  # what a run has finished so far; removed when t
 @contextmanager
 def timed(job: Job, results: dict[str, Any], phase: str) -> Iterator[None]:
     """Time a phase. When it ends, write what is finished so far to disk."""
+    before = results["seconds"].get(phase, 0.0)  # of a run that was interrupted between training and measuring
+    if not before and job.resumable and is_main():
+        before = seconds_before(job.output / "logs" / phase)
     started = time.perf_counter()
     with nullcontext() if job.plan is None else job.plan.during(phase):
         yield
-    before = results["seconds"].get(phase, 0.0)  # of a run that was interrupted between training and measuring
     results["seconds"][phase] = before + time.perf_counter() - started
     if job.resumable:
         with raise_on_all():

@@ -25,7 +25,7 @@ logger = logging.getLogger("hlora")
 Batch = TypeVar("Batch")
 
 WholeRun = Callable[[float | None, int], float | None]
-"""Seconds that the whole run will still take, by those of the present work and its number of parts."""
+"""Seconds that the whole run will still take, by those of the present work and the number of parts since it began."""
 
 _FIRST, _EVERY = 10.0, 60.0  # seconds to the first plain line, and between two of them
 
@@ -81,7 +81,7 @@ class Line:
         left = None
         if done > self._from:
             left = (now - self._started) / (done - self._from) * (self.total - done)
-        whole = None if _phase is None or self.aside else _phase[1](left, self.total)
+        whole = None if _phase is None or self.aside else _phase[1](left, self.total - self._from)
         parts = [
             f"{self.what} {done:,} of {self.total:,}",
             note,

@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from hlora.training.checkpoint_files import (
     checkpoint_directory,
     complete_checkpoint,
     join_tensors,
+    latest_checkpoint,
     load_state,
     save_state,
     split_tensors,
@@ -59,10 +61,11 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._saved = time.monotonic()
+        self._saved = self._began = time.monotonic()
         if state.global_step == 0:
             return
         kept = load_state(checkpoint_directory(args, state), "resume")
+        self._spent = kept.get("seconds", 0.0)
         _load_into(kwargs["optimizer"], kept["optimizer"])
         kwargs["lr_scheduler"].load_state_dict(kept["schedule"])
         if kept["scaler"]:
@@ -108,6 +111,7 @@ class Checkpoints(TrainerCallback):
             "schedule": kwargs["lr_scheduler"].state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "epoch_number": self._epoch_number,
+            "seconds": self._spent + time.monotonic() - self._began,
         }
         first, *others = [
             _from_text(text) for text in all_gather_text(_to_text({"random": random_state(), "epoch": self._epoch}))
@@ -121,6 +125,12 @@ class Checkpoints(TrainerCallback):
                 )
                 complete_checkpoint(checkpoint_directory(args, state))
         self._saved = time.monotonic()
+
+
+def seconds_before(directory: Path) -> float:
+    """Seconds that a phase has trained up to the checkpoint that it will resume from; 0 without one."""
+    checkpoint = latest_checkpoint(directory)
+    return 0.0 if checkpoint is None else float(load_state(checkpoint, "resume").get("seconds", 0.0))
 
 
 def _gathered(value: Any) -> Any:

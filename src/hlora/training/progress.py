@@ -31,7 +31,7 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._started = time.monotonic()
+            self._started, self._from = time.monotonic(), state.global_step
             what = "step" if current_phase() else f"{self.phase}: step"
             self._line = self._shown.enter_context(line(what, state.max_steps, state.global_step))
 
@@ -61,7 +61,8 @@ class ProgressLine(TrainerCallback):
             self.stop()
             spent = clock(time.monotonic() - self._started)
             losses = f", {self._losses}{self._validation}" if self._losses else ""
-            steps = f"{state.global_step:,} step{'s' * (state.global_step != 1)}"
+            done = state.global_step - self._from
+            steps = f"{done:,} {'more ' * (self._from > 0)}step{'s' * (done != 1)}"
             logger.info("%s: %s in %s%s", self.phase, steps, spent, losses)
 
     def stop(self) -> None:
