@@ -171,10 +171,12 @@ def test_inspect_prints_norms_and_draws_the_heat_map_only_where_it_is_asked_to(
     monkeypatch.chdir(tmp_path / "here")
     assert hlora("inspect", tmp_path / "out" / "importance")[0] == 0
     assert not list(Path().iterdir())
-    status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "map")
+    status, _, err = hlora("inspect", tmp_path / "out")
+    assert status == 2 and f"Name the one in it: {tmp_path / 'out' / 'importance'}" in err, err
+    status, out, _ = hlora("inspect", tmp_path / "out" / "importance", "--figure", tmp_path / "maps" / "map")
     assert status == 0
     assert "model.layers.1.self_attn.v_proj" in out and "factored" in out
-    assert (tmp_path / "map.png").stat().st_size > 1000 and (tmp_path / "map.svg").stat().st_size > 1000
+    assert all((tmp_path / "maps" / f"map.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
 
 
 def test_dense_importance_goes_through_the_whole_job(hlora: Invoke, config: Path, tmp_path: Path) -> None:

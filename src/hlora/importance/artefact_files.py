@@ -108,6 +108,9 @@ def locate(source: str | Path) -> Path:
     """The directory of an importance; downloads a hub repository. Raises ArtifactError if there is neither."""
     directory = Path(source).expanduser()
     if directory.is_dir():
+        inside = directory / "importance"
+        if (inside / "importance.json").is_file() and not (directory / "importance.json").exists():
+            raise ArtifactError(f"{source}: the output of a run, not an importance. Name the one in it: {inside}")
         return directory
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ArtifactError(f"{source}: no such directory. Record one with `hlora record CONFIG`.")

@@ -78,6 +78,7 @@ def svg_file(drawing: str) -> str:
 def save(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     """Write <path>.png (200 dpi) and <path>.svg, each whole or not at all; returns both paths."""
     png, vector = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
+    png.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_name(png, "tmp")
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
