@@ -51,7 +51,9 @@ def test_a_default_length_that_was_cut_to_the_context_is_no_other_setting(
     settings.write_text(yaml.safe_dump(fields), encoding="utf-8")
     assert hlora("run", settings)[0] == 0
     status, _, err = hlora("run", settings, "--set", "evaluation.window=32")
-    assert status == 2 and "evaluation.window (there 256, here 32)" in err
+    assert status == 2 and "evaluation.window (there 256, here 32). Name another output" in " ".join(err.split())
+    status, _, err = hlora("run", settings, "--set", "evaluation.batch_size=3")  # which changes no training
+    assert status == 2 and "Measure it by these with `hlora evaluate`, name another output" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("verb", ["run", "tune"])

@@ -494,6 +494,26 @@ def test_an_unfinished_run_with_other_settings_is_not_gone_on_with(
 
 
 @pytest.mark.slow
+def test_an_unfinished_run_measured_in_another_way_keeps_what_it_trained(
+    job_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {**job_fields, "evaluation": {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0}}
+    with monkeypatch.context() as patched:
+        cut_at(patched, "measure", 3)  # as where memory is short
+        with pytest.raises(Cut):
+            pipeline.run(parse_config(fields))
+    for phase in ("record_phase", "tune_phase"):
+        monkeypatch.setattr(steps, phase, lambda *arguments: pytest.fail("a finished phase was run again"))
+    fields["evaluation"] |= {"batch_size": 2, "max_tokens": 80}
+    fields["training"]["common"]["report_to"] = "none"
+    results = pipeline.run(parse_config(fields))
+    assert "what was trained is kept" in caplog.text
+    assert [arm["texts"]["general (held out)"]["tokens"] for arm in results["arms"].values()] == [79, 79, 79]
+    assert results["config"]["evaluation"]["batch_size"] == 2 and results["history"]["tune"]
+    assert pipeline.run(parse_config(fields))["arms"] == results["arms"]  # finished, by these settings
+
+
+@pytest.mark.slow
 def test_a_damaged_note_of_what_was_finished_is_named_and_the_run_starts_anew(
     job_fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -527,3 +547,18 @@ def test_evaluating_again_keeps_the_curves(hlora: Invoke, config: Path, tmp_path
     (tmp_path / "out" / "results.json").write_text("{", encoding="utf-8")
     assert hlora("evaluate", config)[0] == 0
     assert results_of(tmp_path / "out")["arms"]["hlora"] == before["arms"]["hlora"]
+
+
+@pytest.mark.slow
+def test_evaluating_again_keeps_the_baselines_of_the_same_settings(
+    job_fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = {"max_tokens": 100, "window": 64, "stride": 48, "generate": 0, "accuracy": False}
+    fields = {**job_fields, "evaluation": evaluation, "baselines": ["lora"]}
+    before = pipeline.run(parse_config(fields))["arms"]
+    assert list(before) == ["base", "after_general", "hlora", "lora"]
+    assert pipeline.evaluate_output(parse_config(fields))["arms"] == before
+    assert "left out" not in caplog.text
+    fields["evaluation"]["max_tokens"] = 80
+    assert list(pipeline.evaluate_output(parse_config(fields))["arms"]) == ["base", "hlora"]
+    assert "left out: after_general, lora, which was measured with other settings: evaluation.max_tokens" in caplog.text

@@ -18,7 +18,7 @@ from hlora.run.phases import at_general_adapter, check_fits
 from hlora.run.plan import plan_of
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results
-from hlora.run.reuse import given_importance, is_finished
+from hlora.run.reuse import given_importance, is_finished, with_other_arms
 from hlora.run.steps import baseline, check_adapter, recorded, recorded_before, tuned
 from hlora.system.errors import ConfigError, DataError
 
@@ -114,8 +114,8 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
 def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[str, Any]:
     """Evaluate the base model and <output>/adapter, and write results.json and the report.
 
-    Curves and times of the phases are taken from an earlier results.json. A run after another is also measured before
-    its domain phase and on the earlier domains.
+    Curves and times of the phases are taken from an earlier results.json, and the measures of baselines where settings
+    and data are still theirs. A run after another is also measured before its domain phase and on the earlier domains.
     """
     _check_single(config)
     adapter = Path(config.output) / "adapter"
@@ -125,6 +125,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         sets = rows_again(job, earlier)
         check_adapter(job, adapter)
         results = on_main(partial(starting_results, job, job.base, command))
+        kept: dict[str, Any] = {"arms": {}}
         with suppress(DataError, KeyError, AttributeError):  # it may be missing or damaged; this one replaces it
             kept = read_results(job.output)
             seconds = {k: v for k, v in kept["seconds"].items() if not k.startswith("evaluate")}
@@ -139,6 +140,7 @@ def evaluate_output(config: RunConfig, command: str = "hlora evaluate") -> dict[
         measure_earlier(job, results, earlier, sets)
         if importance is not None:
             results["importance"] = describe(importance, config)
+        results = on_main(lambda: with_other_arms(results, kept, job.config))
         on_main(job.keep_config)  # not earlier: after Ctrl-C, config.yaml must still be that of results.json
         return on_main(lambda: finish(job, results))
 

@@ -28,6 +28,9 @@ from hlora.training.checkpoint_files import remove_checkpoints
 logger = logging.getLogger("hlora")
 
 UNFINISHED = "unfinished.json"  # what a run has finished so far; removed when the run is complete
+_UNSEEN = ("report_to", "run_name", "logging_steps")  # training arguments that change no number
+OF_MEASURES = ("max_tokens", "stride", "accuracy", "generate", "max_new_tokens", "batch_size")
+"""Fields of `evaluation` that change no training."""
 
 
 @contextmanager
@@ -83,7 +86,10 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     another_number = kept.get("processes", mine["processes"]) != mine["processes"]
     if kept.get("made_from") == mine["made_from"] or (another_number and kept.get("by_rows") == mine["by_rows"]):
         logger.info("resuming the run of %s", kept["results"]["provenance"]["started"])
-        return dict(kept["results"])
+        results = {**kept["results"], "config": job.config.for_a_file(), "command": command}
+        if results["config"] != kept["results"]["config"]:
+            job.keep_config()
+        return results if kept.get("measured_by") == mine["measured_by"] else _unmeasured(results)
     if kept:
         logger.warning("output: the unfinished run in %s had other settings or data; restarting", job.output)
     forget_unfinished(job)
@@ -95,13 +101,22 @@ def _unfinished_here(job: Job, command: str) -> dict[str, Any]:
     return results
 
 
-def _made_from(job: Job) -> dict[str, Any]:
-    """Two digests of everything that determines a run's results.
+def _unmeasured(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without measures, where those of another evaluation cannot stand beside new ones."""
+    logger.warning("evaluation: other settings than before; what was trained is kept, and measured anew")
+    seconds = {phase: each for phase, each in results["seconds"].items() if not phase.startswith("evaluate")}
+    return {**{part: each for part, each in results.items() if part != "chain"}, "arms": {}, "seconds": seconds}
 
-    One is of the configuration as written. In the other, batch size × accumulation × processes are replaced by the rows
-    of a step: by it, a run resumes in another number of processes. Secrets count in neither.
+
+def _made_from(job: Job) -> dict[str, Any]:
+    """Two digests of everything that determines what a run trains, and the settings that only its measures depend on.
+
+    One digest is of the configuration as written. In the other, batch size × accumulation × processes are replaced by
+    the rows of a step: by it, a run resumes in another number of processes. Secrets count in neither.
     """
     config = without_secret_fields(job.config.model_dump(exclude={"output"}))
+    measured_by = {name: config["evaluation"].pop(name) for name in OF_MEASURES}
+    config["training"] |= {part: seen(config["training"][part]) for part in ("common", "record", "tune")}
     facts: dict[str, Any] = {"config": config, "hlora": version("hlora")}
     facts |= {"general": job.general.facts, "domain": job.domain.facts}
     if job.given is not None and job.config.is_given_importance:  # another one may have come under the same name
@@ -109,9 +124,15 @@ def _made_from(job: Job) -> dict[str, Any]:
     written = _digest(facts)
     training = job.config.training
     facts["config"]["training"] = [
-        by_rows_of_a_step(each) for each in (training.record_arguments(), training.tune_arguments())
+        seen(by_rows_of_a_step(each)) for each in (training.record_arguments(), training.tune_arguments())
     ]
-    return {"made_from": written, "by_rows": _digest(facts), "processes": world_size()}
+    digests = {"made_from": written, "by_rows": _digest(facts)}
+    return {**digests, "processes": world_size(), "measured_by": measured_by}
+
+
+def seen(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments without those that change no number."""
+    return {name: value for name, value in arguments.items() if name not in _UNSEEN}
 
 
 def by_rows_of_a_step(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,12 @@ from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
 from hlora.run.inputs import CONTINUED, changed_since, has_record
 from hlora.run.job import Job
-from hlora.run.resume import UNFINISHED, by_rows_of_a_step
+from hlora.run.resume import OF_MEASURES, UNFINISHED, by_rows_of_a_step, seen
 from hlora.system.errors import ArtifactError, ConfigError
 from hlora.system.redaction import redacted
 
 logger = logging.getLogger("hlora")
 
-_UNSEEN = ("report_to", "run_name", "logging_steps")  # training arguments that change no number
 _SHOWN = 6  # settings that a message names
 
 
@@ -72,8 +72,8 @@ def recording_settings(config: RunConfig) -> dict[str, Any]:
     if config.importance.method == "squared_gradients":
         del settings["importance"]["xi"]  # of a path integral: it has no effect
     if not config.in_one_pass:
-        training = by_rows_of_a_step(config.training.record_arguments())  # another number of processes may resume
-        settings["training"] = {name: value for name, value in training.items() if name not in _UNSEEN}
+        # another number of processes may resume
+        settings["training"] = seen(by_rows_of_a_step(config.training.record_arguments()))
     found: dict[str, Any] = redacted(settings)
     return found
 
@@ -126,13 +126,15 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
     kept = output / "config.yaml"
     if overwrite or not (output / made).exists() or not kept.is_file() or (output / UNFINISHED).exists():
         return False
-    differ = differences(_settings_of(kept), redacted(config.for_a_file()))
-    differ = [each for each in differ if not _is_ours(each.split(" ")[0], config)]
+    differ = _other_settings(_settings_of(kept), config)
     differ += [f"{field} (changed since)" for field in changed_since(output, config)]
     if differ:
+        measures = {f"evaluation.{name}" for name in OF_MEASURES}
+        measured = made == "results.json" and measures.issuperset(each.split(" ")[0] for each in differ)
         raise ConfigError(
-            f"output: {output} holds a finished run ({made}) with other settings: {_named(differ)}. Name "
-            "another output, or replace it: --overwrite."
+            f"output: {output} holds a finished run ({made}) with other settings: {_named(differ)}. "
+            f"{'Measure it by these with `hlora evaluate`, name' if measured else 'Name'} another output, or replace "
+            "it: --overwrite."
         )
     parts = ["adapter"] if config.is_given_importance else ["adapter", "importance"]
     gone = [part for part in parts if made == "results.json" and not (output / part).is_dir()]
@@ -143,6 +145,28 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
         )
     logger.info("output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", output)
     return True
+
+
+def with_other_arms(results: dict[str, Any], earlier: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """New results with the arms of earlier ones that were not measured again: baselines, whose models are not kept.
+
+    Arms of other settings or data are left out, with a warning.
+    """
+    others = [arm for arm in earlier["arms"] if arm not in results["arms"]]
+    differ = _other_settings(earlier.get("config") or {}, config)
+    facts = [(each.get("provenance") or {}).get("data") for each in (earlier, results)]
+    one, other = (json.dumps(redacted(each), sort_keys=True) for each in facts)
+    differ += ["the data"] if one != other else []
+    if others and differ:
+        logger.warning("left out: %s, which was measured with other settings: %s", ", ".join(others), _named(differ))
+        return results
+    return {**results, "arms": {**earlier["arms"], **results["arms"]}}
+
+
+def _other_settings(earlier: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Settings that differ, without those that the user did not set."""
+    found = differences(earlier, redacted(config.for_a_file()))
+    return [each for each in found if not _is_ours(each.split(" ")[0], config)]
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
