@@ -211,6 +211,8 @@ def test_the_report_of_a_chain_has_matrix_transfer_and_picture(tmp_path: Path) -
     assert "Backward transfer +1.00 nats (above 0: forgotten)" in nll["said"]
     assert "Backward transfer −10.0 points (below 0: forgotten)" in accuracy["said"]
     assert "a +0.100, b +0.150, c −0.050" in general_forgetting(MADE)
+    older = {**MADE, "after": {**MADE["after"], "a": {"a": {"answer_nll": 4.0}}}}  # the first run took no accuracy
+    assert "Backward transfer not measured (below 0: forgotten); forward" in chain_tables(older)[1]["said"]
     write_report({"arms": {"base": {"domain": {}}}, "chain": MADE}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<h3>") == 2 and "Lopez-Paz and Ranzato (2017)" in page and page.count("<svg") >= 1

@@ -86,6 +86,8 @@ def chain_tables(chain: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _said(means: Transfer, measure: str) -> str:
     def shown(found: Change) -> str:
+        if math.isnan(found.value):  # a run before this one did not take the measure
+            return "not measured"
         factor, digits, unit = (1, 2, "nats") if measure == "answer_nll" else (100, 1, "points")
         spread = f" ± {factor * found.stderr:.{digits}f}" if math.isfinite(found.stderr) else ""
         return f"{factor * found.value:+.{digits}f}{spread} {unit}".replace("-", "−")
