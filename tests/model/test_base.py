@@ -193,6 +193,18 @@ def test_weights_that_are_missing_are_named_and_not_made_up(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("stated", [{}, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}])
+def test_weights_whose_scales_transformers_leaves_out_are_refused(copy: Path, stated: dict[str, Any]) -> None:
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | stated), encoding="utf-8")
+    tensors, name = load_file(copy / "model.safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    scale = tensors[name].abs().max() / 448
+    tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"it took {name} without {name}_scale\. Name the model in full precision"):
+        load(copy)
+
+
 def test_a_tied_output_layer_does_not_count_as_missing(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")

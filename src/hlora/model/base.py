@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except Exception as error:  # a wrong field of config.json is a KeyError, an AttributeError or a type of its own
         raise ConfigError(_why_not_loaded(config, name, error)) from None
+    _check_scales(config, model, found["unexpected_keys"])
     if tokenizer.eos_token is None:
         _take_end_token(config, tokenizer, model)
     _check_tokenizer(config, tokenizer, model)
@@ -215,6 +216,25 @@ def _quantisation(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         )
     # With its index, since to Accelerate cuda is another device than cuda:0.
     return {"quantization_config": how, "device_map": {"": str(torch.empty(0, device=device).device)}}
+
+
+def _check_scales(config: ModelConfig, model: PreTrainedModel, unread: Iterable[str]) -> None:
+    """Raises ConfigError where weights were read without their scales: Transformers skips a quantisation unknown to it.
+
+    Args:
+        config: The `model` section.
+        model: The loaded model.
+        unread: Names in the weights files that the model has no place for.
+    """
+    weights = model.state_dict().keys()
+    for name in sorted(unread):
+        layer, scale, _ = name.rpartition(".weight_")  # …q_proj.weight_scale, as ModelOpt and others name it
+        if scale and f"{layer}.weight" in weights:
+            raise ConfigError(
+                f"model.name: {config.name} is quantised in a way that Transformers does not read: it took "
+                f"{layer}.weight without {name}. Name the model in full precision, and set model.quantization for "
+                "4 or 8 bits."
+            )
 
 
 def _why_not_loaded(config: ModelConfig, name: str, error: Exception) -> str:
