@@ -98,7 +98,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory of a run.")]) -> None:
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory of a run or a comparison.")],
+) -> None:
     """Make report.html again from <output>/results.json, or a comparison's from comparison.json."""
     from hlora.comparison import compare
     from hlora.report.run.page import write_report

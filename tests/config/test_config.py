@@ -231,7 +231,10 @@ def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
             "baselines.0: expected one of lora, lora_after_general; got 'lora_mi'; did you mean 'lora'?",
         ),
         ("general.source=hub", "general: source 'hub' needs dataset, the name of a hub data set"),
-        ("general.paths=[]", "general: source 'files' needs paths, a list of .txt, .jsonl, .parquet or .csv files"),
+        (
+            "general.paths=[]",
+            "general: source 'files' needs paths, a list of .txt, .jsonl, .json, .parquet or .csv files",
+        ),
         (
             "training.tune.lerning_rate=1",
             "training.tune: 'lerning_rate' is not an argument of trl.SFTConfig; did you mean 'learning_rate'?",

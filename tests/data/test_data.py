@@ -551,7 +551,7 @@ def test_no_rows_to_train_or_test_on_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_test_split_beside_a_train_file_is_refused_and_not_read_from_it(questions: tuple[str, str]) -> None:
-    with pytest.raises(DataError, match=r"domain.test: 'test' is no .jsonl, .parquet or .csv file"):
+    with pytest.raises(DataError, match=r"domain.test: 'test' is no .jsonl, .json, .parquet or .csv file"):
         read_domain(questions[0], "test", task="multiple_choice")
 
 

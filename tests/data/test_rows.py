@@ -107,8 +107,8 @@ def test_documents_of_a_text_file_are_cut_at_paragraph_ends_near_ten_thousand_ch
         ("a.csv", b'text\na\n"b"c\n', "line 3: not CSV"),
         ("a.csv", b"prompt\na,b,c\n", "Row 1: too many cells: 2 more than there are columns"),
         *((f"a.{kind}", LFS_POINTER, "a Git LFS pointer, not the file") for kind in ("txt", "jsonl", "parquet", "csv")),
-        ("a.pdf", b"x", "expected a .txt, .jsonl, .parquet or .csv file, got .pdf"),
-        ("a", b"x", "expected a .txt, .jsonl, .parquet or .csv file, got no suffix"),
+        ("a.pdf", b"x", "expected a .txt, .jsonl, .json, .parquet or .csv file, got .pdf"),
+        ("a", b"x", "expected a .txt, .jsonl, .json, .parquet or .csv file, got no suffix"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_place_and_the_problem(

@@ -137,7 +137,7 @@ def test_pickled_rows_and_text_are_refused(name: str, mark: Path, tmp_path: Path
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / name
     plant(path, mark)
-    with pytest.raises(DataError, match=rf"{name}: expected a \.jsonl, \.parquet or \.csv file"):
+    with pytest.raises(DataError, match=rf"{name}: expected a \.jsonl, \.json, \.parquet or \.csv file"):
         domain_rows(DomainConfig(task="rows", train=str(path), test=str(path)), None, 0)
     with pytest.raises(DataError, match=rf"{name}: expected a"):
         read_documents(str(path))

@@ -50,9 +50,11 @@ def compare(
 ) -> None:
     """Methods x tasks x seeds x strengths: the paper's tables and figures on your model and data.
 
-    Finished cells are kept: run the same command again to resume. Several processes, for example one for each GPU,
-    can share one output directory. With a run's file that has domains: methods x orders x seeds, each learning one
-    domain after another.
+    Finished cells are kept: run the same command again to resume. Several
+    processes, for example one for each GPU, can share one output directory.
+
+    With a run's file that has domains: methods x orders x seeds, each
+    learning one domain after another.
     """
     from hlora.config.data_files import check_files
     from hlora.config.reading import load_comparison, read_yaml
@@ -103,8 +105,7 @@ def _compare_chains(config: Path, overrides: list[str] | None) -> None:
 
 def cost(
     config: ConfigPath,
-    scale: Annotated[float, typer.Option(help="Share of the paper's sequences to measure, for both methods.")] = 1
-    / 200,
+    scale: Annotated[float, typer.Option(help="Share of the paper's sequences to measure, for both methods.")] = 0.005,
     sequences: Annotated[
         int | None,
         typer.Option(min=1, help="Instead of --scale: sequences for EWC's Fisher information (paper: 20,000)."),

@@ -22,6 +22,7 @@ from pydantic import (
 
 from hlora.config.empty import without_nulls
 from hlora.config.paths import PathText
+from hlora.config.units import allowed, parse_budget
 from hlora.system.choices import Anchor, EncodingName, Group, LayerWeights, PhiScale
 
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
@@ -129,14 +130,10 @@ class LoraSettings(Section):
             return "all-linear"
         if isinstance(value, list) or set(value) & set("*+?()[]{}|^$\\"):
             return value
-        return [
-            name.strip() for name in value.split(",")
-        ]  # PEFT reads text as a regular expression, and q_proj matches none
+        return [name.strip() for name in value.split(",")]  # PEFT takes text for a pattern, and q_proj matches none
 
 
 def _is_a_limit(value: Any) -> Any:
-    from hlora.config.units import allowed
-
     allowed(value, 0)
     return value
 
@@ -154,7 +151,7 @@ class GeneralSource(Section):
     source: Literal["files", "hub", "model"] = "files"
     """Where the general text comes from: local files, a hub data set, or samples that the base model generates."""
     paths: Annotated[list[PathText], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = []
-    """files: one or a list of .txt, .jsonl, .parquet or .csv files, also packed as .gz or .zst."""
+    """files: one or a list of .txt, .jsonl, .json, .parquet or .csv files, also packed as .gz or .zst."""
     dataset: PathText | None = None
     """hub: name of the data set."""
     subset: str | None = None
@@ -162,8 +159,8 @@ class GeneralSource(Section):
     split: str = "train"
     """hub: name of the split."""
     column: str = "text"
-    """Column that holds the text in .jsonl, .parquet and .csv files and hub data sets. Also used for the files in
-    evaluation.texts and penalty.probe_texts."""
+    """Column that holds the text in files of rows and hub data sets. Also used for the files in evaluation.texts and
+    penalty.probe_texts."""
     max_documents: int | None = Field(default=None, ge=1)
     """Maximum number of documents. A hub data set is streamed up to this number."""
     max_unusable: RowLimit = "1%"
@@ -179,7 +176,7 @@ class GeneralSource(Section):
     @model_validator(mode="after")
     def _source_is_complete(self) -> GeneralSource:
         if self.source == "files" and not self.paths and not getattr(self, "mixture", None):
-            raise ValueError("source 'files' needs paths, a list of .txt, .jsonl, .parquet or .csv files")
+            raise ValueError("source 'files' needs paths, a list of .txt, .jsonl, .json, .parquet or .csv files")
         if self.source == "hub" and not self.dataset:
             raise ValueError("source 'hub' needs dataset, the name of a hub data set")
         return self
@@ -201,9 +198,10 @@ class GeneralConfig(GeneralSource):
 class DomainConfig(Section):
     task: TaskName
     """Kind of rows. rows: prompt and completion, or messages. multiple_choice: question, choices (a list), label (the
-    index of the right choice). sciq, piqa, medmcqa: the columns of these hub data sets."""
+    index or letter of the right choice). sciq, piqa, medmcqa: the columns of these hub data sets."""
     train: PathText
-    """Training rows: a .jsonl, .parquet or .csv file, also packed as .gz or .zst, or the name of a hub data set."""
+    """Training rows: a .jsonl, .json, .parquet or .csv file, also packed as .gz or .zst, or the name of a hub data
+    set."""
     train_split: str = "train"
     """Split to train on, if `train` is a hub data set."""
     test: PathText
@@ -286,8 +284,6 @@ class PenaltyConfig(Section):
     @classmethod
     def _is_a_budget(cls, value: str | float | None) -> str | float | None:
         if value is not None:
-            from hlora.config.units import parse_budget
-
             parse_budget(value)
         return value
 

@@ -173,7 +173,7 @@ def domain_rows(
     hub_split = None if is_rows_file(config.test) else config.test
     if hub_split and is_rows_file(config.train):
         raise DataError(
-            f"domain.test: {hub_split!r} is no .jsonl, .parquet or .csv file, and train names no hub data set"
+            f"domain.test: {hub_split!r} is no .jsonl, .json, .parquet or .csv file, and train names no hub data set"
         )
     train_rows = training_rows(config, config.train, config.train_split, token_limits)
     try:

@@ -106,7 +106,7 @@ def read_documents(path: str, column: str = "text") -> Rows[str]:
         return Rows(path, dict(enumerate(_paragraph_groups(_read_text(path)), 1)))
     if kind not in ROW_FILES:
         _existing(path)
-        raise DataError(f"{path}: expected a .txt, .jsonl, .parquet or .csv file, got {kind or 'no suffix'}")
+        raise DataError(f"{path}: expected a .txt, .jsonl, .json, .parquet or .csv file, got {kind or 'no suffix'}")
     return read_rows(path).read(lambda row: text_of(row, column))
 
 
@@ -132,7 +132,7 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
         return _csv_rows(path)
     if kind not in ROW_FILES:
         _existing(path)
-        raise DataError(f"{path}: expected a .jsonl, .parquet or .csv file of rows, got {kind or 'no suffix'}")
+        raise DataError(f"{path}: expected a .jsonl, .json, .parquet or .csv file of rows, got {kind or 'no suffix'}")
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     no_array = None
     if content[:100].lstrip()[:1] == b"[":
@@ -141,9 +141,8 @@ def read_rows(path: str) -> Rows[dict[str, Any]]:
             return Rows(path, dict(enumerate(array, 1))).read(_object)
         except (ValueError, RecursionError) as error:
             no_array = first_line(error)
-    lines = (
-        content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    )  # splitlines would also split at U+2028, inside a text
+    # splitlines would also split at U+2028, inside a text
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     rows = Rows(path, {number: line for number, line in enumerate(lines, 1) if line.strip()}).read(_json_row)
     if len(rows.kept) >= len(rows.unusable):
         return rows

@@ -14,13 +14,10 @@ Snapshot = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[fl
 
 def copies_of(tensors: Sequence[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
     """Copies of tensors, in the precisions `dtypes` if given."""
-    copies = [
-        torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes or [t.dtype for t in tensors], strict=True)
-    ]
-    if copies:
-        torch._foreach_copy_(
-            copies, [tensor.detach() for tensor in tensors]
-        )  # one kernel launch, not one for each matrix
+    dtypes = dtypes or [tensor.dtype for tensor in tensors]
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if copies:  # one kernel launch, not one for each matrix
+        torch._foreach_copy_(copies, [tensor.detach() for tensor in tensors])
     return copies
 
 

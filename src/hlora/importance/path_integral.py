@@ -40,9 +40,7 @@ class PathIntegral:
 
     def reset(self) -> None:
         """Forget everything recorded."""
-        self._omega: dict[
-            str, Encoded
-        ] = {}  # allocated on first use, so that it never exists beside a consolidated one
+        self._omega: dict[str, Encoded] = {}  # allocated on first use: never beside a consolidated one
         self.discard()
 
     def follow(self, started: bool) -> None:

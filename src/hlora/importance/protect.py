@@ -57,9 +57,7 @@ def protect(
     callback, callbacks = ProtectCallback(importance, phi, **options), trainer.callback_handler.callbacks
     name = options.get("adapter_name")
     earlier = [c for c in callbacks if isinstance(c, ProtectCallback) and c.options.get("adapter_name") == name]
-    replaced = [
-        each.penalty for each in earlier if hasattr(each, "penalty")
-    ]  # a callback that waits for its model has none yet
+    replaced = [each.penalty for each in earlier if hasattr(each, "penalty")]  # one that waits for its model has none
     penalty = callback.start(trainer.model, replaced)
     coefficients = [each.coefficients for each in replaced]
     for each in [*callbacks]:

@@ -78,9 +78,7 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         number = int(state.epoch or 0)
         if self._resumed is not None and self._resumed["epoch_number"] == number:
-            set_random_state(
-                self._resumed["epoch"]
-            )  # orders the batches as before; the others are set at the first step
+            set_random_state(self._resumed["epoch"])  # orders the batches as before; on_step_begin sets the others
         elif self._resumed is not None:  # the checkpoint was the last of its epoch
             set_random_state(self._resumed["random"])
             self._resumed = None
