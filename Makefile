@@ -46,7 +46,7 @@ bench: .venv/demo ## recording and penalty alone, and what they add to a trainin
 .venv/demo: pyproject.toml constraints.txt
 	@echo "Setting up .venv, once. What the demo needs: torch and some 120 packages."
 	@echo "With the CUDA build of torch, which pip takes on Linux: 3 GB to fetch, 5.4 GB on disk."
-	@echo "With a CPU build: 0.5 GB to fetch, 1.5 GB on disk. Free here: $$(df -h . | awk 'NR == 2 { print $$4 }')."
+	@echo "With a CPU build: 0.4 GB to fetch, 1.5 GB on disk. Free here: $$(df -h . | awk 'NR == 2 { print $$4 }')."
 	$(PYTHON) -m venv .venv
 # torch first and by its pinned version: elsewhere in the resolution pip may take another build.
 	$(PIP) torch
