@@ -21,7 +21,7 @@ from hlora.budget.budget import ForgettingBudget
 from hlora.budget.probes import Rise, SampleProbe, TextProbe
 from hlora.budget.steering import Steering
 from hlora.config.units import parse_budget
-from hlora.evaluation.likelihood import sliding_window
+from hlora.evaluation.likelihood import losses_and_drift
 from hlora.importance.artefact import Importance
 from hlora.importance.penalty import ImportancePenalty
 from hlora.model.adapters import adapted_matrices
@@ -90,9 +90,9 @@ def test_the_rise_on_a_text_is_that_of_its_sliding_window_loss_without_what_has_
     peft_model.eval()
     tokens = tokenizer(GENERAL_TEXT, return_tensors="pt")["input_ids"][0][:256]  # 64 + 4 · 48 tokens
     with torch.no_grad():
-        after = sliding_window(peft_model, tokens, window=64, stride=48, batch_size=2)
+        after = losses_and_drift(peft_model, tokens, window=64, stride=48, batch_size=2)[0]
         with peft_model.disable_adapter():
-            before = sliding_window(peft_model, tokens, window=64, stride=48, batch_size=2)
+            before = losses_and_drift(peft_model, tokens, window=64, stride=48, batch_size=2)[0]
     expected = (after - before)[15:]  # evaluation scores the whole of its first window
     assert abs(float(expected.mean())) > 1e-3
     rise = TextProbe(peft_model, tokenizer, {"": GENERAL_TEXT}, tokens=256, most_tokens=256, window=64).measure(10_000)

@@ -27,7 +27,7 @@ from hlora.data.samples import model_samples
 from hlora.evaluation.answers import generate_answers
 from hlora.evaluation.evaluate import evaluate
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import losses_and_drift, scored_logits, sliding_window, text_likelihood, windows
+from hlora.evaluation.likelihood import losses_and_drift, scored_logits, text_likelihood, windows
 from hlora.system.errors import TrainingError
 from hlora.training.train import train
 
@@ -291,7 +291,7 @@ def test_the_mean_divergence_on_a_text_is_that_of_the_dense_distributions(tmp_pa
             expected.append((p.exp() * (p - q)).sum(-1)[-new:])
     for size in (1, 3, 50):
         losses, drift = losses_and_drift(other, ids, 24, 12, batch_size=size, before=[0], references=references)
-        assert torch.equal(losses, sliding_window(other, ids, 24, 12, batch_size=size, before=[0]))
+        assert torch.equal(losses, losses_and_drift(other, ids, 24, 12, batch_size=size, before=[0])[0])
         assert drift["model"].shape == losses.shape == (69,)
         torch.testing.assert_close(drift["model"], torch.cat(expected), rtol=1e-3, atol=1e-6)
         assert float(drift["model"].mean()) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)

@@ -38,7 +38,7 @@ from hlora.data.rendering import render
 from hlora.evaluation.answers import answer_nll, generate_answers, scoring_passes
 from hlora.evaluation.evaluate import _normal, evaluate
 from hlora.evaluation.harness import harness_accuracy
-from hlora.evaluation.likelihood import sliding_window, text_likelihood
+from hlora.evaluation.likelihood import losses_and_drift, text_likelihood
 from hlora.system.errors import DataError
 from hlora.system.progress import Line
 
@@ -95,7 +95,7 @@ def test_the_sliding_window_scores_each_token_once_with_its_context(model: Any, 
     batch_size = data.draw(st.integers(1, 5), "batch size")
     tokens = torch.randint(3, 384, (count,), generator=torch.Generator().manual_seed(count * 31 + window))
     with torch.no_grad():
-        losses = sliding_window(model, tokens, window, stride, batch_size=batch_size)
+        losses = losses_and_drift(model, tokens, window, stride, batch_size=batch_size)[0]
     assert losses.dtype == torch.float64
     expected = one_by_one(model, tokens, window, stride)
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-5)
@@ -117,7 +117,7 @@ def context_model() -> Any:
 def test_the_reference_would_notice_one_token_of_context_more_or_less(stride: int) -> None:
     model = context_model()
     tokens = torch.randint(0, 24, (30,), generator=torch.Generator().manual_seed(0))
-    losses = sliding_window(model, tokens, 8, stride, batch_size=4)
+    losses = losses_and_drift(model, tokens, 8, stride, batch_size=4)[0]
     torch.testing.assert_close(losses.tolist(), one_by_one(model, tokens, 8, stride), rtol=0, atol=1e-4)
     for window in (7, 9):
         other = one_by_one(model, tokens, window, min(stride, window - 1))
@@ -127,7 +127,7 @@ def test_the_reference_would_notice_one_token_of_context_more_or_less(stride: in
 @torch.no_grad()
 def test_a_stride_of_the_whole_window_is_that_of_all_but_one_token(model: Any) -> None:
     tokens = torch.randint(3, 384, (50,), generator=torch.Generator().manual_seed(0))
-    losses = [sliding_window(model, tokens, 16, stride, batch_size=4) for stride in (15, 16, 1000)]
+    losses = [losses_and_drift(model, tokens, 16, stride, batch_size=4)[0] for stride in (15, 16, 1000)]
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
     assert len(losses[0]) == 49
 
@@ -137,7 +137,7 @@ def test_a_text_within_one_window_is_scored_in_one_forward(model: Any) -> None:
     tokens = torch.randint(3, 384, (20,), generator=torch.Generator().manual_seed(0))
     whole = model(input_ids=tokens[None], labels=tokens[None]).loss
     for window in (20, 21, 512):
-        torch.testing.assert_close(sliding_window(model, tokens, window, 4, batch_size=4).mean().float(), whole)
+        torch.testing.assert_close(losses_and_drift(model, tokens, window, 4, batch_size=4)[0].mean().float(), whole)
 
 
 @torch.no_grad()
@@ -196,7 +196,9 @@ def test_models_of_other_makes_are_scored_whether_or_not_they_can_keep_fewer_log
     if wrapped:
         targets = [name for name in ("q_proj", "c_attn") if any(n.endswith(name) for n, _ in model.named_modules())]
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")).eval()
-    torch.testing.assert_close(sliding_window(model, tokens, 16, 5, batch_size=3).tolist(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        losses_and_drift(model, tokens, 16, 5, batch_size=3)[0].tolist(), expected, rtol=0, atol=2e-5
+    )
     assert all(value > 0 for value in answer_nll(model, tokenizer, domain.test, 4))
 
 

@@ -40,8 +40,8 @@ from hlora.importance.penalty import ImportancePenalty
 from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.adapters import AdaptedMatrix, adapted_matrices
 from hlora.model.optimizers import check_trained_by
+from hlora.report.heatmap import layer_number
 from hlora.system.errors import AdapterError
-from hlora.system.names import layer_number
 
 Q_AND_V = ["q_proj", "v_proj"]
 

@@ -1,6 +1,4 @@
-"""General ability: perplexity and bits per byte of a text, by sliding window; and how far two models' predictions are
-apart.
-"""
+"""Perplexity and bits per byte of a text, by sliding window; and how far two models' predictions on it are apart."""
 
 from __future__ import annotations
 
@@ -83,16 +81,6 @@ def _mean_of_tokens(name: str, each: Tensor) -> dict[str, Any]:
     }
 
 
-def sliding_window(
-    model: Any, tokens: Tensor, window: int, stride: int, *, batch_size: int, before: Sequence[int] = ()
-) -> Tensor:  # (n − 1,)
-    """−log p of each token but the first, float64. All windows have one length, that of the text if it is short.
-
-    before: token ids at the start of every window, within its length; `tokens` begin with them.
-    """
-    return losses_and_drift(model, tokens, window, stride, batch_size=batch_size, before=before)[0]
-
-
 @torch.no_grad()
 def losses_and_drift(
     model: Any,
@@ -107,8 +95,11 @@ def losses_and_drift(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−log p of each token but the first, and KL(reference ‖ model) there by the reference's name: (n − 1,), float64.
 
-    A batch goes through the model once, and once through each reference. No logits outlive their batch: those of a
-    whole text would fill gigabytes. Other arguments as `sliding_window`'s and `text_likelihood`'s.
+    All windows have one length, that of the text if it is short. A batch goes through the model once, and once through
+    each reference. No logits outlive their batch: those of a whole text would fill gigabytes.
+
+    before: token ids at the start of every window, within its length; `tokens` begin with them.
+    references, on_scored: as `text_likelihood`'s.
     """
     losses: list[Tensor] = []
     drift: dict[str, list[Tensor]] = {name: [] for name in references or {}}
@@ -124,7 +115,7 @@ def losses_and_drift(
 
 
 def windows(tokens: Tensor, window: int, stride: int, *, before: Sequence[int] = ()) -> list[tuple[Tensor, int]]:
-    """The windows of a text, and how many of the last tokens of each are new in it. Arguments as `sliding_window`'s."""
+    """The windows of a text, and how many of the last tokens of each are new. Arguments as `losses_and_drift`'s."""
     start = tokens[: len(before)]
     window = min(window, len(tokens))
     stride = max(1, min(stride, window - 1 - len(start)))

@@ -22,8 +22,6 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
     layer_norms: matrix name → norm. A matrix outside the blocks stands in the last column. A norm of zero is
     written as 0 and one that is not finite as !, as neither has a colour; an empty cell is a matrix not adapted.
     """
-    from hlora.system.names import layer_number  # here, as it brings PyTorch
-
     kinds = list(dict.fromkeys(_kind(name) for name in layer_norms))
     layers = sorted({n for name in layer_norms if (n := layer_number(name)) is not None})
     outside = any(layer_number(name) is None for name in layer_norms)
@@ -64,6 +62,12 @@ def importance_heatmap(layer_norms: Mapping[str, float]) -> Figure:
         bar.ax.xaxis.set_minor_locator(NullLocator())
         bar.outline.set_visible(False)
     return figure
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in a dotted module name: model.layers.3.self_attn.q_proj → 3."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
 
 
 def _kind(name: str) -> str:
