@@ -22,11 +22,10 @@ from hlora.before.cost import PhaseCost, measured_evaluation, measured_phase, no
 from hlora.before.rows import TrainedRow, trained_row
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
-from hlora.importance.recorder import ImportanceRecorder
 from hlora.model.lora import attach_lora
 from hlora.run.chain import earlier_runs, rows_again
 from hlora.run.job import Job
-from hlora.run.phases import check_fits, protected, recorder_for, save_adapter, squared_gradients
+from hlora.run.phases import check_fits, domain_recorder, protected, recorder_for, save_adapter, squared_gradients
 from hlora.run.reuse import given_importance, is_finished
 from hlora.system.errors import ConfigError
 from hlora.system.files import check_directory, refuse_links
@@ -172,14 +171,8 @@ def _measure(found: Check, rows: tuple[Dataset, Dataset], earlier: int) -> Impor
         found.notes.append("no step could be recorded here, so the domain phase was timed without its penalty.")
     else:
         model, penalty = protected(job, importance, config.penalty.phi, config.penalty.layer_weights)
-        if config.penalty.anchor == "general":
-            method = importance.provenance.get("method", "path_integral")
-            unprotected = config.importance.unprotected
-            recorder = ImportanceRecorder(
-                model, importance.encoding, unprotected=unprotected, method=method, seed=config.seed
-            )
-            callbacks = [recorder.callback()]
-        callbacks.append(penalty.callback())
+        recorder = domain_recorder(job, model, importance)
+        callbacks = [each.callback() for each in (recorder, penalty) if each is not None]
     cost = measured_phase(job, model, "tune", rows=rows[1], total_rows=total, arguments=arguments, callbacks=callbacks)
     found.costs.append(cost)
     found.costs += [PhaseCost(arm, cost.count, cost.each) for arm in config.baselines]

@@ -23,7 +23,7 @@ from pydantic import (
 from hlora.config.empty import without_nulls
 from hlora.config.paths import PathText
 from hlora.config.units import allowed, parse_budget
-from hlora.system.choices import Anchor, EncodingName, Group, LayerWeights, PhiScale
+from hlora.system.choices import Anchor, EncodingName, Group, LayerWeights, Method, PhiScale, Unprotected
 
 TaskName = Literal["sciq", "piqa", "medmcqa", "multiple_choice", "rows"]
 
@@ -225,7 +225,7 @@ class ImportanceConfig(Section):
     use: PathText | None = None
     """An importance recorded before, a directory or a hub repository, to use in place of recording one. The other
     fields of this section then have no effect. `importance: NAME` is short for it."""
-    method: Literal["path_integral", "squared_gradients"] = "squared_gradients"
+    method: Method = "squared_gradients"
     """squared_gradients: the squared gradient of each sequence, summed along the general phase. With penalty.anchor
     base it is taken in one pass over a few hundred sequences at the base model, with nothing trained.
     path_integral: gradient times movement, summed along the general phase (Eq. 12, as in the paper)."""
@@ -241,7 +241,7 @@ class ImportanceConfig(Section):
     """squared_gradients at the base model: maximum number of sequences of general text."""
     sequence_length: int = Field(default=128, ge=2)
     """squared_gradients at the base model: length of each sequence, in tokens."""
-    unprotected: Literal["refuse", "warn"] = "refuse"
+    unprotected: Unprotected = "refuse"
     """What to do where the adapter has parts that importance cannot cover, such as a router's or an expert's: refuse,
     or train them unprotected and warn with their names."""
     stop_at_move: float | None = Field(default=None, gt=0)

@@ -34,7 +34,7 @@ from hlora.parallel.dtensor import distribute_like
 from hlora.parallel.fsdp import reshard
 from hlora.parallel.group import is_main, main_first
 from hlora.report.card import named_card, public_name
-from hlora.system.choices import EncodingName
+from hlora.system.choices import EncodingName, Method
 from hlora.system.errors import ArtifactError
 from hlora.system.files import atomic_directory, how_to_convert
 from hlora.system.hub import upload
@@ -79,8 +79,13 @@ class Importance:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        method = self.provenance.get("method", "path_integral")
-        return f"Importance({len(self.matrices)} matrices, {self.encoding}, {self.nbytes():,} bytes, {method})"
+        return f"Importance({len(self.matrices)} matrices, {self.encoding}, {self.nbytes():,} bytes, {self.method})"
+
+    @property
+    def method(self) -> Method:
+        """How it was recorded; one that does not say so is a path integral."""
+        found: Method = self.provenance.get("method", "path_integral")
+        return found
 
     @classmethod
     def of(cls, source: Importance | str | Path) -> Importance:
@@ -112,7 +117,7 @@ class Importance:
     def describe(self) -> dict[str, Any]:
         """Encoding, bytes, norms and provenance as plain values, for results.json and `hlora inspect`."""
         return {
-            "method": "path_integral",  # if the provenance has no method
+            "method": self.method,
             "recorded": "in one pass at the base model" if self.without_move else "along the general phase",
             "encoding": self.encoding,
             "bytes": self.nbytes(),
@@ -152,7 +157,7 @@ class Importance:
     @property
     def without_move(self) -> bool:
         """Whether it was recorded in one pass at the base model, without training. Then θ^ν is W₀."""
-        return self.provenance.get("method") == "squared_gradients" and "steps" not in self.provenance
+        return self.method == "squared_gradients" and "steps" not in self.provenance
 
     def covering(self, matrices: list[AdaptedMatrix]) -> Importance:
         """The importance of `matrices` only, which may have any rank; the anchor "base" needs no more.

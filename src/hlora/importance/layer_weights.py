@@ -37,7 +37,7 @@ def layer_coefficients(
     if group not in ("matrix", "block"):
         raise ValueError(f"group: expected matrix or block, got {group!r}")
     if layer_weights is None:
-        layer_weights = "root" if importance.provenance.get("method") == "squared_gradients" else "softmax"
+        layer_weights = "root" if importance.method == "squared_gradients" else "softmax"
     groups = {name: name if group == "matrix" else _block(name) for name in importance.matrices}
     squares: dict[str, float] = {}
     for name, norm in importance.norms().items():

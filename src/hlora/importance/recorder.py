@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,11 @@ from hlora.numerics import encodings
 from hlora.numerics.encodings import Encoded
 from hlora.parallel.dtensor import full_tensor
 from hlora.parallel.group import raise_on_all
-from hlora.system.choices import EncodingName
+from hlora.system.choices import EncodingName, Method, Unprotected
 from hlora.system.errors import ArtifactError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-Method = Literal["path_integral", "squared_gradients"]
 
 
 class ImportanceRecorder:
@@ -81,7 +79,7 @@ class ImportanceRecorder:
         encoding: EncodingName = "factored",
         adapter_name: str | None = None,
         *,
-        unprotected: Literal["refuse", "warn"] = "refuse",
+        unprotected: Unprotected = "refuse",
         method: Method = "squared_gradients",
         seed: int = 0,
         share: float | None = None,

@@ -6,13 +6,13 @@ hlora: {importance: runs/general/importance, phi: 1.0}
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, ConfigDict, model_validator
 
 import hlora
-from hlora.system.choices import Anchor, Group, LayerWeights, PhiScale
+from hlora.system.choices import Anchor, Group, LayerWeights, Method, PhiScale, Unprotected
 
 
 class HloraSettings(BaseModel):
@@ -27,10 +27,10 @@ class HloraSettings(BaseModel):
     group: Group = "matrix"
     anchor: Anchor = "general"
     record: str | None = None
-    method: Literal["squared_gradients", "path_integral"] = "squared_gradients"
+    method: Method = "squared_gradients"
     xi: float = 1e-3
     stop_at_move: float | None = None
-    unprotected: Literal["refuse", "warn"] = "refuse"
+    unprotected: Unprotected = "refuse"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> HloraSettings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hlora.model.initialisation import CHANGES_BASE, initialisation
 from hlora.model.matrix import AdaptedMatrix, is_packed
+from hlora.system.choices import Unprotected
 from hlora.system.errors import AdapterError
 
 _BASE_LAYERS = re.compile(r"(\.base_layer)+$")
@@ -23,9 +24,7 @@ _WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # from tor
 
 
 def adapted_matrices(
-    model: nn.Module,
-    adapter_name: str | None = None,
-    unprotected: Literal["refuse", "warn"] = "refuse",
+    model: nn.Module, adapter_name: str | None = None, unprotected: Unprotected = "refuse"
 ) -> list[AdaptedMatrix]:
     """Every matrix that LoRA adapts in `model`, in module order.
 

@@ -129,13 +129,17 @@ def tune_phase(job: Job, importance: Importance) -> tuple[PeftModel, History, Im
     """
     options = job.config.penalty
     model, penalty = protected(job, importance, options.phi, options.layer_weights)
-    recorder = None
-    if options.anchor == "general":
-        method = importance.provenance.get("method", "path_integral")
-        unprotected, seed = job.config.importance.unprotected, job.config.seed
-        recorder = ImportanceRecorder(model, importance.encoding, unprotected=unprotected, method=method, seed=seed)
+    recorder = domain_recorder(job, model, importance)
     history = train_on_domain(job, model, "tune", penalty, recorder=recorder)
     return model, history, None if recorder is None else _with_domain(job, importance, recorder)
+
+
+def domain_recorder(job: Job, model: PeftModel, importance: Importance) -> ImportanceRecorder | None:
+    """Records the domain as `importance` was recorded, to be added to it; None with the anchor "base"."""
+    if job.config.penalty.anchor == "base":
+        return None
+    unprotected, seed = job.config.importance.unprotected, job.config.seed
+    return ImportanceRecorder(model, importance.encoding, unprotected=unprotected, method=importance.method, seed=seed)
 
 
 def _with_domain(job: Job, importance: Importance, recorder: ImportanceRecorder) -> Importance | None:

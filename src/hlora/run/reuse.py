@@ -37,7 +37,7 @@ def given_importance(config: RunConfig) -> Importance | None:
         raise ArtifactError(f"{'after' if config.after else 'importance.use'}: {error}") from None
     if config.after is not None:
         asked = {name: getattr(config.importance, name) for name in ("method", "encoding")}
-        kept = {"method": importance.provenance.get("method", "path_integral"), "encoding": importance.encoding}
+        kept = {"method": importance.method, "encoding": importance.encoding}
         for name in sorted(config.importance.model_fields_set & {*asked}):
             if asked[name] != kept[name]:
                 raise ArtifactError(
@@ -109,8 +109,7 @@ def _other_recording(found: Importance, job: Job) -> list[str]:
     mine, kept = recording_settings(job.config), found.provenance.get("recorded_with")
     if kept is None:
         kept = {**mine, "importance": dict(mine["importance"])}
-        method = found.provenance.get("method", "path_integral")
-        kept["importance"] |= {"method": method, "encoding": found.encoding}
+        kept["importance"] |= {"method": found.method, "encoding": found.encoding}
     differ = differences(kept, mine)
     texts = [facts.get("sha256") for facts in (found.provenance.get("data") or {}, job.general.facts)]
     return differ + (["general (another text)"] if None not in texts and texts[0] != texts[1] else [])
