@@ -86,49 +86,20 @@ def measure_cost(
     job.keep_config()
     length = _sequence_length(job)
     ids = pack(job.tokenizer, job.general.train, max(ewc, nu), length)
-    tokens = length - 1  # predicted tokens in a sequence
-
     _fisher(job, ids[:EWC_BATCH])
     _recording(job, ids[:EWC_BATCH], ENCODINGS[0], epochs=1, batch_size=EWC_BATCH)
     importance, spent = _fisher(job, ids[:ewc])
-    rows: list[dict[str, Any]] = [
-        {
-            "method": "EWC-LoRA",
-            "encoding": "float32",
-            "counting": counting,
-            "samples": ewc,
-            "tokens": ewc * tokens,
-            "epochs": 1,
-            "batch_size": EWC_BATCH,
-            "seconds": spent.wall,
-            "cpu_seconds": spent.cpu,
-            "bytes": importance.nbytes(),
-            "whole_model_bytes": whole_model_bytes(job.base),
-        }
-        for counting in ("paper", "equal")  # the same measurement
-    ]
+    whole = whole_model_bytes(job.base)
+    rows: list[dict[str, Any]] = []
+    for counting in ("paper", "equal"):  # the same measurement
+        row = _row("EWC-LoRA", importance, spent, samples=ewc, length=length, epochs=1, batch_size=EWC_BATCH)
+        rows.append({**row, "counting": counting, "whole_model_bytes": whole})
     del importance
-    for counting, samples, epochs, batch in (
-        ("paper", nu, HLORA_EPOCHS, HLORA_BATCH),
-        ("equal", ewc, 1, EWC_BATCH),
-    ):
+    for counting, samples, epochs, batch in (("paper", nu, HLORA_EPOCHS, HLORA_BATCH), ("equal", ewc, 1, EWC_BATCH)):
         for encoding in ENCODINGS:
             importance, spent, beyond = _recording(job, ids[:samples], encoding, epochs=epochs, batch_size=batch)
-            rows.append(
-                {
-                    "method": "HLoRA",
-                    "encoding": encoding,
-                    "counting": counting,
-                    "samples": samples,
-                    "tokens": samples * epochs * tokens,
-                    "epochs": epochs,
-                    "batch_size": batch,
-                    "seconds": spent.wall,
-                    "cpu_seconds": spent.cpu,
-                    "bytes": importance.nbytes(),
-                    "seconds_beyond_training": beyond.wall,
-                }
-            )
+            row = _row("HLoRA", importance, spent, samples=samples, length=length, epochs=epochs, batch_size=batch)
+            rows.append({**row, "counting": counting, "seconds_beyond_training": beyond.wall})
     cost = {
         "model": config.model.name,
         "provenance": {
@@ -146,9 +117,26 @@ def measure_cost(
         "rows": rows,
         "ratios": _ratios(rows),
         "published": PUBLISHED,
-        "notes": _notes(scale, ewc=ewc, nu=nu, nu_samples=nu_samples, length=length, whole=whole_model_bytes(job.base)),
+        "notes": _notes(scale, ewc=ewc, nu=nu, nu_samples=nu_samples, length=length, whole=whole),
     }
     return write_json(job.output / "cost.json", cost, indent=1)
+
+
+def _row(
+    method: str, importance: Importance, spent: Elapsed, *, samples: int, length: int, epochs: int, batch_size: int
+) -> dict[str, Any]:
+    """What was measured of one method, on so many sequences of `length` tokens."""
+    return {
+        "method": method,
+        "encoding": importance.encoding,
+        "samples": samples,
+        "tokens": samples * epochs * (length - 1),  # predicted ones
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seconds": spent.wall,
+        "cpu_seconds": spent.cpu,
+        "bytes": importance.nbytes(),
+    }
 
 
 def cost_tables(cost: dict[str, Any]) -> list[Table]:
