@@ -67,6 +67,11 @@ METHODS: dict[str, Method] = {
 }
 """By the name that configurations and results use."""
 
+BEFORE = "before this domain"
+"""The arm of the adapter that a run after another starts from."""
+STARTS = ("after_general", BEFORE)
+"""The arms where a domain phase starts."""
+
 _CHAINS = "hlora.comparison.chains.methods"
 
 CHAINS: dict[str, Method] = {

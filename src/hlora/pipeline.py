@@ -10,9 +10,10 @@ from typing import Any
 
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
+from hlora.methods import BEFORE
 from hlora.parallel.group import lock_directory, on_main, raise_on_all
 from hlora.parallel.launch import join_launch
-from hlora.run.chain import BEFORE, check_following, earlier_runs, measure_earlier, rows_again, steps_of
+from hlora.run.chain import check_following, earlier_runs, measure_earlier, rows_again, steps_of
 from hlora.run.job import Job
 from hlora.run.phases import at_general_adapter, check_fits
 from hlora.run.plan import plan_of

@@ -15,6 +15,7 @@ from hlora.config.sections import ImportanceConfig
 from hlora.data.domain import DomainRows, TokenLimits
 from hlora.data.validation import rows_of_run
 from hlora.evaluation.evaluate import evaluate
+from hlora.methods import BEFORE
 from hlora.parallel.fsdp import shard
 from hlora.parallel.group import on_main, raise_on_all
 from hlora.parallel.launch import sharding
@@ -25,8 +26,6 @@ from hlora.system.errors import ConfigError, DataError
 
 logger = logging.getLogger("hlora")
 
-BEFORE = "before this domain"
-"""The arm of the adapter that a run starts from."""
 EARLIER = "evaluate earlier domains"
 """The phase that scores the tuned model on the domains before this one."""
 

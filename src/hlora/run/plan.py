@@ -11,7 +11,8 @@ from typing import Any
 from trl import SFTConfig
 
 from hlora.data.rendering import render
-from hlora.run.chain import BEFORE, EARLIER
+from hlora.methods import BEFORE
+from hlora.run.chain import EARLIER
 from hlora.run.job import Job
 from hlora.system import progress
 from hlora.training.train import total_steps

@@ -215,6 +215,15 @@ def test_verdict_tells_of_the_baselines_on_the_same_data():
     assert line.startswith("LoRA (domain only), on the same data. General text got harder to predict: perplexity")
 
 
+def test_where_a_later_domain_starts_is_a_column_of_the_summary_and_no_rival_in_the_verdict():
+    content = results(**{"before this domain": evaluation(2.8), "hlora": evaluation(2.9)})
+    assert verdict(content).beside == ()
+    assert summary_rows(content)[0].before == f"{math.exp(2.8):.1f}"
+    assert [str(column.header).replace("\n", " ") for column in summary_table(content).columns][
+        2
+    ] == "before this domain"
+
+
 def test_verdict_of_the_base_alone_claims_nothing():
     found = verdict(results())
     assert (found.kept_state, found.learned_state, found.tone) == ("not measured", "not measured", "unknown")

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hlora.methods import label_of
+from hlora.methods import STARTS, label_of
 from hlora.report.format import number, percent
 from hlora.report.run.measures import (
     DOMAIN_MEASURES,
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     measure: str
     base: str
     before: str | None
-    """After the general phase, where the domain phase starts; None where it was not measured."""
+    """Where the domain phase starts; None where that was not measured."""
     after: str
     change: str
     better: bool | None
@@ -38,9 +38,9 @@ class Row(NamedTuple):
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[Row]:
-    """The measures of the main arm (HLoRA where it ran) beside the base and the model after the general phase."""
+    """The measures of the main arm (HLoRA where it ran) beside the base and the model where the domain phase starts."""
     arms = results.get("arms") or {}
-    base, general = arms.get("base") or {}, arms.get("after_general") or {}
+    base, general = arms.get("base") or {}, arms.get(_start(arms)) or {}
     main = main_arm(arms)
     tuned = arms.get(main) or {} if main else {}
     rows = []
@@ -97,14 +97,19 @@ def _overall_forgetting(base: Mapping[str, Any], general: Mapping[str, Any], tun
     ]
 
 
+def _start(arms: Mapping[str, Any]) -> str:
+    return next((name for name in STARTS if name in arms), STARTS[0])
+
+
 def summary_table(results: Mapping[str, Any]) -> Table:
     """The measures for the terminal: base, before, after, change; green and red only beyond noise."""
     rows = summary_rows(results)
-    main = main_arm(results.get("arms") or {})
+    arms = results.get("arms") or {}
+    main, start = main_arm(arms), label_of(_start(arms)).lower()
     general = any(row.before is not None for row in rows)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)  # without borders a measure is one line of 80 columns
     table.add_column("measure", vertical="bottom")
-    for heading in ("base", *(["after general phase"] if general else []), f"after {label_of(main or '')}", "change"):
+    for heading in ("base", *([start] if general else []), f"after {label_of(main or '')}", "change"):
         table.add_column(Text(heading.strip().replace(" ", "\n")), justify="right", vertical="bottom")
     for row in rows:
         style = {True: "green", False: "red", None: "dim"}[row.better]

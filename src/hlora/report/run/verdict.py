@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hlora.methods import label_of
+from hlora.methods import STARTS, label_of
 from hlora.report.format import Tone, change, number, percent, three_digits
 
 Kept = Literal["kept", "forgotten in part", "forgotten", "not measured"]
@@ -56,7 +56,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     kept_state, forgot, kept = _kept(base, arms[main])
     learned_state, learned_amount, learned = _learned(base, arms[main])
     budget_state, budget, budget_sentence = _budget(results)
-    others = [arm for arm in arms if arm not in ("base", "after_general", main)]
+    others = [arm for arm in arms if arm not in ("base", *STARTS, main)]
     beside = [
         f"{label_of(arm)}, on the same data. {_kept(base, arms[arm])[2]} {_learned(base, arms[arm])[2]}"
         for arm in others
