@@ -242,6 +242,17 @@ def test_kept_samples_are_used_the_second_time(sample: Any, tmp_path: Path) -> N
     assert sample(0) == ["kept one", "kept two"]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"asked": 1}'])
+def test_a_damaged_file_of_kept_samples_is_named_with_what_to_do(sample: Any, tmp_path: Path, content: str) -> None:
+    sample(0)
+    file = next((tmp_path / "samples").iterdir())
+    if content.endswith("1}"):
+        content = json.dumps({**json.loads(file.read_text(encoding="utf-8")), "samples": 1})
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"{file.name}: not as hlora writes it .* Remove it"):
+        sample(0)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"samples": 41}, {"sample_tokens": 9}, {"temperature": 0.5}])
 def test_kept_samples_are_made_anew_when_a_setting_changes(sample: Any, change: dict[str, Any]) -> None:
     first = sample(0)

@@ -114,9 +114,7 @@ def general_text(
     facts = {
         "source": "mixture" if mixed else config.source,
         **({"mixture": mixed} if mixed else {}),
-        "documents": len(train),
-        "characters": sum(map(len, train)),
-        "sha256": sha256_of_texts(train),
+        **_sizes(train),
         "characters_left_out_as_evaluation_text": dropped,
         "evaluation_texts": {name: sha256_of_texts([text]) for name, text in texts.items()},
         **({"unusable": unusable} if unusable else {}),
@@ -192,13 +190,8 @@ def hold_out_documents(text: GeneralText) -> tuple[GeneralText, list[str]]:
         raise DataError("general: one document, which leaves none to choose strengths on. Give more general text.")
     held_out = max(1, round(len(text.train) * _HELD_OUT))
     train = text.train[:-held_out]
-    facts = {
-        **text.facts,
-        "documents": len(train),
-        "characters": sum(map(len, train)),
-        "sha256": sha256_of_texts(train),
-    }
-    return replace(text, train=train, facts={**facts, "documents_held_out": held_out}), text.train[-held_out:]
+    facts = {**text.facts, **_sizes(train), "documents_held_out": held_out}
+    return replace(text, train=train, facts=facts), text.train[-held_out:]
 
 
 def probe_texts(paths: Mapping[str, str], general: GeneralText, column: str = "text") -> dict[str, str]:
@@ -247,15 +240,15 @@ def without_lines_of(text: GeneralText, others: Iterable[str]) -> GeneralText:
     train, _ = without_long_lines_of(apart, others)
     if not train:
         raise DataError("general: nothing left to train on; all of it stands in a text that strengths are chosen on.")
-    facts = {
-        **text.facts,
-        "documents": len(train),
-        "characters": sum(map(len, train)),
-        "sha256": sha256_of_texts(train),
-    }
-    return replace(
-        text, train=train, facts={**facts, "characters_held_out": sum(map(len, text.train)) - facts["characters"]}
-    )
+    sizes = _sizes(train)
+    held_out = sum(map(len, text.train)) - sizes["characters"]
+    return replace(text, train=train, facts={**text.facts, **sizes, "characters_held_out": held_out})
+
+
+def _sizes(documents: list[str]) -> dict[str, Any]:
+    """The facts of the documents themselves."""
+    characters = sum(map(len, documents))
+    return {"documents": len(documents), "characters": characters, "sha256": sha256_of_texts(documents)}
 
 
 def _hub_documents(config: GeneralSource) -> Rows[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hlora.config.sections import GeneralSource
 from hlora.data.generation import written
+from hlora.system.errors import culprit
 from hlora.system.files import write_json
 from hlora.system.progress import counted
 
@@ -33,14 +34,18 @@ def model_samples(
         seed: Seed of the sampling.
         directory: Where samples are read from, if they are there.
         keep: Whether to keep new samples there.
+
+    Raises:
+        DataError: The file of samples is damaged.
     """
     shape = f"{config.samples}x{config.sample_tokens}"
     cache = directory / f"samples-{shape}-temperature-{config.temperature:g}-seed-{seed}.json"
     asked = [config.samples, config.sample_tokens, config.temperature, seed, str(model.config._name_or_path)]
     if cache.is_file():
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["asked"] == asked:
-            return kept["samples"]
+        with culprit(cache, "Remove it; the same samples are drawn again."):
+            kept = json.loads(cache.read_text(encoding="utf-8"))
+            if kept["asked"] == asked:
+                return list(map(str, kept["samples"]))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     samples: list[str] = []
     devices = [] if model.device.type == "cpu" else [model.device]  # by default every GPU of the machine
