@@ -303,10 +303,8 @@ class ImportanceRecorder:
                 f"Train with recorder.step, recorder.attach or recorder.callback before consolidating.{kept}"
             )
         self._follow()
-        As, Bs = (
-            copies_of([full_tensor(m.A) for m in self.matrices]),
-            copies_of([full_tensor(m.B) for m in self.matrices]),
-        )
+        As = copies_of([full_tensor(matrix.A) for matrix in self.matrices])
+        Bs = copies_of([full_tensor(matrix.B) for matrix in self.matrices])
         check_same_everywhere(As, Bs)
         found = self._recording.consolidated(As, Bs, self._movement.start, xi=xi)
         provenance = {
