@@ -41,6 +41,14 @@ def test_a_finished_run_is_shown_again_and_nothing_is_written(
     assert files_of(tmp_path / "out") == before
 
 
+def test_a_check_of_a_finished_run_says_so_once_without_an_option_that_it_lacks(
+    settings: Path, hlora: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, out, _ = hlora("check", settings)
+    assert status == 0 and "is finished with these settings: a run would show its results" in out
+    assert "--overwrite" not in caplog.text + out
+
+
 def test_a_default_length_that_was_cut_to_the_context_is_no_other_setting(
     settings: Path, tmp_path: Path, hlora: Any
 ) -> None:

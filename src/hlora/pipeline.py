@@ -19,7 +19,7 @@ from hlora.run.phases import at_general_adapter, check_fits
 from hlora.run.plan import plan_of
 from hlora.run.results import describe, finish, read_results, starting_results
 from hlora.run.resume import forget_unfinished, measure_once, resumed_results
-from hlora.run.reuse import given_importance, is_finished, with_other_arms
+from hlora.run.reuse import already_done, given_importance, with_other_arms
 from hlora.run.steps import baseline, check_adapter, recorded, recorded_before, tuned
 from hlora.system.errors import ConfigError, DataError
 
@@ -55,7 +55,7 @@ def run(config: RunConfig, command: str = "hlora run", overwrite: bool = False) 
 def _run(config: RunConfig, following: Sequence[RunConfig], command: str, overwrite: bool) -> dict[str, Any]:
     """One domain. The runs of later domains are checked before it trains."""
     with _locked(config):
-        if on_main(lambda: is_finished(config, "results.json", overwrite)):
+        if already_done(config, "results.json", overwrite):
             results = on_main(lambda: read_results(Path(config.output)))
             return {**results, "config": {**results.get("config", {}), "output": config.output}}  # perhaps moved since
         earlier = earlier_runs(config)
@@ -105,7 +105,7 @@ def tune(config: RunConfig, overwrite: bool = False) -> Path:
     importance = given_importance(config) or Importance.load(Path(config.output) / "importance")
     with _locked(config):
         adapter = Path(config.output) / "adapter"
-        if not on_main(lambda: is_finished(config, "adapter", overwrite)):
+        if not already_done(config, "adapter", overwrite):
             job = _open(config, importance)
             tuned(job, resumed_results(job, "hlora tune"), importance)
             forget_unfinished(job)

@@ -12,6 +12,7 @@ from typing import Any
 from hlora.config.reading import parse_config, read_yaml
 from hlora.config.run import RunConfig
 from hlora.importance.artefact import Importance
+from hlora.parallel.group import on_main
 from hlora.run.inputs import CONTINUED, changed_since, has_record
 from hlora.run.job import Job
 from hlora.run.resume import OF_MEASURES, UNFINISHED, by_rows_of_a_step, seen
@@ -142,8 +143,17 @@ def is_finished(config: RunConfig, made: str, overwrite: bool) -> bool:
             f"output: {output} holds a finished run ({made}) without its {' and '.join(gone)}. Bring back what is "
             f"missing, or run again in its place: --overwrite. `hlora report {output}` shows the results without it."
         )
-    logger.info("output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", output)
     return True
+
+
+def already_done(config: RunConfig, made: str, overwrite: bool) -> bool:
+    """Whether `is_finished`, which is then said. In several processes every one calls it."""
+    finished = on_main(lambda: is_finished(config, made, overwrite))
+    if finished:
+        logger.info(
+            "output: %s is finished, with these settings; nothing to do (--overwrite: do it again)", config.output
+        )
+    return finished
 
 
 def with_other_arms(results: dict[str, Any], earlier: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
